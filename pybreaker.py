@@ -1,0 +1,1771 @@
+"""A circuit breaker: calls to something that can fail, refused while it does.
+
+    import pybreaker
+
+    db_breaker = pybreaker.CircuitBreaker(fail_max=5, reset_timeout=60)
+
+    @db_breaker
+    def update_customer(customer):
+        ...
+
+While calls succeed the circuit is *closed* and stays out of the way. After
+``fail_max`` failures in a row it *opens*: calls raise `CircuitBreakerError` at
+once and the function is not run. The first call made ``reset_timeout`` seconds
+later makes the circuit *half-open* and is its trial: if that succeeds, the
+circuit closes, and if it fails, the circuit opens again.
+
+A breaker is made once for each thing that can fail, lives as long as the
+program, and is shared by all its threads and tasks.
+
+The pattern is Michael T. Nygard's ("Release It!"). The API is that of Daniel
+Fernandes Martins' PyBreaker, for whose releases up to 1.4.1 this module stands
+in. It needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import logging
+import math
+import operator
+import os
+import sys
+import threading
+import time
+import types
+import weakref
+from datetime import datetime, timezone
+
+TYPE_CHECKING = False  # importing typing would take longer than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+    from typing import Any, Final, NoReturn, TypeVar, Union, overload
+
+    from typing_extensions import ParamSpec
+
+    _P = ParamSpec("_P")
+    _T = TypeVar("_T")
+    _F = TypeVar("_F", bound=Callable[..., Any])
+    _Exclusion = Union[type[object], Callable[[Any], object]]
+    _Admission = tuple["CircuitBreakerState", Union["_Trial", None]]
+else:
+
+    def overload(function):
+        return function
+
+
+__all__ = (
+    "STATE_CLOSED",
+    "STATE_HALF_OPEN",
+    "STATE_OPEN",
+    "CircuitBreaker",
+    "CircuitBreakerError",
+    "CircuitBreakerListener",
+    "CircuitBreakerState",
+    "CircuitBreakerStorage",
+    "CircuitClosedState",
+    "CircuitHalfOpenState",
+    "CircuitMemoryStorage",
+    "CircuitOpenState",
+)
+
+STATE_CLOSED: Final = "closed"
+STATE_OPEN: Final = "open"
+STATE_HALF_OPEN: Final = "half-open"
+
+_REJECTED = "Timeout not elapsed yet, circuit breaker still open"
+
+logger = logging.getLogger("pybreaker")
+logger.addHandler(logging.NullHandler())  # quiet, unless logging is configured
+
+
+class CircuitBreakerError(Exception):
+    """The call was rejected, or its failure opened the circuit.
+
+    In the second case ``__cause__`` is what the function raised. The breaker
+    is left behind when the error is pickled.
+    """
+
+    breaker: CircuitBreaker | None = None
+    """The breaker that raised the error."""
+
+    retry_after: float = 0.0
+    """Seconds until a call may be admitted, as known when the error was
+    raised; `math.inf` where that needs somebody's hand."""
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if self.retry_after:
+            message += f" (next trial {_in(self.retry_after)})"
+        return message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        attributes = {k: v for k, v in vars(self).items() if k != "breaker"}
+        return type(self), self.args, attributes
+
+
+class _OpenList:
+    """A tuple for the breaker, and a list for code that reaches for it from
+    outside and changes it. Nobody hears of such a change, so a breaker whose
+    listeners were reached for takes the lock and looks, from then on."""
+
+    def __init__(self, attribute: str) -> None:
+        self._attribute = attribute
+
+    def __get__(self, breaker: Any, owner: Any) -> Any:
+        if breaker is None:  # asked of the class
+            return self
+        with breaker._lock:
+            items = getattr(breaker, self._attribute)
+            if isinstance(items, tuple):
+                items = list(items)
+                self.__set__(breaker, items)
+            return items
+
+    def __set__(self, breaker: Any, items: Any) -> None:
+        with breaker._lock:
+            if isinstance(getattr(breaker, self._attribute, None), list):
+                items = list(items)
+            setattr(breaker, self._attribute, items)
+            breaker._find_shortcut()
+
+    def __delete__(self, breaker: Any) -> None:
+        # mock.patch does so before it puts the old value back.
+        delattr(breaker, self._attribute)
+
+
+class CircuitBreaker:
+    """Guards calls to one thing that can fail.
+
+    Failures in a row open the circuit when there are `fail_max` of them (a
+    whole number from 1; `math.inf` for a breaker that only observes). An open
+    circuit waits `reset_timeout` seconds for its trial (a number from 0;
+    `math.inf` to stay open until somebody closes it). `success_threshold`
+    trials have to succeed to close it (a whole number from 1).
+
+    `exclude` is an iterable of what is not a failure: classes, which match by
+    `isinstance`, and predicates, which are called with the exception.
+    `listeners` is an iterable of objects with methods of
+    `CircuitBreakerListener`. `state_storage` is a `CircuitBreakerStorage`; by
+    default the state is kept in memory. `name` is for messages and listeners.
+    `throw_new_error_on_trip` says what the failure that opens the circuit
+    raises: `CircuitBreakerError`, or if False what the function raised.
+
+    An argument of the wrong kind is a `TypeError`, one out of range a
+    `ValueError`; so it is in every setter, and a setter that refuses changes
+    nothing.
+
+    All of it may be used from any thread and from any number of tasks. The
+    lock guards transitions, counters and the telling of listeners; the guarded
+    call runs outside it.
+    """
+
+    _listeners = _OpenList("_told")
+    _excluded_exceptions = _OpenList("_excluded")
+
+    def __init__(
+        self,
+        fail_max: float = 5,
+        reset_timeout: float = 60,
+        exclude: Iterable[_Exclusion] | None = None,
+        listeners: Iterable[object] | None = None,
+        state_storage: CircuitBreakerStorage | None = None,
+        name: str | None = None,
+        throw_new_error_on_trip: bool = True,
+        success_threshold: float = 1,
+    ) -> None:
+        self._fail_max: float
+        self._reset_timeout: float
+        self._success_threshold: float
+        self._name: str | None
+        self.fail_max = fail_max
+        self.reset_timeout = reset_timeout
+        self.success_threshold = success_threshold
+        self.name = name
+        if not isinstance(throw_new_error_on_trip, bool):
+            raise TypeError(
+                f"throw_new_error_on_trip must be True or False, "
+                f"not {throw_new_error_on_trip!r}"
+            )
+        self._throw_new_error_on_trip = throw_new_error_on_trip
+        self._excluded: Any = _checked_exclusions(exclude)
+        self._told: Any = _checked_listeners(listeners)
+        if state_storage is None:
+            state_storage = CircuitMemoryStorage(STATE_CLOSED)
+        elif not isinstance(state_storage, CircuitBreakerStorage):
+            raise TypeError(
+                f"state_storage must be a CircuitBreakerStorage, not {state_storage!r}"
+            )
+        self._storage = state_storage
+        self._lock: threading.RLock = threading.RLock()
+        self._trial: _Trial | None = None  # the one that holds the place
+        self._cause = _BY_HAND  # of the move that is being made
+        self._unlogged: tuple[Any, ...] = ()
+        self._state: CircuitBreakerState = self._create_new_state(state_storage.state)
+        self._find_shortcut()
+        _breakers.add(self)
+
+    # Guarding.
+
+    @overload
+    def __call__(self, func: _F, /) -> _F: ...
+
+    @overload
+    def __call__(self, **options: bool) -> Callable[[_F], _F]: ...
+
+    def __call__(self, *functions: Any, **options: Any) -> Any:
+        """Decorate a function, coroutine function, generator function or async
+        generator function; it stays what it is.
+
+        `TypeError` if it is not callable. ``@breaker()`` and, for a function
+        that returns something to await,
+        ``@breaker(__pybreaker_call_async=True)`` are older spellings.
+        """
+        call_async = options.pop("__pybreaker_call_async", False)
+        if options or len(functions) > 1:
+            raise TypeError("a breaker decorates one function and takes no options")
+        if not functions:
+            return functools.partial(self._decorate, call_async=call_async)
+        return self._decorate(functions[0], call_async)
+
+    def _decorate(self, func: Any, call_async: bool = False) -> Any:
+        if not callable(func):
+            raise TypeError(f"a breaker guards what can be called, not {func!r}")
+        guard = CircuitBreaker._guard_coroutine if call_async else _guard_for(func)
+        if call_async or getattr(self.call, "__func__", None) is not _PLAIN_CALL:
+            # A subclass's own call() sees these calls too, and guards them.
+            through = self.call_async if call_async else self.call
+            guarded = guard(_UNGUARDED, functools.partial(through, func))
+        else:
+            guarded = guard(self, func)
+        return functools.update_wrapper(guarded, func)
+
+    def call(self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call `func` with the other arguments and return what it returns.
+
+        Raises `CircuitBreakerError` without calling it where the circuit does
+        not admit the call, and from its exception where that opens the circuit;
+        else what `func` raises. If `func` makes a coroutine, a generator or an
+        async generator, that is what is guarded, from its first step to its end.
+        """
+        try:
+            lazy = func.__code__.co_flags & _LAZY_FLAGS != 0
+        except AttributeError:
+            lazy = True
+        if lazy:
+            guard = _guard_for(func)
+            if guard is not CircuitBreaker._guard_function:
+                guarded = _called_like(guard(self, func), func)
+                return guarded(*args, **kwargs)  # type: ignore[no-any-return]
+        # From here on the same as in _guard_function, which has no frame to spare.
+        state, trial = self._state, None
+        if state._shortcut.state != STATE_CLOSED:
+            state, trial = self._admit(func, args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException as exc:
+            self._settle(state, trial, exc)
+            raise
+        try:
+            lazy = type(result) in _CODES_OF_RESULTS
+        except TypeError:  # a class that cannot be hashed
+            lazy = False
+        if lazy:
+            return self._guard_result(result, (state, trial))  # type: ignore[no-any-return]
+        if state._shortcut.counter:
+            self._settle(state, trial)
+        return result
+
+    @overload
+    async def call_async(
+        self, func: Callable[_P, Awaitable[_T]], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T: ...
+
+    @overload
+    async def call_async(
+        self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T: ...
+
+    async def call_async(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call `func`, await what it returns if that can be awaited, and return
+        the result. Admitted when awaited; raises as `call` does."""
+        return await self._guard_coroutine(func)(*args, **kwargs)
+
+    def calling(self) -> _Block:
+        """A context manager, for ``with`` and ``async with``, that guards one
+        block. It may span ``await`` and ``yield``, and be entered and left in
+        different threads. Entering and leaving raise as `call` does."""
+        return _Block(self)
+
+    # Steering: any time, from any thread, effective at once.
+
+    def open(self) -> bool:
+        """Open the circuit: calls are rejected for `reset_timeout` seconds.
+
+        An open circuit starts its timeout again. Returns whether a failure that
+        opened it should raise `CircuitBreakerError`.
+        """
+        with self._lock:
+            storage = self._storage
+            storage.reset_success_counter()
+            storage._open_now()
+            if self._cause.by_count:
+                storage.trip(self._fail_max)
+            else:
+                storage.state = STATE_OPEN
+            self._begin_era(STATE_OPEN)
+        self._log()
+        return self._throw_new_error_on_trip
+
+    def half_open(self) -> None:
+        """Half-open the circuit: the next call is a trial."""
+        with self._lock:
+            if not self._cause.by_trial:
+                self._storage.reset_success_counter()
+            self._storage.state = STATE_HALF_OPEN
+            self._begin_era(STATE_HALF_OPEN)
+        self._log()
+
+    def close(self) -> None:
+        """Close the circuit: calls pass, and failures are counted from 0."""
+        with self._lock:
+            self._storage.reset_counter()
+            self._storage.reset_success_counter()
+            self._storage.state = STATE_CLOSED
+            self._begin_era(STATE_CLOSED)
+        self._log()
+
+    @property
+    def state(self) -> CircuitBreakerState:
+        """The state, after a look at the storage. Set it to ``'closed'``,
+        ``'open'`` or ``'half-open'`` to move the circuit."""
+        with self._lock:
+            self._look()
+            state = self._state
+        self._log()
+        return state
+
+    @state.setter
+    def state(self, name: str) -> None:
+        if name == STATE_CLOSED:
+            self.close()
+        elif name == STATE_OPEN:
+            self.open()
+        elif name == STATE_HALF_OPEN:
+            self.half_open()
+        else:
+            raise ValueError(f"state must be {_STATE_NAMES}, not {name!r}")
+
+    @property
+    def fail_max(self) -> float:
+        """Failures in a row that open the circuit. Lowering it below the
+        present count opens nothing: the next failure does."""
+        return self._fail_max
+
+    @fail_max.setter
+    def fail_max(self, fail_max: float) -> None:
+        self._fail_max = _whole_number("fail_max", fail_max, 1, math.inf)
+
+    @property
+    def reset_timeout(self) -> float:
+        """Seconds from the opening to the trial, and that a trial may hold its
+        place. A change holds for a circuit that is already open."""
+        return self._reset_timeout
+
+    @reset_timeout.setter
+    def reset_timeout(self, reset_timeout: float) -> None:
+        self._reset_timeout = _seconds("reset_timeout", reset_timeout)
+
+    @property
+    def success_threshold(self) -> float:
+        """Successful trials that close the circuit."""
+        return self._success_threshold
+
+    @success_threshold.setter
+    def success_threshold(self, success_threshold: float) -> None:
+        self._success_threshold = _whole_number(
+            "success_threshold", success_threshold, 1
+        )
+
+    @property
+    def fail_counter(self) -> int:
+        """Failures in a row so far. Setting it opens nothing by itself."""
+        return self._storage.counter
+
+    @fail_counter.setter
+    def fail_counter(self, value: float) -> None:
+        count: int = _whole_number("fail_counter", value, 0)
+        with self._lock:
+            try:
+                self._storage.counter = count  # type: ignore[misc]
+            except AttributeError:  # this storage can only count
+                if count > self._fail_max:
+                    raise ValueError(
+                        f"fail_counter must be at most fail_max, {self._fail_max}, "
+                        f"on this storage, not {count!r}"
+                    ) from None
+                self._storage.reset_counter()
+                for _ in range(count):
+                    self._storage.increment_counter()
+
+    @property
+    def name(self) -> str | None:
+        """What messages call the breaker."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string or None, not {name!r}")
+        self._name = name
+
+    # Watching: any time, from any thread.
+
+    @property
+    def current_state(self) -> str:
+        """The state's name: ``'closed'``, ``'open'`` or ``'half-open'``. An open
+        circuit whose timeout has passed stays open until the next call."""
+        return self._storage.state
+
+    @property
+    def success_counter(self) -> int:
+        """Successful trials since the circuit was opened or moved by hand."""
+        return self._storage.success_counter
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until a call may be admitted, 0.0 where one may now. While a
+        trial runs, until it would lose its place. It can be `math.inf`."""
+        with self._lock:
+            name = self._storage.state
+            if name == self._state.name:
+                return self._state._wait()
+            return self._create_new_state(name)._wait()  # nobody is told of a look
+
+    def snapshot(self) -> dict[str, Any]:
+        """All there is to know, taken at one moment, as a dict for `json.dumps`.
+
+        Times are in seconds; ``opened_at`` is the last opening, in UTC by ISO
+        8601, or None. `math.inf` is None, as JSON has no word for it.
+        """
+        with self._lock:
+            moment = self._storage.opened_at
+            return {
+                "name": self._name,
+                "state": self._storage.state,
+                "fail_counter": self.fail_counter,
+                "fail_max": _finite(self._fail_max),
+                "success_counter": self.success_counter,
+                "success_threshold": self._success_threshold,
+                "reset_timeout": _finite(self._reset_timeout),
+                "opened_at": _utc(moment).isoformat() if moment else None,
+                "retry_after": _finite(self.retry_after),
+            }
+
+    def __repr__(self) -> str:
+        with self._lock:
+            state, wait = self._storage.state, self.retry_after
+            parts = [
+                f"{self._name or 'unnamed'}: {state}",
+                f"{self.fail_counter} of {self._fail_max} failures",
+            ]
+            if state == STATE_HALF_OPEN:
+                parts.append(
+                    f"{self.success_counter} of {self._success_threshold} successes"
+                )
+            if wait:
+                parts.append(f"next trial {_in(wait)}")
+            parts.append(f"reset_timeout {self._reset_timeout} s")
+        return f"<{type(self).__name__} {', '.join(parts)}>"
+
+    # Listeners and exclusions.
+
+    @property
+    def listeners(self) -> tuple[Any, ...]:
+        """The listeners, in the order in which they are told."""
+        return tuple(self._told)
+
+    def add_listener(self, listener: object) -> None:
+        """Add a listener. `TypeError` if it has none of a listener's methods."""
+        self.add_listeners(listener)
+
+    def add_listeners(self, *listeners: object) -> None:
+        """Add all these listeners, or none of them: see `add_listener`."""
+        added = [_checked_listener(listener) for listener in listeners]
+        with self._lock:
+            self._listeners = (*self._told, *added)
+
+    def remove_listener(self, listener: object) -> None:
+        """Remove a listener. `ValueError` if it is not there."""
+        with self._lock:
+            self._listeners = _without(self._told, listener, "listener")
+
+    @property
+    def excluded_exceptions(self) -> tuple[_Exclusion, ...]:
+        """The classes and predicates that say what is not a failure."""
+        return tuple(self._excluded)
+
+    def add_excluded_exception(self, exception: _Exclusion) -> None:
+        """Add a class or a predicate. `TypeError` if it is neither."""
+        self.add_excluded_exceptions(exception)
+
+    def add_excluded_exceptions(self, *exceptions: _Exclusion) -> None:
+        """Add all of these, or none: see `add_excluded_exception`."""
+        added = [_checked_exclusion(exception) for exception in exceptions]
+        with self._lock:
+            self._excluded_exceptions = (*self._excluded, *added)
+
+    def remove_excluded_exception(self, exception: _Exclusion) -> None:
+        """Remove a class or a predicate. `ValueError` if it is not there."""
+        with self._lock:
+            remaining = _without(self._excluded, exception, "exclusion")
+            self._excluded_exceptions = remaining
+
+    def is_system_error(self, exception: BaseException) -> bool:
+        """Whether the exception counts as a failure: no exclusion matches it.
+
+        Called outside the lock, and not for what abandons a call, such as
+        `KeyboardInterrupt`. A subclass may decide otherwise.
+        """
+        for exclusion in self._excluded:
+            try:
+                if isinstance(exclusion, type):
+                    excluded = isinstance(exception, exclusion)
+                else:
+                    excluded = bool(exclusion(exception))
+            except Exception:
+                logger.exception("%r could not judge an exception", exclusion)
+            else:
+                if excluded:
+                    return False
+        return True
+
+    # Guarding, one way for each kind of callable: admit, run, settle. These
+    # are called outside the lock, and what they make runs outside it.
+
+    def _guard_function(self, func: Any, admitted: _Admission | None = None) -> Any:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            state, trial = self._state, None
+            if state._shortcut.state != STATE_CLOSED:
+                state, trial = self._admit(func, args, kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except BaseException as exc:
+                self._settle(state, trial, exc)
+                raise
+            # Looking the class up was measured to be faster than comparing it
+            # with each of the three.
+            try:
+                lazy = type(result) in _CODES_OF_RESULTS
+            except TypeError:  # a class that cannot be hashed
+                lazy = False
+            if lazy:
+                return self._guard_result(result, (state, trial))
+            if state._shortcut.counter:
+                self._settle(state, trial)
+            return result
+
+        return guarded
+
+    def _guard_result(self, result: Any, admitted: _Admission) -> Any:
+        # A plain function made something lazy: the call lasts until that ends.
+        code = getattr(result, _CODES_OF_RESULTS[type(result)])
+        guard = _GUARDS_BY_FLAGS[code.co_flags & _LAZY_FLAGS]
+        return _called_like(guard(self, lambda: result, admitted), result)()
+
+    def _guard_coroutine(self, func: Any, admitted: _Admission | None = None) -> Any:
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            state, trial = self._state, None
+            if admitted is not None:
+                state, trial = admitted
+            elif state._shortcut.state != STATE_CLOSED:
+                state, trial = await self._admit_async(func, args, kwargs)
+            try:
+                result = func(*args, **kwargs)
+                if type(result) is _Coroutine or _is_awaitable(result):
+                    result = await result
+            except BaseException as exc:
+                self._settle(state, trial, exc)
+                raise
+            if state._shortcut.counter:
+                self._settle(state, trial)
+            return result
+
+        return guarded
+
+    def _guard_generator(self, func: Any, admitted: _Admission | None = None) -> Any:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            state, trial = admitted or self._admit(func, args, kwargs)
+            yielded, result = False, None
+            try:
+                generator = func(*args, **kwargs)
+                item = next(generator)
+                while True:
+                    yielded = True
+                    try:
+                        sent = yield item
+                    except BaseException as exc:
+                        item = generator.throw(exc)
+                    else:
+                        item = generator.send(sent)
+            except StopIteration as stop:
+                result = stop.value
+            except BaseException as exc:
+                self._settle(state, trial, _unless_closed(exc, yielded))
+                raise
+            self._settle(state, trial)
+            return result
+
+        return guarded
+
+    def _guard_iterable_coroutine(
+        self, func: Any, admitted: _Admission | None = None
+    ) -> Any:
+        return types.coroutine(CircuitBreaker._guard_generator(self, func, admitted))
+
+    def _guard_async_generator(
+        self, func: Any, admitted: _Admission | None = None
+    ) -> Any:
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            state, trial = admitted or await self._admit_async(func, args, kwargs)
+            yielded = False
+            try:
+                generator = func(*args, **kwargs)
+                item = await _first_step(generator)
+                while True:
+                    yielded = True
+                    try:
+                        sent = yield item
+                    except BaseException as exc:
+                        item = await generator.athrow(exc)
+                    else:
+                        item = await generator.asend(sent)
+            except StopAsyncIteration:
+                pass
+            except BaseException as exc:
+                self._settle(state, trial, _unless_closed(exc, yielded))
+                raise
+            self._settle(state, trial)
+
+        return guarded
+
+    # Admission: may this call run, and is it a trial?
+
+    def _admit(self, func: Any, args: Any, kwargs: Any, ask: bool = True) -> _Admission:
+        """Let a call in, or raise `CircuitBreakerError`.
+
+        Returns the state that admits the call and, if it is a trial, the trial.
+        That takes the place at once, but begins when the storage grants it.
+        """
+        state, storage = self._state, self._storage
+        if storage._open_book and storage.state == state.name:
+            # What is decided here changes nothing, so it needs no lock.
+            if state._has_shortcut:
+                if self._nobody_hears("before_call"):
+                    return state, None
+            elif self._nobody_hears("rejected"):
+                wait = state._wait()
+                if wait > 0.0 and not self._is_within_trial():
+                    raise self._error(state._reason, wait)
+        with self._lock:
+            self._look()
+            state, trial, wait = self._state, None, 0.0
+            if not state._admits_all:
+                wait = state._wait()
+                if wait == 0.0:
+                    trial = self._take_place()
+                elif self._is_within_trial():
+                    state, wait = _WITHIN, 0.0
+            if wait > 0.0:
+                self._tell("rejected", (func, *args), kwargs)
+            elif trial is None:
+                self._tell("before_call", (func, *args), kwargs)
+        if self._unlogged:
+            self._log()
+        if wait > 0.0:
+            raise self._error(state._reason, wait)
+        if trial is None or not ask:
+            return state, trial
+        return self._claim(state, trial, func, args, kwargs)
+
+    async def _admit_async(self, func: Any, args: Any, kwargs: Any) -> _Admission:
+        state, trial = self._admit(func, args, kwargs, ask=False)
+        if trial is None:
+            return state, None
+        return await self._claim_async(state, trial, func, args, kwargs)
+
+    def _claim(
+        self, state: Any, trial: _Trial, func: Any, args: Any, kwargs: Any
+    ) -> _Admission:
+        """Ask the storage for the trial: outside the lock, as it may take time."""
+        try:
+            granted = self._storage.claim_trial(self._reset_timeout)
+            begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+        except BaseException:
+            self._vacate(trial)
+            raise
+        finally:
+            self._log()
+        return (begun, trial) if begun else self._admit(func, args, kwargs)
+
+    async def _claim_async(
+        self, state: Any, trial: _Trial, func: Any, args: Any, kwargs: Any
+    ) -> _Admission:
+        try:
+            granted = await self._storage.claim_trial_async(self._reset_timeout)
+            begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+        except BaseException:
+            self._vacate(trial)
+            raise
+        finally:
+            self._log()
+        return (begun, trial) if begun else await self._admit_async(func, args, kwargs)
+
+    def _begin_trial(
+        self,
+        state: CircuitBreakerState,
+        trial: _Trial,
+        granted: bool,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> CircuitBreakerState | None:
+        """Begin a trial when the storage has answered. Returns its state, or
+        None if the circuit has moved on, so that admission starts again."""
+        with self._lock:
+            self._look()
+            if self._trial is not trial:
+                # A grant that nobody uses goes back.
+                if granted and self._trial is None:
+                    self._storage.release_trial()
+                self._vacate(trial)
+                return None
+            if not granted:
+                self._tell("rejected", (func, *args), kwargs)
+                raise self._error(f"{_REJECTED}: another breaker runs the trial", 0.0)
+            trial.granted = True
+            state._start_trial()
+            if self._trial is not trial:  # a listener moved the circuit
+                self._vacate(trial)
+                return None
+            state = self._state
+            self._tell("before_call", (func, *args), kwargs)
+            return state
+
+    def _take_place(self) -> _Trial:
+        if self._trial is not None:
+            self._trial.over = True
+        trial = self._trial = _Trial()
+        _trials.set((*(t for t in _trials.get() if not t.over), trial))
+        return trial
+
+    def _place_wait(self) -> float:
+        """Seconds until a call may take the place."""
+        trial = self._trial
+        if trial is None:
+            return 0.0
+        return max(0.0, self._reset_timeout - (time.monotonic() - trial.since))
+
+    def _vacate(self, trial: _Trial) -> None:
+        """End a trial: it gives the place back, if it still has it."""
+        trial.over = True
+        running = _trials.get()
+        if trial in running:
+            _trials.set(tuple(t for t in running if t is not trial))
+        with self._lock:
+            if self._trial is trial:
+                self._trial = None
+                if trial.granted:
+                    self._storage.release_trial()
+
+    def _is_within_trial(self) -> bool:
+        trial = self._trial
+        return trial is not None and trial.granted and trial in _trials.get()
+
+    # Settlement: what does the outcome change?
+
+    def _settle(
+        self,
+        state: CircuitBreakerState,
+        trial: _Trial | None,
+        exc: BaseException | None = None,
+    ) -> None:
+        """Take in how a call ended that `state` admitted, with `exc` if it
+        raised. Raises if that opens the circuit."""
+        storage = self._storage
+        try:
+            if exc is None:
+                failed = False
+            elif isinstance(exc, Exception) or not _is_abandonment(exc):
+                failed = self.is_system_error(exc)
+            else:
+                return
+            if not failed and self._has_nothing_to_settle(state):
+                return
+            with self._lock:
+                if storage.state != self._state.name:
+                    self._look()
+                if exc is None or not failed:
+                    if state is self._state:
+                        state._succeeded()
+                    self._tell("success", (), {})
+                else:
+                    if state is self._state:
+                        state._count_failure()
+                    if self._told:
+                        self._tell("failure", (exc,), {})
+                    if state is self._state:
+                        state._failed(exc)
+        finally:
+            exc = None  # if it is raised, its traceback holds this frame
+            if trial is not None:
+                self._vacate(trial)
+            if self._unlogged:
+                self._log()
+
+    def _has_nothing_to_settle(self, state: CircuitBreakerState) -> bool:
+        """Whether a success would change nothing, as seen without the lock."""
+        storage = self._storage
+        return (
+            state._has_shortcut
+            and storage._open_book
+            and storage.state == state.name
+            and not storage.counter
+            and self._nobody_hears("success")
+        )
+
+    def _inc_counter(self) -> None:
+        # With the lock held. Code in the field puts its own in this one's place.
+        self._storage.increment_counter()
+
+    # Transitions. The lock is held.
+
+    def _look(self) -> None:
+        """Follow the storage, if somebody else has moved it."""
+        name = self._storage.state
+        if name != self._state.name:
+            self._begin_era(name, found=True)
+
+    def _begin_era(self, name: str, found: bool = False) -> None:
+        """Put a new state in the place of the old one, and tell of it."""
+        old, trial = self._state, self._trial
+        # What listeners do because of this has causes of its own.
+        cause, self._cause = _FOUND if found else self._cause, _BY_HAND
+        new = self._create_new_state(name, prev_state=old, notify=True)
+        if found:
+            new._was_found()
+        self._state = new
+        old._shortcut = _NO_SHORTCUT
+        self._find_shortcut()
+        if trial is not None and not (cause.by_trial and trial.granted):
+            self._vacate(trial)
+        level = logging.WARNING if name == STATE_OPEN else logging.INFO
+        if logger.isEnabledFor(level):
+            # With the cause as a string: handlers keep what they are given.
+            message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
+            counter, timeout = self._storage.counter, self._reset_timeout
+            names = self._name or "unnamed breaker", name, old.name
+            self._log_later(level, message, *names, str(cause), counter, timeout)
+        self._tell("state_change", (old, new), {})
+
+    def _because(self, cause: _Cause, move: Callable[[], _T]) -> _T:
+        """Make a move that nobody makes by hand."""
+        self._cause = cause
+        try:
+            return move()
+        finally:
+            self._cause = _BY_HAND  # if a subclass has not moved at all
+
+    def _create_new_state(
+        self,
+        new_state: str,
+        prev_state: CircuitBreakerState | None = None,
+        notify: bool = False,
+    ) -> CircuitBreakerState:
+        # By the names that the module has for them now: tests replace these.
+        if new_state == STATE_CLOSED:
+            cls: Any = CircuitClosedState
+        elif new_state == STATE_OPEN:
+            cls = CircuitOpenState
+        elif new_state == STATE_HALF_OPEN:
+            cls = CircuitHalfOpenState
+        else:
+            raise ValueError(f"state must be {_STATE_NAMES}, not {new_state!r}")
+        state: CircuitBreakerState = cls(self, prev_state=prev_state, notify=notify)
+        state.name = new_state  # a mock in its place has none
+        return state
+
+    def _find_shortcut(self) -> None:
+        """Let calls pass without the lock where a closed state and no listener
+        leave no question but what the storage says, which can be seen."""
+        clear = (
+            self._state._has_shortcut and self._told == () and self._storage._open_book
+        )
+        self._state._shortcut = self._storage if clear else _NO_SHORTCUT
+
+    def _tell(self, event: str, args: Any, kwargs: Any) -> None:
+        for listener in self._told:
+            try:
+                method = getattr(listener, event, None)
+                if method is not None:
+                    method(self, *args, **kwargs)
+            except Exception as exc:
+                message = "%r failed to hear of %s"
+                self._log_later(logging.ERROR, message, listener, event, exc_info=exc)
+
+    def _log_later(self, *args: Any, **kwargs: Any) -> None:
+        # Not under the lock. A handler has locks of its own, and whoever holds
+        # them may be about to ask for this one, to format a breaker.
+        self._unlogged = (*self._unlogged, (args, kwargs))
+
+    def _log(self) -> None:
+        """Log what has happened under the lock, once it is released."""
+        if not self._unlogged:
+            return
+        is_owned = getattr(self._lock, "_is_owned", None)  # threading.Condition's way
+        if is_owned is None or not is_owned():
+            with self._lock:
+                unlogged, self._unlogged = self._unlogged, ()
+            for args, kwargs in unlogged:
+                logger.log(*args, **kwargs)
+
+    def _after_fork(self) -> None:
+        # A thread that held the lock or ran the trial stayed with the parent.
+        self._lock = threading.RLock()
+        self._trial = None
+
+    def _nobody_hears(self, event: str) -> bool:
+        """Whether telling the listeners of the event would do nothing."""
+        for listener in self._told:
+            try:
+                method = getattr(listener, event, None)
+                if method is not None:
+                    if getattr(method, "__func__", None) not in _DEAF:
+                        return False
+            except Exception:
+                return False  # _tell() will log it
+        return True
+
+    def _error(self, message: str, wait: float) -> CircuitBreakerError:
+        error = CircuitBreakerError(f"{self._name or 'unnamed breaker'}: {message}")
+        error.breaker = self
+        error.retry_after = wait
+        return error
+
+    @property
+    def _state_storage(self) -> CircuitBreakerStorage:
+        return self._storage
+
+    @_state_storage.setter
+    def _state_storage(self, storage: CircuitBreakerStorage) -> None:
+        with self._lock:
+            self._storage = storage
+            self._find_shortcut()
+
+    @_state_storage.deleter
+    def _state_storage(self) -> None:
+        del self._storage  # as in _OpenList
+
+
+class CircuitBreakerState:
+    """One era of a circuit: from one transition to the next.
+
+    A call remembers the state that admitted it, and its outcome counts only
+    while that very object is the breaker's state.
+
+    `before_call`, `on_success` and `on_failure` are for code that drives a
+    circuit by hand; older releases left no other way to guard a coroutine.
+    """
+
+    __slots__ = ("_breaker", "name", "_shortcut", "__dict__", "__weakref__")
+
+    _admits_all = False
+    _has_shortcut = False  # for calls that neither count nor have to be told
+    _reason = ""  # that a rejected call is told
+
+    def __init__(self, cb: CircuitBreaker, name: str) -> None:
+        self._breaker: CircuitBreaker = cb
+        self.name: str = name
+        self._shortcut: Any = _NO_SHORTCUT
+
+    def __init_subclass__(cls) -> None:
+        # A subclass may do more than its base, so it does not inherit this.
+        cls._has_shortcut = vars(cls).get("_has_shortcut", False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    def call(self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """The same as `CircuitBreaker.call`."""
+        return _PLAIN_CALL(self._breaker, func, *args, **kwargs)
+
+    def before_call(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        """The gate: raises `CircuitBreakerError` where a call would be rejected
+        now. Half-opens an open circuit whose timeout has passed. Neither calls
+        `func` nor takes the place of the trial."""
+        breaker = self._breaker
+        with breaker._lock:
+            state = breaker.state
+            wait = state._wait()
+            if wait == 0.0:
+                state._start_trial()
+            elif not breaker._is_within_trial():
+                raise breaker._error(state._reason, wait)
+        breaker._log()
+
+    def on_success(self) -> None:
+        """Decide what a success changes, if this era lasts."""
+        with self._breaker._lock:
+            if self is self._breaker._state:
+                self._succeeded()
+        self._breaker._log()
+
+    def on_failure(self, exc: BaseException) -> None:
+        """Decide what a failure changes that has been counted, if this era
+        lasts. Raises if it opens the circuit: `CircuitBreakerError` from `exc`,
+        or `exc` where `throw_new_error_on_trip` is False."""
+        try:
+            with self._breaker._lock:
+                if self is self._breaker._state:
+                    self._failed(exc)
+        finally:
+            del exc  # if it is raised, its traceback holds this frame
+            self._breaker._log()
+
+    def _handle_success(self) -> None:
+        self._breaker._settle(self, None)
+
+    def _handle_error(self, exc: BaseException, reraise: bool = True) -> None:
+        try:
+            self._breaker._settle(self, None, exc)
+            if reraise:
+                raise exc
+        finally:
+            del exc  # as above
+
+    # What each state answers in its own way. The lock is held.
+
+    def _wait(self) -> float:
+        """Seconds until a call may be admitted."""
+        return 0.0
+
+    def _start_trial(self) -> None:
+        """Make way for a trial."""
+
+    def _count_failure(self) -> None:
+        """Count the failure of a call that this state admitted."""
+
+    def _succeeded(self) -> None:
+        """Draw the conclusion from a success."""
+
+    def _failed(self, exc: BaseException) -> None:
+        """Draw the conclusion from a failure that has been counted."""
+
+    def _was_found(self) -> None:
+        """Begin an era that somebody else has begun in the storage."""
+
+    def _trip(self, exc: BaseException, message: str, cause: _Cause) -> NoReturn:
+        breaker = self._breaker
+        try:
+            if breaker._because(cause, breaker.open):
+                raise breaker._error(message, breaker._state._wait()) from exc
+            raise exc
+        finally:
+            del exc, cause  # as above
+
+
+class CircuitClosedState(CircuitBreakerState):
+    """Calls pass, and failures in a row are counted."""
+
+    __slots__ = ()
+
+    _admits_all = True
+    _has_shortcut = True
+
+    def __init__(
+        self,
+        cb: CircuitBreaker,
+        prev_state: CircuitBreakerState | None = None,
+        notify: bool = False,
+    ) -> None:
+        super().__init__(cb, STATE_CLOSED)
+
+    def _count_failure(self) -> None:
+        # The count is at the limit already where a listener that was told of
+        # the failure that brought it there has caused another one.
+        if self._breaker._storage.counter != self._breaker._fail_max:
+            self._breaker._inc_counter()
+
+    def _succeeded(self) -> None:
+        if self._breaker._storage.counter:
+            self._breaker._storage.reset_counter()
+
+    def _failed(self, exc: BaseException) -> None:
+        if self._breaker._storage.counter >= self._breaker._fail_max:
+            try:
+                self._trip(
+                    exc,
+                    "Failures threshold reached, circuit breaker opened",
+                    _Cause("too many failures in a row", exc, by_count=True),
+                )
+            finally:
+                del exc  # as above
+
+    def _was_found(self) -> None:
+        if self._breaker._storage.counter >= self._breaker._fail_max:
+            self._breaker._storage.reset_counter()
+
+
+class CircuitOpenState(CircuitBreakerState):
+    """Calls are rejected until the timeout has passed. No call that ends now
+    was admitted in this era, so none counts."""
+
+    __slots__ = ()
+
+    _reason = _REJECTED
+
+    def __init__(
+        self,
+        cb: CircuitBreaker,
+        prev_state: CircuitBreakerState | None = None,
+        notify: bool = False,
+    ) -> None:
+        super().__init__(cb, STATE_OPEN)
+
+    def _wait(self) -> float:
+        elapsed = self._breaker._storage.open_for()
+        timeout = self._breaker._reset_timeout
+        if elapsed < timeout:
+            return timeout - elapsed
+        return self._breaker._place_wait()
+
+    def _start_trial(self) -> None:
+        breaker = self._breaker
+        breaker._because(
+            _Cause("the timeout has passed", by_trial=True), breaker.half_open
+        )
+        if breaker._state is self:  # a subclass's half_open() did nothing
+            raise breaker._error(self._reason, 0.0)
+
+
+class CircuitHalfOpenState(CircuitBreakerState):
+    """One call at a time, the trial, finds out whether the trouble is over."""
+
+    __slots__ = ()
+
+    _reason = f"{_REJECTED}: a trial call is running"
+
+    def __init__(
+        self,
+        cb: CircuitBreaker,
+        prev_state: CircuitBreakerState | None = None,
+        notify: bool = False,
+    ) -> None:
+        super().__init__(cb, STATE_HALF_OPEN)
+
+    def _wait(self) -> float:
+        return self._breaker._place_wait()
+
+    def _count_failure(self) -> None:
+        self._breaker._inc_counter()
+
+    def _succeeded(self) -> None:
+        breaker, storage = self._breaker, self._breaker._storage
+        storage.increment_success_counter()
+        if storage.success_counter >= breaker._success_threshold:
+            breaker._because(_Cause("the trial succeeded"), breaker.close)
+
+    def _failed(self, exc: BaseException) -> None:
+        try:
+            self._trip(
+                exc,
+                "Trial call failed, circuit breaker opened",
+                _Cause("the trial failed", exc),
+            )
+        finally:
+            del exc  # as above
+
+
+class CircuitBreakerListener:
+    """Told what happens to a breaker. Override what you want to hear of.
+
+    The methods are called with the breaker's lock held, one at a time, in the
+    thread of the call. They may use the breaker; they must not wait for another
+    thread that does, nor use a breaker whose listeners use this one: both
+    deadlock. What they raise is logged on the logger ``pybreaker`` and changes
+    nothing, unless it is no `Exception`.
+    """
+
+    def before_call(
+        self, cb: CircuitBreaker, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """A call was admitted; `func` is called next."""
+
+    def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
+        """A call failed with `exc`. It is counted; whether it opens the
+        circuit is decided after this."""
+
+    def success(self, cb: CircuitBreaker) -> None:
+        """A call succeeded."""
+
+    def rejected(
+        self, cb: CircuitBreaker, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """A call was rejected; `func` is not called."""
+
+    def state_change(
+        self,
+        cb: CircuitBreaker,
+        old_state: CircuitBreakerState,
+        new_state: CircuitBreakerState,
+    ) -> None:
+        """The circuit moved; the change is complete."""
+
+
+class CircuitBreakerStorage:
+    """Where a circuit's state and counters are kept. Subclass it.
+
+    A subclass has at least `state`, `counter` and `opened_at` and the methods
+    `increment_counter` and `reset_counter`. In calls and transitions it is used
+    with the breaker's lock held and should not block, except for a claim.
+    """
+
+    __slots__ = ("__dict__", "__weakref__")
+
+    _name = ""
+    _successes = 0
+    _open_book = False  # whether it can be read without the lock
+
+    def __init_subclass__(cls) -> None:
+        # A subclass may do more than its base, so it does not inherit this.
+        cls._open_book = vars(cls).get("_open_book", False)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """What kind of storage it is."""
+        return self._name
+
+    @property
+    def state(self) -> str:
+        """The state's name. Settable."""
+        raise NotImplementedError
+
+    @state.setter
+    def state(self, state: str, /) -> None:
+        raise NotImplementedError
+
+    @property
+    def counter(self) -> int:
+        """Failures in a row."""
+        raise NotImplementedError
+
+    def increment_counter(self) -> None:
+        """Add one to `counter`."""
+        raise NotImplementedError
+
+    def reset_counter(self) -> None:
+        """Set `counter` to 0."""
+        raise NotImplementedError
+
+    @property
+    def success_counter(self) -> int:
+        """Successful trials. Kept here for storages that do not keep it."""
+        return self._successes
+
+    def increment_success_counter(self) -> None:
+        """Add one to `success_counter`."""
+        self._successes += 1
+
+    def reset_success_counter(self) -> None:
+        """Set `success_counter` to 0."""
+        self._successes = 0
+
+    @property
+    def opened_at(self) -> datetime | None:
+        """The moment of the last opening. Settable. A naive one is UTC; None
+        means that the timeout has passed."""
+        raise NotImplementedError
+
+    @opened_at.setter
+    def opened_at(self, moment: datetime, /) -> None:
+        raise NotImplementedError
+
+    def open_for(self) -> float:
+        """Seconds since the opening; by default from `opened_at`."""
+        return _age(self.opened_at)
+
+    def trip(self, fail_max: float) -> None:
+        """Open, because the count has reached `fail_max`."""
+        self.state = STATE_OPEN
+
+    def claim_trial(self, timeout: float) -> bool:
+        """Whether this breaker may run the trial that is due; for at least
+        `timeout` seconds nobody else may. Called without the lock."""
+        return True
+
+    async def claim_trial_async(self, timeout: float) -> bool:
+        """The same for coroutines, on whichever event loop they run."""
+        return self.claim_trial(timeout)
+
+    def release_trial(self) -> None:
+        """The trial that was claimed is over."""
+
+    def _open_now(self) -> None:
+        self.opened_at = datetime.now(timezone.utc)
+
+
+class CircuitMemoryStorage(CircuitBreakerStorage):
+    """Keeps the state in memory, and time by the monotonic clock.
+
+    When unpickled, it has been open for as long as the wall clock says.
+    """
+
+    # Plain attributes under both names, as a call reads them without the lock
+    # to see that it has nothing to do. Tests in the field use the private ones.
+    __slots__ = ("_state", "_fail_counter", "_success_counter", "_moment", "_opened")
+
+    _name = "memory"
+    _open_book = True
+
+    _state: str
+    _fail_counter: int
+    _success_counter: int
+    state: str
+    counter: int
+    success_counter: int
+
+    def __init__(self, state: str) -> None:
+        if state not in (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN):
+            raise ValueError(f"state must be {_STATE_NAMES}, not {state!r}")
+        self._state = state
+        self._fail_counter = 0
+        self._success_counter = 0
+        self._opened_at = None
+
+    def increment_counter(self) -> None:
+        """Add one to `counter`."""
+        self._fail_counter += 1
+
+    def reset_counter(self) -> None:
+        """Set `counter` to 0."""
+        self._fail_counter = 0
+
+    def increment_success_counter(self) -> None:
+        """Add one to `success_counter`."""
+        self._success_counter += 1
+
+    def reset_success_counter(self) -> None:
+        """Set `success_counter` to 0."""
+        self._success_counter = 0
+
+    @property
+    def opened_at(self) -> datetime | None:
+        """The moment of the last opening. Setting it moves the opening."""
+        return self._moment
+
+    @opened_at.setter
+    def opened_at(self, moment: datetime | None) -> None:
+        self._opened = time.monotonic() - _age(moment) if moment else _LONG_AGO
+        self._moment = moment
+
+    @opened_at.deleter
+    def opened_at(self) -> None:
+        del self._moment  # as in _OpenList
+
+    _opened_at = opened_at
+
+    def open_for(self) -> float:
+        """Seconds since the opening."""
+        return time.monotonic() - self._opened
+
+    def _open_now(self) -> None:
+        super()._open_now()
+        self._opened = time.monotonic()  # whatever the wall clock did meanwhile
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("_state", "_fail_counter", "_success_counter", "_opened_at")
+        return {**vars(self), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+CircuitMemoryStorage.state = CircuitMemoryStorage._state
+CircuitMemoryStorage.counter = CircuitMemoryStorage._fail_counter
+CircuitMemoryStorage.success_counter = CircuitMemoryStorage._success_counter
+
+
+class _Trial:
+    """A call that took the place. It refers to nothing, so that a context in
+    which it was forgotten keeps nothing alive."""
+
+    __slots__ = ("since", "granted", "over")
+
+    def __init__(self) -> None:
+        self.since: float = time.monotonic()
+        self.granted: bool = False  # by the storage
+        self.over: bool = False
+
+
+class _Cause:
+    """Why the circuit moves, in words and as far as it makes a difference."""
+
+    __slots__ = ("why", "exc", "by_count", "by_trial")
+
+    def __init__(
+        self,
+        why: str,
+        exc: BaseException | None = None,
+        by_count: bool = False,
+        by_trial: bool = False,
+    ) -> None:
+        self.why: str = why
+        self.exc: BaseException | None = exc
+        self.by_count: bool = by_count  # the failures have reached fail_max
+        self.by_trial: bool = by_trial  # a call half-opens the circuit for its trial
+
+    def __str__(self) -> str:
+        if self.exc is None:
+            return self.why
+        try:
+            return f"{self.why}: {self.exc!r}"
+        except Exception:  # the one that repr() raised
+            return f"{self.why}: {type(self.exc).__name__}"
+
+
+class _Block:
+    """What `CircuitBreaker.calling` returns: good for one use."""
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self._breaker = breaker
+        self._uses = [breaker]
+        self._admitted: _Admission | None = None
+
+    def _use(self) -> CircuitBreaker:
+        try:
+            return self._uses.pop()  # in one step, whatever other threads do
+        except IndexError:
+            raise RuntimeError("each breaker.calling() guards one block") from None
+
+    def __enter__(self) -> None:
+        breaker = self._use()
+        self._admitted = breaker._admit(breaker.calling, (), {})
+
+    async def __aenter__(self) -> None:
+        breaker = self._use()
+        self._admitted = await breaker._admit_async(breaker.calling, (), {})
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        if self._admitted is None:
+            raise RuntimeError("breaker.calling() was left without being entered")
+        (state, trial), self._admitted = self._admitted, None
+        try:
+            self._breaker._settle(state, trial, exc)
+        finally:
+            del exc, traceback  # they may hold this very frame
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        try:
+            self.__exit__(exc_type, exc, traceback)
+        finally:
+            del exc, traceback
+
+    def __call__(self, func: _F) -> _F:
+        """``@breaker.calling()`` decorates, as it did in older releases."""
+        return self._breaker(func)
+
+
+class _Unguarded:
+    """Takes the breaker's place in a decorated function where a subclass's own
+    call() is what guards it: admits everything, settles nothing."""
+
+    def __init__(self) -> None:
+        self._state = self
+        self._shortcut = CircuitMemoryStorage(STATE_CLOSED)
+
+    def _admit(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return self, None
+
+    async def _admit_async(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return self, None
+
+    def _settle(self, state: Any, trial: Any, exc: Any = None) -> None:
+        """Nothing is left to do: the call inside was settled."""
+
+    def _guard_result(self, result: Any, admitted: Any) -> Any:
+        return result
+
+
+# What inspect calls CO_GENERATOR, CO_COROUTINE, CO_ITERABLE_COROUTINE and
+# CO_ASYNC_GENERATOR; importing it would take longer than importing this module.
+_GENERATOR, _COROUTINE, _ITERABLE_COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x100, 0x200
+_LAZY_FLAGS = _GENERATOR | _COROUTINE | _ITERABLE_COROUTINE | _ASYNC_GENERATOR
+_GUARDS_BY_FLAGS = {
+    _GENERATOR: CircuitBreaker._guard_generator,
+    _COROUTINE: CircuitBreaker._guard_coroutine,
+    _GENERATOR | _ITERABLE_COROUTINE: CircuitBreaker._guard_iterable_coroutine,
+    _ASYNC_GENERATOR: CircuitBreaker._guard_async_generator,
+}
+_Generator, _Coroutine = types.GeneratorType, types.CoroutineType
+_AsyncGenerator = types.AsyncGeneratorType
+_CODES_OF_RESULTS = {
+    _Generator: "gi_code",
+    _Coroutine: "cr_code",
+    _AsyncGenerator: "ag_code",
+}
+
+
+def _guard_for(func: Any) -> Any:
+    """The guard for what calling `func` makes, as far as its code tells."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    # A bound method hands out the code of its function, as does an AsyncMock;
+    # of an object that can be called it is the code of its class's __call__.
+    code = getattr(func, "__code__", None)
+    if code is None:
+        code = getattr(getattr(type(func), "__call__", None), "__code__", None)
+    flags = 0 if code is None else code.co_flags & _LAZY_FLAGS
+    return _GUARDS_BY_FLAGS.get(flags, CircuitBreaker._guard_function)
+
+
+def _called_like(guarded: Any, original: Any) -> Any:
+    """Give what `guarded` makes the name that tracebacks and tasks show."""
+    for attribute in ("__name__", "__qualname__"):
+        name = getattr(original, attribute, None)
+        if isinstance(name, str):
+            setattr(guarded, attribute, name)
+    return guarded
+
+
+def _is_awaitable(result: Any) -> bool:
+    if type(result) is _Generator:
+        return bool(result.gi_code.co_flags & _ITERABLE_COROUTINE)
+    return hasattr(type(result), "__await__")
+
+
+def _first_step(generator: Any) -> Any:
+    # Unseen by the event loop. It closes what it has seen at its end, which is
+    # for the guard around the generator to do: two at a time cannot.
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        return generator.__anext__()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
+def _unless_closed(exc: BaseException, yielded: bool) -> BaseException | None:
+    # Closing a generator that has yielded is a success, not an exception.
+    return None if yielded and isinstance(exc, GeneratorExit) else exc
+
+
+def _is_abandonment(exc: BaseException) -> bool:
+    """Whether `exc` says that the call was given up, not how it went."""
+    if isinstance(exc, _imported(_GROUPS)):
+        return all(map(_is_abandonment, exc.exceptions))  # type: ignore[attr-defined]
+    return isinstance(exc, _imported(_ABANDONING))
+
+
+_GROUPS = "builtins.BaseExceptionGroup", "exceptiongroup.BaseExceptionGroup"
+_ABANDONING = (
+    "builtins.KeyboardInterrupt",
+    "builtins.SystemExit",
+    "builtins.GeneratorExit",
+    "asyncio.CancelledError",
+    "trio.Cancelled",
+    "greenlet.GreenletExit",
+)
+
+
+def _imported(names: tuple[str, ...]) -> tuple[type, ...]:
+    """Those of the classes that were imported; the others were never raised."""
+    found = []
+    for name in names:
+        module, _, attribute = name.partition(".")
+        cls = getattr(sys.modules.get(module), attribute, None)
+        if isinstance(cls, type):
+            found.append(cls)
+    return tuple(found)
+
+
+def _age(moment: datetime | None) -> float:
+    """Seconds since a moment, by the wall clock."""
+    if not moment:
+        return math.inf
+    return (datetime.now(timezone.utc) - _utc(moment)).total_seconds()
+
+
+def _utc(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=timezone.utc)
+    return moment.astimezone(timezone.utc)
+
+
+def _finite(number: float) -> float | None:
+    return None if number == math.inf else number
+
+
+def _in(seconds: float) -> str:
+    return "only by hand" if seconds == math.inf else f"in {seconds:.1f} s"
+
+
+def _whole_number(
+    parameter: str, value: Any, minimum: int, unlimited: float | None = None
+) -> Any:
+    """`value` as an int, or `unlimited` where it is that."""
+    if isinstance(value, float):
+        if value == unlimited:
+            return value
+        if not value.is_integer():
+            raise ValueError(f"{parameter} must be a whole number, not {value!r}")
+        number = int(value)
+    else:
+        number = _integer(parameter, value, "a whole number")
+    if number < minimum:
+        raise ValueError(f"{parameter} must be at least {minimum}, not {value!r}")
+    return number
+
+
+def _seconds(parameter: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        value = _integer(parameter, value, "a number of seconds")
+    if not 0 <= value:  # nor NaN
+        raise ValueError(f"{parameter} must be at least 0 seconds, not {value!r}")
+    if value > sys.float_info.max and value != math.inf:
+        raise ValueError(f"{parameter} is too long; use math.inf for no end: {value!r}")
+    return value
+
+
+def _integer(parameter: str, value: Any, what: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{parameter} must be {what}, not {value!r}") from None
+
+
+def _checked_exclusions(exclude: Any) -> tuple[Any, ...]:
+    if exclude is None:
+        return ()
+    if isinstance(exclude, (int, float)):
+        raise TypeError(
+            f"exclude must be an iterable of exception classes and predicates, not "
+            f"{exclude!r}; for a number of trials write success_threshold={exclude!r}"
+        )
+    if isinstance(exclude, type) or not _is_iterable(exclude):
+        how = getattr(exclude, "__name__", "...")
+        raise TypeError(
+            f"exclude must be an iterable of exception classes and predicates, not "
+            f"{exclude!r}; write exclude=[{how}]"
+        )
+    return tuple(_checked_exclusion(exclusion) for exclusion in exclude)
+
+
+def _checked_exclusion(exclusion: Any) -> Any:
+    if not isinstance(exclusion, type) and not callable(exclusion):
+        raise TypeError(
+            f"exclude takes exception classes and predicates that are called with "
+            f"the exception, not {exclusion!r}; write exclude=[ValueError, ...]"
+        )
+    return exclusion
+
+
+def _checked_listeners(listeners: Any) -> tuple[Any, ...]:
+    if listeners is None:
+        return ()
+    if not _is_iterable(listeners):
+        raise TypeError(
+            f"listeners must be an iterable of listeners, not {listeners!r}; "
+            f"write listeners=[...]"
+        )
+    return tuple(_checked_listener(listener) for listener in listeners)
+
+
+_EVENTS = ("before_call", "failure", "success", "rejected", "state_change")
+
+
+def _checked_listener(listener: Any) -> Any:
+    if isinstance(listener, type) and issubclass(listener, CircuitBreakerListener):
+        raise TypeError(f"listeners takes objects, not the class {listener!r}: add ()")
+    if not any(hasattr(listener, event) for event in _EVENTS):
+        raise TypeError(
+            f"listeners takes objects with at least one of the methods "
+            f"{', '.join(_EVENTS)}; {listener!r} has none"
+        )
+    return listener
+
+
+def _is_iterable(value: Any) -> bool:
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
+    remaining = list(items)
+    try:
+        remaining.remove(item)
+    except ValueError:
+        raise ValueError(
+            f"{item!r} is not there: no such {what} of the breaker"
+        ) from None
+    return tuple(remaining)
+
+
+_LONG_AGO = -math.inf
+
+# Methods of listeners that do nothing.
+_DEAF = frozenset(getattr(CircuitBreakerListener, event) for event in _EVENTS)
+
+_STATE_NAMES = f"{STATE_CLOSED!r}, {STATE_OPEN!r} or {STATE_HALF_OPEN!r}"
+_PLAIN_CALL = CircuitBreaker.call
+
+# Has failures to forget, so that no call passes it by.
+_NO_SHORTCUT = CircuitMemoryStorage(STATE_OPEN)
+_NO_SHORTCUT.counter = 1
+
+_UNGUARDED: Any = _Unguarded()
+
+# Admits the calls within a trial, so it never is a breaker's present state.
+_WITHIN = CircuitBreakerState(_UNGUARDED, "within a trial")
+
+_BY_HAND = _Cause("by hand")
+_FOUND = _Cause("found so in the storage")
+
+# The trials that the running code is within.
+_trials: contextvars.ContextVar[tuple[_Trial, ...]] = contextvars.ContextVar(
+    "pybreaker_trials", default=()
+)
+
+# All there are, for the child of a fork.
+_breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for breaker in _breakers:
+        breaker._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

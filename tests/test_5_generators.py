@@ -1,0 +1,1141 @@
+"""Generators, async generators and blocks: SPEC section 5, and 3 for trials."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import threading
+import types
+
+import pytest
+
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
+
+
+def drive(coroutine):
+    """Runs a coroutine that waits for nothing; that takes no event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("the coroutine waited for something")
+
+
+def elsewhere(func, *args):
+    """Calls it in a context that has nothing to do with this one."""
+    return contextvars.Context().run(func, *args)
+
+
+def rejects(breaker):
+    """Whether a call that is no part of a trial is rejected. One that is
+    admitted is abandoned, so that asking changes nothing."""
+
+    def probe():
+        raise KeyboardInterrupt
+
+    try:
+        elsewhere(breaker.call, probe)
+    except CircuitBreakerError:
+        return True
+    except KeyboardInterrupt:
+        return False
+
+
+class Sync:
+    """Steps of a generator."""
+
+    def __init__(self, breaker, *, decorate=True):
+        def echo():
+            """Yields what it was sent or thrown; a KeyError gets through, and
+            "stop" ends it."""
+            self.closed = False
+            item = "first"
+            try:
+                while item != "stop":
+                    try:
+                        item = yield item
+                    except ValueError as exc:
+                        item = exc
+                return "returned"
+            finally:
+                self.closed = True
+
+        self.made = breaker(echo)() if decorate else breaker.call(echo)
+
+    def next(self):
+        return next(self.made)
+
+    def send(self, value):
+        return self.made.send(value)
+
+    def throw(self, exc):
+        return self.made.throw(exc)
+
+    def close(self):
+        return self.made.close()
+
+    end = StopIteration
+
+
+class Async:
+    """Steps of an async generator."""
+
+    def __init__(self, breaker, *, decorate=True):
+        async def echo():
+            self.closed = False
+            item = "first"
+            try:
+                while item != "stop":
+                    try:
+                        item = yield item
+                    except ValueError as exc:
+                        item = exc
+            finally:
+                self.closed = True
+
+        self.made = breaker(echo)() if decorate else breaker.call(echo)
+
+    def next(self):
+        return drive(self.made.__anext__())
+
+    def send(self, value):
+        return drive(self.made.asend(value))
+
+    def throw(self, exc):
+        return drive(self.made.athrow(exc))
+
+    def close(self):
+        return drive(self.made.aclose())
+
+    end = StopAsyncIteration
+
+
+@pytest.fixture(params=[Sync, Async], ids=["generator", "async generator"])
+def make(request):
+    """`make(breaker)` is a guarded generator of either kind, with the same
+    names for the steps of both."""
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["decorated", "called"])
+def decorate(request):
+    return request.param
+
+
+# What passes through.
+
+
+def test_what_is_sent_and_yielded_passes_through(make, decorate):
+    """The generator and its user do not notice the breaker between them."""
+    generator = make(CircuitBreaker(), decorate=decorate)
+    assert generator.next() == "first"
+    assert generator.send("second") == "second"
+    assert generator.send(None) is None
+    assert generator.next() is None
+    item = object()
+    assert generator.send(item) is item
+
+
+def test_what_is_thrown_passes_through(make, decorate):
+    """The very exception arrives, and the generator may go on after it."""
+    breaker = CircuitBreaker()
+    generator = make(breaker, decorate=decorate)
+    generator.next()
+    error = ValueError()
+    assert generator.throw(error) is error
+    assert generator.send("on") == "on"
+    assert breaker.fail_counter == 0
+
+
+def test_what_is_thrown_and_not_caught_comes_back_and_counts(make, decorate):
+    """To the breaker it is what the generator raised."""
+    breaker = CircuitBreaker()
+    generator = make(breaker, decorate=decorate)
+    generator.next()
+    error = KeyError()
+    with pytest.raises(KeyError) as caught:
+        generator.throw(error)
+    assert caught.value is error
+    assert breaker.fail_counter == 1
+    with pytest.raises(make.end):
+        generator.next()
+    assert breaker.fail_counter == 1
+
+
+def test_the_return_value_passes_through():
+    """`yield from` gets it, as does who looks at StopIteration."""
+
+    @CircuitBreaker()
+    def guarded():
+        yield 1
+        return "returned"
+
+    def outer():
+        return (yield from guarded())
+
+    for generator in guarded(), outer():
+        assert next(generator) == 1
+        with pytest.raises(StopIteration) as caught:
+            next(generator)
+        assert caught.value.value == "returned"
+
+
+def test_a_generator_that_yields_nothing_returns_its_value():
+    """It ends with its first step, which is a success."""
+
+    @CircuitBreaker()
+    def guarded():
+        return "returned"
+        yield
+
+    with pytest.raises(StopIteration) as caught:
+        next(guarded())
+    assert caught.value.value == "returned"
+
+
+def test_an_ended_generator_stays_ended(make, recorder):
+    """Running it again admits nothing and settles nothing."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    generator = make(breaker)
+    generator.next()
+    with pytest.raises(make.end):
+        generator.send("stop")
+    with pytest.raises(make.end):
+        generator.next()
+    generator.close()
+    assert recorder.names == ["before_call", "success"]
+
+
+def test_a_guarded_generator_can_be_iterated():
+    """A for loop gets all items, and so does an asynchronous one."""
+    breaker = CircuitBreaker()
+
+    @breaker
+    def numbers():
+        yield from range(3)
+
+    @breaker
+    async def async_numbers():
+        for number in range(3):
+            yield number
+
+    async def collect():
+        return [number async for number in async_numbers()]
+
+    assert list(numbers()) == [0, 1, 2]
+    assert drive(collect()) == [0, 1, 2]
+
+
+# Admitted when first run, settled when it ends.
+
+
+def test_making_a_generator_admits_nothing(make, decorate, recorder):
+    """In a half-open circuit it takes no place, and none is told of it."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    breaker.add_listener(recorder)
+    generator = make(breaker, decorate=decorate)
+    assert breaker.retry_after == 0.0
+    generator.close()
+    assert recorder.events == []
+    assert breaker.current_state == "half-open"
+
+
+def test_a_generator_that_is_dropped_before_it_runs_decides_nothing(make, recorder):
+    """Nobody called anything."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    make(breaker)
+    gc.collect()
+    assert recorder.events == []
+
+
+def test_throwing_into_a_generator_that_has_not_run_decides_nothing(make, recorder):
+    """The function never ran, so there was no call."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    generator = make(breaker)
+    with pytest.raises(KeyError):
+        generator.throw(KeyError())
+    assert recorder.events == []
+    assert breaker.fail_counter == 0
+
+
+def test_the_rejection_comes_from_the_first_next(make, decorate):
+    """The call that makes the generator works, whatever the circuit says."""
+    breaker = CircuitBreaker()
+    breaker.open()
+    generator = make(breaker, decorate=decorate)
+    with pytest.raises(CircuitBreakerError):
+        generator.next()
+    assert not hasattr(generator, "closed")  # it did not run
+    with pytest.raises(make.end):
+        generator.next()
+
+
+def test_what_the_circuit_says_at_the_first_next_decides(make, decorate):
+    """A generator that was made while the circuit was open may run later."""
+    breaker = CircuitBreaker()
+    breaker.open()
+    generator = make(breaker, decorate=decorate)
+    breaker.close()
+    assert generator.next() == "first"
+
+
+def test_a_generator_goes_on_after_the_circuit_has_opened(make):
+    """It was admitted once, for all its steps; its outcome is late."""
+    breaker = CircuitBreaker(fail_max=1)
+    generator = make(breaker)
+    generator.next()
+    breaker.open()
+    assert generator.send("on") == "on"
+    with pytest.raises(KeyError):
+        generator.throw(KeyError())
+    assert breaker.fail_counter == 0
+
+
+def test_a_generator_settles_when_it_ends_and_not_before(make, decorate, recorder):
+    """A trial holds its place through all its steps."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.half_open()
+    breaker.add_listener(recorder)
+    generator = make(breaker, decorate=decorate)
+    generator.next()
+    generator.send("second")
+    assert recorder.names == ["before_call"]
+    assert rejects(breaker)
+    with pytest.raises(make.end):
+        generator.send("stop")
+    assert recorder.names == ["before_call", "state_change", "success"]
+    assert breaker.current_state == "closed"
+
+
+def test_a_generator_that_fails_between_two_items_opens_the_circuit(make, clock):
+    """The trip is raised from what the generator raised, to who ran it."""
+    breaker = CircuitBreaker(fail_max=1)
+    generator = make(breaker)
+    generator.next()
+    error = KeyError()
+    with pytest.raises(CircuitBreakerError) as caught:
+        generator.throw(error)
+    assert caught.value.__cause__ is error
+    assert breaker.current_state == "open"
+
+
+def test_wrong_arguments_are_a_failure_of_the_first_step():
+    """The function is called when the generator first runs."""
+    breaker = CircuitBreaker()
+
+    @breaker
+    def guarded(a):
+        yield a
+
+    generator = guarded()
+    with pytest.raises(TypeError):
+        next(generator)
+    assert breaker.fail_counter == 1
+
+
+# Closing early.
+
+
+def test_closing_a_generator_that_has_yielded_is_a_success(make, decorate, recorder):
+    """Who stops reading has got what he wanted; the generator cleans up first."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    breaker.half_open()
+    recorder.events.clear()
+    generator = make(breaker, decorate=decorate)
+    generator.next()
+    generator.close()
+    assert generator.closed
+    assert recorder.names == ["before_call", "state_change", "success"]
+    assert breaker.current_state == "closed"
+
+
+def test_dropping_a_generator_that_has_yielded_is_a_success(recorder):
+    """A loop that breaks out of it does that."""
+    breaker = CircuitBreaker(listeners=[recorder])
+
+    @breaker
+    def numbers():
+        yield from range(3)
+
+    for _ in numbers():
+        break
+    gc.collect()
+    assert recorder.names == ["before_call", "success"]
+
+
+def test_leaving_an_async_generator_to_the_event_loop_is_a_success(recorder):
+    """The loop closes what was not read to its end, cleaning up included."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    complaints, kept, cleaned = [], [], []
+
+    @breaker
+    async def numbers():
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append(True)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        for _ in range(2):
+            generator = numbers()
+            kept.append(generator)
+            assert await generator.__anext__() == 1
+
+    asyncio.run(main())
+    assert cleaned == [True, True]
+    assert complaints == []
+    assert recorder.names == ["before_call"] * 2 + ["success"] * 2
+
+
+def test_a_generator_that_was_closed_before_it_yielded_is_abandoned(recorder):
+    """It got nowhere, so it tells nothing, and a trial gives its place back."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    breaker.add_listener(recorder)
+
+    @types.coroutine
+    def wait():
+        yield
+
+    @breaker
+    async def guarded():
+        await wait()
+        yield 1
+
+    step = guarded().__anext__()
+    step.send(None)  # the generator waits for something
+    with pytest.raises(GeneratorExit):
+        step.throw(GeneratorExit())
+    assert recorder.names == ["before_call"]
+    assert breaker.current_state == "half-open"
+    assert not rejects(breaker)
+
+
+def test_a_generator_exit_before_the_first_item_is_abandoned(recorder):
+    """The generator raised it itself; nobody can close one that is running."""
+    breaker = CircuitBreaker(listeners=[recorder])
+
+    @breaker
+    def guarded():
+        raise GeneratorExit
+        yield
+
+    with pytest.raises(GeneratorExit):
+        next(guarded())
+    assert recorder.names == ["before_call"]
+
+
+def make_stubborn(breaker, on_close):
+    """A generator of each kind that does as `on_close` does when it is closed."""
+
+    @breaker
+    def stubborn():
+        try:
+            yield 1
+        except GeneratorExit:
+            on_close()
+
+    @breaker
+    async def async_stubborn():
+        try:
+            yield 1
+        except GeneratorExit:
+            on_close()
+
+    return stubborn(), async_stubborn()
+
+
+def close_both(generator, async_generator, expected):
+    next(generator)
+    drive(async_generator.__anext__())
+    with expected:
+        generator.close()
+    with expected:
+        drive(async_generator.aclose())
+
+
+def test_a_generator_may_return_when_it_is_closed(recorder):
+    """It need not raise GeneratorExit for the closing to be a success."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    close_both(*make_stubborn(breaker, lambda: None), contextlib.nullcontext())
+    assert recorder.names == ["before_call"] * 2 + ["success"] * 2
+
+
+def test_a_generator_that_fails_to_clean_up_is_a_failure(fail, boom):
+    """What it raises when it is closed counts and reaches who closed it."""
+    breaker = CircuitBreaker()
+    close_both(*make_stubborn(breaker, fail), pytest.raises(boom))
+    assert breaker.fail_counter == 2
+
+
+def test_an_interrupted_generator_is_abandoned_even_after_it_has_yielded(
+    make, recorder
+):
+    """Only closing is a success; Ctrl-C is not a close."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    generator = make(breaker)
+    generator.next()
+    with pytest.raises(KeyboardInterrupt):
+        generator.throw(KeyboardInterrupt())
+    assert recorder.names == ["before_call"]
+
+
+def test_a_generator_that_refuses_to_be_closed_is_no_success(recorder):
+    """Python says that it ignored GeneratorExit; it has not ended yet."""
+    breaker = CircuitBreaker(listeners=[recorder])
+
+    @breaker
+    def guarded():
+        with contextlib.suppress(GeneratorExit):
+            yield 1
+        yield 2
+
+    generator = guarded()
+    next(generator)
+    with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+        generator.close()
+    assert recorder.names == ["before_call"]
+    with pytest.raises(StopIteration):
+        next(generator)
+    assert recorder.names == ["before_call", "success"]
+
+
+# @contextmanager over @breaker.
+
+
+class Connection:
+    """A context manager of either kind over a guarded generator. It remembers
+    what it did, and swallows a ValueError."""
+
+    def __init__(self, breaker, kind):
+        self.kind, self.log = kind, []
+        if kind == "contextmanager":
+
+            @contextlib.contextmanager
+            @breaker
+            def connect():
+                self.log.append("connected")
+                try:
+                    yield "connection"
+                except ValueError:
+                    self.log.append("swallowed")
+                finally:
+                    self.log.append("disconnected")
+
+            self.connect = connect
+        else:
+
+            @contextlib.asynccontextmanager
+            @breaker
+            async def connect():
+                self.log.append("connected")
+                try:
+                    yield "connection"
+                except ValueError:
+                    self.log.append("swallowed")
+                finally:
+                    self.log.append("disconnected")
+
+            self.connect = connect
+
+    def run(self, body):
+        """Runs `body` with a connection."""
+
+        def sync_caller():
+            with self.connect() as connection:
+                return body(connection)
+
+        async def caller():
+            async with self.connect() as connection:
+                return body(connection)
+
+        return sync_caller() if self.kind == "contextmanager" else drive(caller())
+
+
+@pytest.fixture(params=["contextmanager", "asynccontextmanager"])
+def connect_to(request):
+    return lambda breaker: Connection(breaker, request.param)
+
+
+def test_the_body_of_a_guarded_context_manager_is_part_of_the_call(
+    connect_to, recorder
+):
+    """It gets what the generator yielded; the call ends after the clean-up."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    connection = connect_to(breaker)
+    told = connection.run(lambda given: (given, list(recorder.names)))
+    assert told == ("connection", ["before_call"])
+    assert connection.log == ["connected", "disconnected"]
+    assert recorder.names == ["before_call", "success"]
+
+
+def test_what_the_body_raises_counts(connect_to, fail, boom):
+    """The generator gets it thrown in and lets it through."""
+    breaker = CircuitBreaker()
+    connection = connect_to(breaker)
+    with pytest.raises(boom):
+        connection.run(fail)
+    assert connection.log == ["connected", "disconnected"]
+    assert breaker.fail_counter == 1
+
+
+def test_what_the_context_manager_swallows_does_not_count(connect_to, recorder):
+    """The generator decides what is a failure of its body."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    connection = connect_to(breaker)
+
+    def body(given):
+        raise ValueError
+
+    assert connection.run(body) is None
+    assert connection.log == ["connected", "swallowed", "disconnected"]
+    assert recorder.names == ["before_call", "success"]
+
+
+def test_where_the_circuit_is_open_the_body_does_not_run(connect_to):
+    """The rejection comes from entering the context manager."""
+    breaker = CircuitBreaker()
+    breaker.open()
+    connection, bodies = connect_to(breaker), []
+    with pytest.raises(CircuitBreakerError):
+        connection.run(bodies.append)
+    assert connection.log == bodies == []
+
+
+def test_calls_in_the_body_of_a_guarded_context_manager_belong_to_its_trial(
+    connect_to, fail, boom
+):
+    """The generator is suspended meanwhile, but its call still runs."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+
+    def body(given):
+        with pytest.raises(boom):
+            breaker.call(fail)
+        assert breaker.current_state == "half-open"
+        assert rejects(breaker)
+        return breaker.call(lambda: "inner")
+
+    assert connect_to(breaker).run(body) == "inner"
+    assert breaker.current_state == "closed"
+
+
+def test_a_stop_iteration_in_the_body_reaches_the_caller(connect_to):
+    """contextlib takes care of what Python makes of one in a generator."""
+    breaker = CircuitBreaker()
+    error = StopIteration()
+
+    def body(given):
+        raise error
+
+    # A coroutine cannot raise one, so its caller sees what Python makes of it.
+    with pytest.raises((StopIteration, RuntimeError)) as caught:
+        connect_to(breaker).run(body)
+    assert error in (caught.value, caught.value.__cause__)
+    assert breaker.fail_counter == 1
+
+
+# Blocks.
+
+
+def test_calling_alone_admits_nothing(recorder):
+    """The block is admitted when it is entered."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    breaker.half_open()
+    recorder.events.clear()
+    block = breaker.calling()
+    assert recorder.events == []
+    assert breaker.retry_after == 0.0
+    with block:
+        assert recorder.names == ["before_call"]
+
+
+def test_listeners_get_calling_as_the_function(recorder):
+    """A block has no function of its own, and no arguments."""
+    breaker = CircuitBreaker(listeners=[recorder])
+
+    async def caller():
+        async with breaker.calling():
+            pass
+
+    with breaker.calling():
+        pass
+    drive(caller())
+    before_call = ("before_call", breaker.calling, (), {})
+    assert recorder.events == [before_call, ("success",)] * 2
+
+
+def test_a_block_swallows_nothing(boom):
+    """What the block raises leaves it."""
+    breaker = CircuitBreaker()
+    error = boom()
+    with pytest.raises(boom) as caught, breaker.calling():
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("first", ["with", "async with"])
+@pytest.mark.parametrize("second", ["with", "async with"])
+def test_each_block_is_for_one_use(first, second, recorder):
+    """A second one is a mistake in the program, and no call."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    block = breaker.calling()
+
+    async def use(spelling):
+        if spelling == "with":
+            with block:
+                pass
+        else:
+            async with block:
+                pass
+
+    drive(use(first))
+    with pytest.raises(RuntimeError, match="one block"):
+        drive(use(second))
+    assert recorder.names == ["before_call", "success"]
+
+
+def test_a_block_cannot_be_entered_again_while_it_runs(recorder):
+    """The first use is not disturbed by the attempt."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    with breaker.calling() as nothing:
+        assert nothing is None
+    block = breaker.calling()
+    with block, pytest.raises(RuntimeError):
+        block.__enter__()
+    assert recorder.names == ["before_call", "success"] * 2
+
+
+def test_a_rejected_block_is_used_up_too():
+    """It was for that one call, which was rejected."""
+    breaker = CircuitBreaker()
+    breaker.open()
+    block = breaker.calling()
+    with pytest.raises(CircuitBreakerError):
+        block.__enter__()
+    breaker.close()
+    with pytest.raises(RuntimeError):
+        block.__enter__()
+
+
+@pytest.mark.parametrize("entered", [True, False])
+def test_a_block_is_left_as_often_as_it_was_entered(entered, recorder):
+    """Leaving it once more is a mistake in the program that settles nothing."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    block = breaker.calling()
+    if entered:
+        with block:
+            pass
+    with pytest.raises(RuntimeError):
+        block.__exit__(None, None, None)
+    with pytest.raises(RuntimeError):
+        drive(block.__aexit__(None, None, None))
+    assert recorder.names == ["before_call", "success"] * entered
+
+
+def test_only_one_of_many_threads_may_enter_a_block(recorder):
+    """However many try at once, it guards one block."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    block = breaker.calling()
+    start = threading.Barrier(8)
+    refused = []
+
+    def enter():
+        start.wait(PATIENCE)
+        try:
+            block.__enter__()
+        except RuntimeError as exc:
+            refused.append(exc)
+
+    run_in_threads(*[enter] * 8)
+    assert len(refused) == 7
+    assert recorder.names == ["before_call"]
+
+
+def run_in_threads(*functions):
+    """Runs each in a thread of its own; what one raises fails the test."""
+    errors = []
+
+    def run(function):
+        try:
+            function()
+        except BaseException as exc:
+            errors.append(exc)
+
+    threads = [
+        threading.Thread(target=run, args=[function], daemon=True)
+        for function in functions
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert errors == []
+
+
+def in_this_context(func, *args):
+    return func(*args)
+
+
+def in_another_context(func, *args):
+    return elsewhere(func, *args)
+
+
+def in_another_thread(func, *args):
+    run_in_threads(lambda: func(*args))
+
+
+places = pytest.mark.parametrize(
+    "leave_in",
+    [in_this_context, in_another_context, in_another_thread],
+    ids=lambda place: place.__name__,
+)
+
+
+@places
+@pytest.mark.parametrize("error", [None, KeyError(), KeyboardInterrupt()], ids=repr)
+def test_a_block_may_be_left_wherever_it_suits(leave_in, error, clock):
+    """Its outcome counts, and a trial gives its place back."""
+    breaker = CircuitBreaker(success_threshold=2, throw_new_error_on_trip=False)
+    breaker.half_open()
+    block = breaker.calling()
+    elsewhere(block.__enter__)
+    assert rejects(breaker)
+
+    def leave():
+        with contextlib.suppress(KeyError):
+            block.__exit__(error and type(error), error, None)
+
+    leave_in(leave)
+    if isinstance(error, KeyError):
+        assert breaker.current_state == "open"
+    else:
+        assert breaker.current_state == "half-open"
+        assert breaker.success_counter == (error is None)
+        assert not rejects(breaker)
+
+
+@places
+def test_once_a_block_was_left_nothing_belongs_to_it(leave_in, clock):
+    """Even where it was entered, although it was left somewhere else."""
+    breaker = CircuitBreaker(success_threshold=2)
+    breaker.half_open()
+    block, next_block = breaker.calling(), breaker.calling()
+    block.__enter__()
+    assert breaker.call(int) == 0
+    leave_in(block.__exit__, None, None, None)
+    elsewhere(next_block.__enter__)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+
+
+def test_a_block_entered_in_one_context_covers_no_calls_in_another(clock):
+    """Who has not entered it, and was not started by who has, is a stranger."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    block = breaker.calling()
+    context = contextvars.Context()
+    context.run(block.__enter__)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    assert context.run(breaker.call, int) == 0
+    assert context.copy().run(breaker.call, int) == 0
+    block.__exit__(None, None, None)
+    assert breaker.current_state == "closed"
+
+
+def test_a_block_that_is_left_elsewhere_covers_no_calls_there(clock):
+    """It belongs to where it was entered until it ends."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    block = breaker.calling()
+    elsewhere(block.__enter__)
+    entered = threading.Event()
+
+    def stranger():
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(int)
+        block.__exit__(None, None, None)
+        assert breaker.call(int) == 0
+        entered.set()
+
+    run_in_threads(stranger)
+    assert entered.is_set()
+
+
+# Blocks around yield: fixtures, and the dependencies of web frameworks.
+
+
+def fixture(breaker):
+    with breaker.calling():
+        yield "resource"
+
+
+async def async_fixture(breaker):
+    async with breaker.calling():
+        yield "resource"
+
+
+async def mixed_fixture(breaker):
+    with breaker.calling():
+        yield "resource"
+
+
+def step(generator):
+    """The next item of a generator of either kind, or "end"."""
+    if hasattr(generator, "__anext__"):
+
+        async def anext_or_end():
+            try:
+                return await generator.__anext__()
+            except StopAsyncIteration:
+                return "end"
+
+        return drive(anext_or_end())
+    return next(generator, "end")
+
+
+def throw(generator, exc):
+    if hasattr(generator, "athrow"):
+        return drive(generator.athrow(exc))
+    return generator.throw(exc)
+
+
+every_fixture = pytest.mark.parametrize(
+    "make_fixture",
+    [fixture, async_fixture, mixed_fixture],
+    ids=lambda kind: kind.__name__,
+)
+
+
+@every_fixture
+@places
+def test_a_block_around_yield_may_be_entered_and_left_anywhere(
+    make_fixture, leave_in, clock
+):
+    """A framework sets up in one thread or context and tears down in another."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    generator = make_fixture(breaker)
+    steps = []
+    in_another_thread(lambda: steps.append(step(generator)))
+    assert rejects(breaker)
+    leave_in(lambda: steps.append(step(generator)))
+    assert steps == ["resource", "end"]
+    assert breaker.current_state == "closed"
+
+
+@every_fixture
+@places
+def test_what_is_thrown_into_a_block_around_yield_counts(make_fixture, leave_in):
+    """The framework hands on what the code in between raised."""
+    breaker = CircuitBreaker(fail_max=1)
+    generator = make_fixture(breaker)
+    in_another_thread(step, generator)
+    error = KeyError()
+
+    def tear_down():
+        with pytest.raises(CircuitBreakerError) as caught:
+            throw(generator, error)
+        assert caught.value.__cause__ is error
+
+    leave_in(tear_down)
+    assert breaker.current_state == "open"
+
+
+@every_fixture
+def test_closing_a_block_around_yield_abandons_it(make_fixture, recorder):
+    """In a block, GeneratorExit is what it always is."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    generator = make_fixture(breaker)
+    step(generator)
+    if hasattr(generator, "aclose"):
+        drive(generator.aclose())
+    else:
+        generator.close()
+    assert recorder.names == ["before_call"]
+
+
+# Calls within the trial of a generator or a block.
+
+
+def test_calls_inside_the_generator_belong_to_its_trial(clock):
+    """A guarded generator may call what the same breaker guards."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+
+    @breaker
+    def guarded():
+        yield breaker.call(lambda: "inner")
+        yield breaker.call(lambda: "inner")
+
+    assert list(guarded()) == ["inner", "inner"]
+    assert breaker.current_state == "closed"
+
+
+def test_calls_between_the_items_belong_to_the_trial(make, decorate, fail, boom, clock):
+    """From where the generator was first run, until it ends."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    generator = make(breaker, decorate=decorate)
+    generator.next()
+    assert breaker.call(int) == 0
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert breaker.current_state == "half-open"
+    assert rejects(breaker)
+    with pytest.raises(make.end):
+        generator.send("stop")
+    assert breaker.current_state == "closed"
+
+
+def test_a_guarded_generator_within_the_trial_of_another_belongs_to_it(make, clock):
+    """Two generators side by side: only the first decides."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    outer, inner = make(breaker), make(breaker)
+    outer.next()
+    inner.next()
+    with pytest.raises(KeyError):
+        inner.throw(KeyError())
+    assert breaker.current_state == "half-open"
+    with pytest.raises(make.end):
+        outer.send("stop")
+    assert breaker.current_state == "closed"
+
+
+def test_where_the_generator_was_first_run_is_what_counts(make, clock):
+    """Running it on in another context makes nothing there belong to it."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    generator = make(breaker)
+    context = contextvars.Context()
+    context.run(generator.next)
+    assert generator.send("on") == "on"
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    assert context.run(breaker.call, int) == 0
+
+
+def test_two_half_open_breakers_may_be_in_each_others_trials(make, clock):
+    """Other breakers' trials in between change nothing."""
+    first, second = CircuitBreaker(), CircuitBreaker()
+    first.half_open()
+    second.half_open()
+    generators = make(first), make(second)
+    for generator in generators:
+        generator.next()
+    for breaker in first, second:
+        assert breaker.call(int) == 0
+        assert breaker.current_state == "half-open"
+    for generator in generators:  # not the other way about, as blocks would
+        with pytest.raises(make.end):
+            generator.send("stop")
+    assert first.current_state == second.current_state == "closed"
+
+
+def begin_generator(breaker):
+    generator = Sync(breaker)
+    generator.next()
+    return generator
+
+
+def begin_async_generator(breaker):
+    generator = Async(breaker)
+    generator.next()
+    return generator
+
+
+def begin_block(breaker):
+    block = breaker.calling()
+    block.__enter__()
+    return block
+
+
+def begin_async_block(breaker):
+    block = breaker.calling()
+    drive(block.__aenter__())
+    return block
+
+
+every_beginning = pytest.mark.parametrize(
+    "begin",
+    [begin_generator, begin_async_generator, begin_block, begin_async_block],
+    ids=lambda begin: begin.__name__,
+)
+
+
+@every_beginning
+def test_a_trial_that_is_never_finished_holds_its_place_for_a_while(begin, clock):
+    """A call in its context belongs, another one is rejected until it may
+    take the place over."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.half_open()
+    unfinished = begin(breaker)
+    clock.advance(59)
+    assert breaker.call(int) == 0
+    assert breaker.current_state == "half-open"
+    assert rejects(breaker)
+    clock.advance(1)
+    assert elsewhere(breaker.call, int) == 0
+    assert breaker.current_state == "closed"
+    del unfinished
+
+
+@every_beginning
+def test_a_trial_that_is_never_finished_does_not_hold_its_own_context_for_ever(
+    begin, clock, fail
+):
+    """After the timeout the next call takes the place over, there too: else a
+    program of one thread would never hear of its circuit again."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.half_open()
+    unfinished = begin(breaker)
+    clock.advance(60)
+    with pytest.raises(CircuitBreakerError, match="Trial call failed"):
+        breaker.call(fail)
+    assert breaker.current_state == "open"
+    del unfinished
+
+
+@every_beginning
+def test_a_new_era_ends_what_belongs_to_a_trial_that_is_never_finished(begin):
+    """Somebody's hand helps where nothing else does."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    unfinished = begin(breaker)
+    breaker.open()
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    breaker.half_open()
+    assert breaker.call(int) == 0
+    assert breaker.current_state == "closed"
+    del unfinished
+
+
+@pytest.mark.parametrize(
+    "begin", [begin_generator, begin_async_generator], ids=lambda begin: begin.__name__
+)
+def test_an_unfinished_generator_that_lost_its_place_gives_none_back(begin, clock):
+    """Closing it late counts as a success, but the place is another's."""
+    breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
+    breaker.half_open()
+    unfinished = elsewhere(begin, breaker)
+    clock.advance(60)
+    taker = breaker.calling()
+    elsewhere(taker.__enter__)
+    unfinished.close()
+    assert breaker.success_counter == 1
+    assert rejects(breaker)
+    taker.__exit__(None, None, None)
+    assert not rejects(breaker)

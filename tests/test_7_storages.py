@@ -1,0 +1,1585 @@
+"""Section 7: storages, those in the field and what a new one may do besides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import math
+import pickle
+import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from unittest import mock
+
+import pytest
+from freezegun import freeze_time
+
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerStorage,
+    CircuitMemoryStorage,
+)
+
+MINUTE = timedelta(seconds=60)
+
+
+class PlainStorage(CircuitBreakerStorage):
+    """A storage as 1.4 has them, which notes what is written to it."""
+
+    def __init__(self, state="closed"):
+        super().__init__("plain")
+        self.values = {"state": state, "counter": 0, "success": 0, "opened_at": None}
+        self.writes = []
+
+    def write(self, key, value):
+        self.writes.append(key)
+        self.values[key] = value
+
+    @property
+    def state(self):
+        return self.values["state"]
+
+    @state.setter
+    def state(self, state):
+        self.write("state", state)
+
+    @property
+    def counter(self):
+        return self.values["counter"]
+
+    def increment_counter(self):
+        self.write("counter", self.values["counter"] + 1)
+
+    def reset_counter(self):
+        self.write("counter", 0)
+
+    @property
+    def success_counter(self):
+        return self.values["success"]
+
+    def increment_success_counter(self):
+        self.write("success", self.values["success"] + 1)
+
+    def reset_success_counter(self):
+        self.write("success", 0)
+
+    @property
+    def opened_at(self):
+        return self.values["opened_at"]
+
+    @opened_at.setter
+    def opened_at(self, moment):
+        self.write("opened_at", moment)
+
+
+class OldStorage(CircuitBreakerStorage):
+    """A storage from before 1.2: no success counter, and no super().__init__()."""
+
+    def __init__(self):
+        self._row = {"state": "closed", "counter": 0, "opened_at": None}
+
+    @property
+    def state(self):
+        return self._row["state"]
+
+    @state.setter
+    def state(self, state):
+        self._row["state"] = state
+
+    @property
+    def counter(self):
+        return self._row["counter"]
+
+    def increment_counter(self):
+        self._row["counter"] += 1
+
+    def reset_counter(self):
+        self._row["counter"] = 0
+
+    @property
+    def opened_at(self):
+        return self._row["opened_at"]
+
+    @opened_at.setter
+    def opened_at(self, moment):
+        self._row["opened_at"] = moment
+
+
+class SQLiteStorage(CircuitBreakerStorage):
+    """A row in an SQLite database, which any thread and any process may share.
+
+    It keeps naive UTC timestamps, as old storages do.
+    """
+
+    def __init__(self, path):
+        super().__init__("sqlite")
+        self.path = path
+        self._execute(
+            "CREATE TABLE IF NOT EXISTS circuit"
+            " (id INTEGER PRIMARY KEY, state TEXT, counter INTEGER,"
+            " success_counter INTEGER, opened_at TEXT)"
+        )
+        self._execute("INSERT OR IGNORE INTO circuit VALUES (1, 'closed', 0, 0, NULL)")
+
+    def _execute(self, statement, *values):
+        with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as connection:
+            with connection:
+                return connection.execute(statement, values).fetchone()
+
+    def _read(self, column):
+        return self._execute(f"SELECT {column} FROM circuit")[0]
+
+    def _write(self, column, value):
+        self._execute(f"UPDATE circuit SET {column} = ?", value)
+
+    @property
+    def state(self):
+        return self._read("state")
+
+    @state.setter
+    def state(self, state):
+        self._write("state", state)
+
+    @property
+    def counter(self):
+        return self._read("counter")
+
+    def increment_counter(self):
+        self._execute("UPDATE circuit SET counter = counter + 1")
+
+    def reset_counter(self):
+        self._write("counter", 0)
+
+    @property
+    def success_counter(self):
+        return self._read("success_counter")
+
+    def increment_success_counter(self):
+        self._execute("UPDATE circuit SET success_counter = success_counter + 1")
+
+    def reset_success_counter(self):
+        self._write("success_counter", 0)
+
+    @property
+    def opened_at(self):
+        text = self._read("opened_at")
+        return datetime.fromisoformat(text) if text else None
+
+    @opened_at.setter
+    def opened_at(self, moment):
+        naive = moment.astimezone(timezone.utc).replace(tzinfo=None)
+        self._write("opened_at", naive.isoformat())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "circuit.sqlite")
+
+
+@pytest.fixture(params=["memory", "plain", "old", "sqlite"])
+def storage(request, path):
+    """One of each kind."""
+    if request.param == "memory":
+        return CircuitMemoryStorage("closed")
+    if request.param == "sqlite":
+        return SQLiteStorage(path)
+    return PlainStorage() if request.param == "plain" else OldStorage()
+
+
+def trip(breaker, fail):
+    with pytest.raises(CircuitBreakerError):
+        while True:
+            with contextlib.suppress(type(call_error(fail))):
+                breaker.call(fail)
+
+
+def call_error(func):
+    try:
+        func()
+    except Exception as exc:
+        return exc
+
+
+def elsewhere(func, *args):
+    """Calls the function in another thread and returns what it returns."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(func, *args).result(10)
+
+
+def is_locked(breaker):
+    """Whether another thread would have to wait for the lock."""
+
+    def try_it():
+        free = breaker._lock.acquire(blocking=False)
+        if free:
+            breaker._lock.release()
+        return not free
+
+    return elsewhere(try_it)
+
+
+# A storage of the user's own.
+
+
+def test_a_breaker_lives_a_whole_life_in_the_storage(storage, fail, boom, recorder):
+    """Failures, opening, rejection, a failed trial, a good one."""
+    breaker = CircuitBreaker(
+        fail_max=2, reset_timeout=60, state_storage=storage, listeners=[recorder]
+    )
+    assert breaker.call(int) == 0
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert breaker.fail_counter == storage.counter == 1
+    assert breaker.call(int) == 0
+    assert breaker.fail_counter == storage.counter == 0
+    trip(breaker, fail)
+    assert breaker.fail_counter == storage.counter == 2
+    assert breaker.current_state == storage.state == "open"
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert 0 < rejected.value.retry_after <= 60
+    storage.opened_at = datetime.now(timezone.utc) - MINUTE
+    with pytest.raises(CircuitBreakerError, match="Trial call failed"):
+        breaker.call(fail)
+    assert breaker.current_state == storage.state == "open"
+    assert breaker.fail_counter == storage.counter == 3
+    storage.opened_at = datetime.now(timezone.utc) - MINUTE
+    assert breaker.call(int) == 0
+    assert breaker.current_state == storage.state == "closed"
+    assert breaker.fail_counter == storage.counter == 0
+    assert recorder.transitions == [
+        ("closed", "open"),
+        ("open", "half-open"),
+        ("half-open", "open"),
+        ("open", "half-open"),
+        ("half-open", "closed"),
+    ]
+
+
+def test_an_old_storage_serves_a_breaker_that_needs_one_success():
+    """It lacks the success counter, and nothing of that sort is missed."""
+    breaker = CircuitBreaker(state_storage=OldStorage())
+    breaker.half_open()
+    assert breaker.success_counter == 0
+    assert breaker.call(int) == 0
+    assert (breaker.current_state, breaker.success_counter) == ("closed", 0)
+
+
+def test_the_success_counter_is_in_the_storage(path):
+    """Where the storage has one, breakers that share it count together."""
+    first, second = (
+        CircuitBreaker(success_threshold=2, state_storage=SQLiteStorage(path))
+        for _ in range(2)
+    )
+    first.half_open()
+    first.call(int)
+    assert first.success_counter == second.success_counter == 1
+    second.call(int)
+    assert first.current_state == second.current_state == "closed"
+    assert first.success_counter == second.success_counter == 0
+
+
+def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
+    """A process that shares the circuit may have had some already."""
+    storage = PlainStorage()
+    breaker = CircuitBreaker(
+        reset_timeout=60, success_threshold=3, state_storage=storage
+    )
+    breaker.open()
+    storage.opened_at -= MINUTE
+    storage.values["success"] = 1
+    breaker.call(int)
+    assert (breaker.current_state, breaker.success_counter) == ("half-open", 2)
+
+
+def test_a_storage_has_a_name():
+    """What its class gave to super().__init__()."""
+    assert PlainStorage().name == "plain"
+    assert CircuitBreakerStorage("redis").name == "redis"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda storage: storage.state,
+        lambda storage: setattr(storage, "state", "open"),
+        lambda storage: storage.counter,
+        lambda storage: storage.increment_counter(),
+        lambda storage: storage.reset_counter(),
+        lambda storage: storage.opened_at,
+        lambda storage: setattr(storage, "opened_at", None),
+    ],
+)
+def test_what_a_storage_must_have_is_missing_in_the_base(use):
+    """A forgotten method says so when it is used."""
+    with pytest.raises(NotImplementedError):
+        use(CircuitBreakerStorage("base"))
+
+
+def test_a_storage_is_used_only_under_the_lock(fail, boom):
+    """Such storages were written in that shelter: in calls and transitions."""
+    unlocked = []
+
+    class Guarded(PlainStorage):
+        breaker = None
+
+        def __getattribute__(self, name):
+            if name in STORAGE_NAMES and self.breaker and not is_locked(self.breaker):
+                unlocked.append(name)
+            return super().__getattribute__(name)
+
+        def __setattr__(self, name, value):
+            if name in STORAGE_NAMES and self.breaker and not is_locked(self.breaker):
+                unlocked.append(name)
+            super().__setattr__(name, value)
+
+    storage = Guarded()
+    breaker = CircuitBreaker(
+        fail_max=2, reset_timeout=60, success_threshold=2, state_storage=storage
+    )
+    guarded = breaker(int)
+    storage.breaker = breaker
+    guarded()
+    with pytest.raises(boom):
+        breaker.call(fail)
+    breaker.call(int)
+    trip(breaker, fail)
+    with pytest.raises(CircuitBreakerError):
+        guarded()
+    storage.values["opened_at"] -= MINUTE
+    guarded()
+    asyncio.run(breaker.call_async(int))
+    with breaker.calling():
+        pass
+    breaker.half_open()
+    breaker.open()
+    breaker.close()
+    assert unlocked == []
+
+
+STORAGE_NAMES = {
+    "state",
+    "counter",
+    "success_counter",
+    "opened_at",
+    "increment_counter",
+    "reset_counter",
+    "increment_success_counter",
+    "reset_success_counter",
+    "open_for",
+    "trip",
+    "release_trial",
+}
+
+
+# Two breakers over one storage.
+
+
+def test_two_breakers_in_two_threads_share_a_file(path, boom, fail):
+    """They take turns to fail, and open together; one trial closes for both."""
+    turn = threading.Barrier(2, timeout=10)
+
+    def run(index):
+        storage = SQLiteStorage(path)
+        breaker = CircuitBreaker(fail_max=4, reset_timeout=60, state_storage=storage)
+        seen = []
+        for step in range(4):
+            turn.wait()
+            if step % 2 == index:
+                try:
+                    breaker.call(fail)
+                except boom:
+                    seen.append("failed")
+                except CircuitBreakerError:
+                    seen.append("tripped")
+        turn.wait()
+        seen.append((breaker.state.name, breaker.fail_counter))
+        with pytest.raises(CircuitBreakerError, match="Timeout not elapsed yet"):
+            breaker.call(int)
+        turn.wait()
+        if index == 0:
+            storage.opened_at = datetime.now(timezone.utc) - MINUTE
+            breaker.call(int)
+        turn.wait()
+        seen.append((breaker.state.name, breaker.fail_counter))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(run, index) for index in range(2))
+        assert first.result(30) == ["failed", "failed", ("open", 4), ("closed", 0)]
+        assert second.result(30) == ["failed", "tripped", ("open", 4), ("closed", 0)]
+
+
+def test_two_breakers_that_fail_at_once_lose_no_failure(path, boom, fail):
+    """Each counts in the database, and no count is overwritten."""
+
+    def run():
+        breaker = CircuitBreaker(fail_max=1000, state_storage=SQLiteStorage(path))
+        for _ in range(20):
+            with pytest.raises(boom):
+                breaker.call(fail)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(run) for _ in range(2)]:
+            future.result(60)
+    assert SQLiteStorage(path).counter == 40
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+def test_each_of_two_breakers_may_have_a_trial(kind):
+    """The storage grants it to all, unless it says otherwise."""
+    storage = kind("closed")
+    first, second = (
+        CircuitBreaker(success_threshold=3, state_storage=storage) for _ in range(2)
+    )
+    first.half_open()
+
+    def trial():
+        with pytest.raises(CircuitBreakerError):
+            elsewhere(first.call, int)
+        return elsewhere(second.call, str)
+
+    assert first.call(trial) == ""
+    assert storage.success_counter == 2
+
+
+def test_each_of_two_breakers_tells_its_own_listeners(recorder, fail):
+    """Of the transition that it made, and of the one that it found."""
+    storage = CircuitMemoryStorage("closed")
+    told = type(recorder)()
+    first = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[recorder])
+    second = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[told])
+    trip(first, fail)
+    assert told.transitions == []
+    with pytest.raises(CircuitBreakerError):
+        second.call(int)
+    assert recorder.transitions == told.transitions == [("closed", "open")]
+
+
+# Changes from outside.
+
+
+def look_by_a_call(breaker):
+    with contextlib.suppress(CircuitBreakerError):
+        breaker.call(int)
+
+
+async def look_by_an_awaited_call(breaker):
+    with contextlib.suppress(CircuitBreakerError):
+        await breaker.call_async(int)
+
+
+LOOKS = {
+    "call": look_by_a_call,
+    "call_async": lambda breaker: asyncio.run(look_by_an_awaited_call(breaker)),
+    "state": lambda breaker: breaker.state,
+}
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_circuit_that_a_test_opens_is_open(look, kind, recorder):
+    """breaker._state_storage.state = "open" is found at the next look, and told."""
+    breaker = CircuitBreaker(state_storage=kind("closed"), listeners=[recorder])
+    old = breaker.state
+    breaker._state_storage.opened_at = datetime.now(timezone.utc)
+    breaker._state_storage.state = "open"
+    assert breaker.current_state == "open"
+    assert recorder.events == []
+    LOOKS[look](breaker)
+    assert recorder.events == [("state_change", "closed", "open")]
+    assert breaker.state is not old
+    assert breaker.state.name == "open"
+    assert len(recorder.events) == 1
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@freeze_time("2020-02-29 12:30:00")
+def test_retry_after_goes_by_what_the_storage_says(kind):
+    """Even where no call has found it out yet."""
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=kind("closed"))
+    breaker._state_storage.opened_at = datetime.now(timezone.utc)
+    breaker._state_storage.state = "open"
+    assert breaker.retry_after == 60
+    breaker._state_storage.state = "closed"
+    assert breaker.retry_after == 0.0
+
+
+def test_a_circuit_that_is_moved_during_a_call_is_found_when_it_settles(recorder):
+    """The outcome is late then: it counts for nothing in the new era."""
+    storage = PlainStorage()
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[recorder])
+
+    def moved(error):
+        storage.values["state"] = "half-open"
+        raise error
+
+    with pytest.raises(RuntimeError):
+        breaker.call(moved, RuntimeError())
+    assert recorder.names == ["before_call", "state_change", "failure"]
+    assert breaker.state.name == "half-open"
+    assert (breaker.fail_counter, storage.writes) == (0, [])
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+def test_a_trial_whose_circuit_is_moved_from_outside_is_late(kind, recorder):
+    """Its success does not close what somebody else has opened."""
+    storage = kind("half-open")
+    breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
+
+    def opened_meanwhile():
+        storage.opened_at = datetime.now(timezone.utc)
+        storage.state = "open"
+
+    breaker.call(opened_meanwhile)
+    assert breaker.current_state == "open"
+    assert recorder.transitions == [("half-open", "open")]
+    storage.state = "half-open"
+    assert breaker.call(int) == 0
+    assert breaker.current_state == "closed"
+
+
+@pytest.mark.parametrize("name", ["open", "half-open"])
+def test_nothing_is_written_because_of_a_change_that_was_found(name):
+    """Whoever made it has written what it wanted."""
+    storage = PlainStorage()
+    breaker = CircuitBreaker(state_storage=storage)
+    storage.values.update(state=name, counter=7, success=1)
+    assert breaker.state.name == name
+    assert storage.writes == []
+
+
+@pytest.mark.parametrize(("found", "left"), [(3, 3), (4, 0), (5, 0)])
+def test_a_circuit_found_closed_at_its_limit_starts_from_nothing(found, left):
+    """Or its first failure would open it again; below the limit it goes on."""
+    storage = PlainStorage("open")
+    breaker = CircuitBreaker(fail_max=4, state_storage=storage)
+    storage.values.update(state="closed", counter=found)
+    assert breaker.state.name == "closed"
+    assert breaker.fail_counter == left
+    assert storage.writes == ([] if left else ["counter"])
+
+
+def test_a_count_that_is_written_from_outside_counts(fail):
+    """storage._fail_counter = n in a test brings the limit nearer."""
+    breaker = CircuitBreaker(fail_max=5)
+    breaker._state_storage._fail_counter = 4
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    assert breaker.fail_counter == 5
+
+
+@pytest.mark.parametrize("name", ["closed", "open", "half-open"])
+def test_making_a_breaker_changes_nothing_in_its_storage(name, recorder):
+    """It takes up the state that is there, and tells nobody."""
+    storage = PlainStorage(name)
+    storage.values["counter"] = 9
+    breaker = CircuitBreaker(fail_max=3, state_storage=storage, listeners=[recorder])
+    assert breaker.state.name == breaker.current_state == name
+    assert breaker.fail_counter == 9
+    assert (storage.writes, recorder.events) == ([], [])
+
+
+def test_a_breaker_made_over_an_open_circuit_rejects():
+    """For what is left of the timeout."""
+    storage = PlainStorage("open")
+    storage.values["opened_at"] = datetime.now(timezone.utc)
+    with pytest.raises(CircuitBreakerError):
+        CircuitBreaker(state_storage=storage).call(int)
+
+
+def test_a_storage_can_be_exchanged():
+    """breaker._state_storage = ... is followed like a change in the storage."""
+    breaker = CircuitBreaker()
+    breaker.call(int)
+    storage = PlainStorage("open")
+    storage.values["opened_at"] = datetime.now(timezone.utc)
+    breaker._state_storage = storage
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    assert breaker._state_storage is storage
+
+
+# What a transition writes.
+
+
+@pytest.mark.parametrize(
+    ("move", "writes"),
+    [
+        ("open", {"success": 0, "opened_at": 1, "state": 2}),
+        ("half_open", {"success": 0, "state": 2}),
+        ("close", {"counter": 0, "success": 0, "state": 2}),
+    ],
+)
+def test_a_transition_writes_the_counters_then_opened_at_then_the_state(move, writes):
+    """So that who sees the state sees what belongs to it; and nothing else."""
+    storage = PlainStorage()
+    breaker = CircuitBreaker(state_storage=storage)
+    getattr(breaker, move)()
+    assert sorted(storage.writes) == sorted(writes)
+    assert [writes[key] for key in storage.writes] == sorted(writes.values())
+
+
+def test_a_trip_writes_opened_at_before_the_state(fail):
+    """After the count of the failure, like any opening."""
+    storage = PlainStorage()
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+    trip(breaker, fail)
+    assert storage.writes == ["counter", "success", "opened_at", "state"]
+
+
+def test_calls_to_a_healthy_service_write_nothing():
+    """A storage over a network would pay for it."""
+    storage = PlainStorage()
+    breaker = CircuitBreaker(state_storage=storage)
+    breaker.call(int)
+    breaker.call(int)
+    assert storage.writes == []
+
+
+# opened_at.
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        datetime(2020, 2, 29, 12, 30),
+        datetime(2020, 2, 29, 12, 30, tzinfo=timezone.utc),
+        datetime(2020, 2, 29, 12, 30, tzinfo=timezone(timedelta(hours=2))),
+        None,
+    ],
+)
+def test_the_memory_storage_reads_back_what_was_written(moment):
+    """The very value: naive, aware or None."""
+    storage = CircuitMemoryStorage("open")
+    storage.opened_at = moment
+    assert storage.opened_at is moment
+
+
+def test_nothing_has_opened_a_new_memory_storage():
+    """So its opened_at is None."""
+    assert CircuitMemoryStorage("closed").opened_at is None
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@freeze_time("2020-02-29 12:30:00")
+def test_open_writes_an_aware_datetime_in_utc(kind):
+    """The moment of the opening, wherever the machine is."""
+    breaker = CircuitBreaker(state_storage=kind("closed"))
+    breaker.open()
+    opened_at = breaker._state_storage.opened_at
+    assert opened_at.utcoffset() == timedelta(0)
+    assert opened_at == datetime(2020, 2, 29, 12, 30, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@pytest.mark.parametrize(
+    ("opened_at", "left"),
+    [
+        (datetime(2020, 2, 29, 12, 29, 30), 30),
+        (datetime(2020, 2, 29, 12, 29, 30, tzinfo=timezone.utc), 30),
+        (datetime(2020, 2, 29, 14, 29, 10, tzinfo=timezone(timedelta(hours=2))), 10),
+        (datetime(2020, 2, 29, 12, 29), 0),
+        (datetime(2020, 2, 28), 0),
+        (None, 0),
+        ("", 0),
+        (0, 0),
+    ],
+)
+@freeze_time("2020-02-29 12:30:00")
+def test_the_timeout_is_measured_from_the_opened_at_that_is_found(
+    kind, opened_at, left
+):
+    """A naive one is UTC; None, or anything false, is long ago."""
+    storage = kind("open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    storage.opened_at = opened_at
+    assert breaker.retry_after == left
+    if left:
+        with pytest.raises(CircuitBreakerError) as rejected:
+            breaker.call(int)
+        assert rejected.value.retry_after == left
+    else:
+        assert breaker.call(int) == 0
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs a settable time zone")
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+def test_a_naive_opened_at_is_utc_wherever_the_machine_is(kind, monkeypatch):
+    """A machine in Tokyo has not been open for nine hours."""
+    storage = kind("open")
+    breaker = CircuitBreaker(reset_timeout=3600, state_storage=storage)
+    with monkeypatch.context() as elsewhere_on_earth:
+        elsewhere_on_earth.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        now = datetime.now(timezone.utc).replace(tzinfo=None)
+        storage.opened_at = now - timedelta(seconds=1800)
+        wait = breaker.retry_after
+    time.tzset()
+    assert 1700 < wait <= 1800
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+def test_no_opening_is_long_ago_even_for_an_endless_timeout(kind):
+    """None means that the timeout has passed, whatever it is."""
+    breaker = CircuitBreaker(reset_timeout=math.inf, state_storage=kind("open"))
+    assert breaker.retry_after == 0.0
+    assert breaker.call(int) == 0
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_test_moves_the_opening_to_let_the_timeout_pass(kind, aware, fail):
+    """By writing opened_at, naive or aware."""
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=60, state_storage=kind("closed"))
+    trip(breaker, fail)
+    moment = breaker._state_storage.opened_at - timedelta(seconds=61)
+    breaker._state_storage.opened_at = moment if aware else moment.replace(tzinfo=None)
+    assert breaker.call(int) == 0
+    assert breaker.current_state == "closed"
+
+
+# The new questions, and how the base answers them.
+
+
+@freeze_time("2020-02-29 12:30:00")
+def test_a_storage_has_been_open_since_its_opened_at():
+    """open_for() is by the wall clock where a storage doesn't know better."""
+    storage = PlainStorage()
+    storage.opened_at = datetime(2020, 2, 29, 12, 29, 15)
+    assert storage.open_for() == 45
+    storage.opened_at = None
+    assert storage.open_for() == math.inf
+
+
+def test_the_memory_storage_has_been_open_by_the_monotonic_clock(clock):
+    """The wall clock plays no part after the opening."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    storage = breaker._state_storage
+    breaker.open()
+    with mock.patch("pybreaker.datetime") as wall_clock:
+        wall_clock.now.return_value = datetime(1999, 1, 1, tzinfo=timezone.utc)
+        clock.advance(20)
+        assert storage.open_for() == 20
+        assert breaker.retry_after == 40
+
+
+def test_the_answer_of_open_for_decides(recorder):
+    """A storage that measures by another clock overrides it."""
+
+    class Elsewhere(PlainStorage):
+        age = 20
+
+        def open_for(self):
+            return self.age
+
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=Elsewhere())
+    breaker.open()
+    assert breaker.retry_after == 40
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert rejected.value.retry_after == 40
+    breaker._state_storage.age = 60
+    assert breaker.call(int) == 0
+
+
+class AskedStorage(PlainStorage):
+    """Notes what it is asked that is new, and what state it is in then."""
+
+    def __init__(self, state="closed"):
+        super().__init__(state)
+        self.asked = []
+
+    def trip(self, fail_max):
+        self.asked.append(("trip", fail_max))
+        super().trip(fail_max)
+
+    def claim_trial(self, timeout):
+        self.asked.append(("claim", timeout))
+        return super().claim_trial(timeout)
+
+    def release_trial(self):
+        self.asked.append(("release", self.state))
+        super().release_trial()
+
+
+def test_the_count_that_opens_the_circuit_asks_for_a_trip(fail, boom):
+    """With the limit, once; and the default opens."""
+    storage = AskedStorage()
+    breaker = CircuitBreaker(fail_max=2, state_storage=storage)
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert storage.asked == []
+    trip(breaker, fail)
+    assert storage.asked == [("trip", 2)]
+    assert (storage.state, breaker.current_state) == ("open", "open")
+
+
+def test_no_other_opening_asks_for_a_trip(fail):
+    """By hand and after a failed trial it is the state that is written."""
+    storage = AskedStorage()
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+    breaker.open()
+    storage.opened_at = None
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    breaker.state = "open"
+    assert breaker.current_state == "open"
+    assert "trip" not in dict(storage.asked)
+
+
+def test_an_opening_by_a_listener_of_a_trip_is_no_trip(fail):
+    """It is by hand, even while a trip is being told."""
+    storage = AskedStorage()
+
+    class Reopening:
+        def state_change(self, cb, old_state, new_state):
+            if old_state.name == "closed":
+                cb.open()
+
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[Reopening()])
+    trip(breaker, fail)
+    assert storage.asked == [("trip", 1)]
+
+
+def test_the_default_grants_every_trial_without_a_word():
+    """True, from the second by asking the first; and the release does nothing."""
+    storage = PlainStorage()
+    assert storage.claim_trial(60) is True
+    assert asyncio.run(storage.claim_trial_async(60)) is True
+    assert storage.release_trial() is None
+    assert storage.writes == []
+
+    class Refusing(PlainStorage):
+        def claim_trial(self, timeout):
+            return timeout > 60
+
+    assert asyncio.run(Refusing().claim_trial_async(60)) is False
+    assert asyncio.run(Refusing().claim_trial_async(61)) is True
+
+
+def guard_by_call(breaker, func):
+    return breaker.call(func)
+
+
+def guard_by_block(breaker, func):
+    with breaker.calling():
+        return func()
+
+
+def guard_a_generator(breaker, func):
+    @breaker
+    def generator():
+        yield func()
+
+    return list(generator())[0]
+
+
+def guard_a_coroutine(breaker, func):
+    @breaker
+    async def coroutine():
+        return func()
+
+    return asyncio.run(coroutine())
+
+
+def guard_an_async_generator(breaker, func):
+    @breaker
+    async def generator():
+        yield func()
+
+    async def consume():
+        return [item async for item in generator()][0]
+
+    return asyncio.run(consume())
+
+
+def guard_by_async_block(breaker, func):
+    async def block():
+        async with breaker.calling():
+            return func()
+
+    return asyncio.run(block())
+
+
+GUARDS = [
+    guard_by_call,
+    guard_by_block,
+    guard_a_generator,
+    guard_a_coroutine,
+    guard_an_async_generator,
+    guard_by_async_block,
+]
+
+
+@pytest.fixture(params=GUARDS)
+def guard(request):
+    """Each way to guard a function."""
+    return request.param
+
+
+def test_a_trial_is_claimed_and_released_once(guard):
+    """With the timeout of that moment; the release comes after the state."""
+    storage = AskedStorage()
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    breaker.open()
+    storage.opened_at -= MINUTE
+    breaker.reset_timeout = 30
+    assert guard(breaker, int) == 0
+    assert storage.asked == [("claim", 30), ("release", "closed")]
+
+
+def test_a_failed_trial_is_released_after_the_circuit_has_opened(guard, fail):
+    """Whoever comes next sees what became of it."""
+    storage = AskedStorage()
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    breaker.half_open()
+    with pytest.raises(CircuitBreakerError):
+        guard(breaker, fail)
+    assert storage.asked == [("claim", 60), ("release", "open")]
+
+
+def test_an_abandoned_trial_is_released(guard):
+    """The circuit is half-open still, and the next call claims again."""
+    storage = AskedStorage("half-open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guard(breaker, interrupted)
+    assert storage.asked == [("claim", 60), ("release", "half-open")]
+    assert guard(breaker, int) == 0
+    assert breaker.current_state == "closed"
+
+
+def test_only_trials_are_claimed(guard, fail):
+    """Neither closed calls, nor rejected ones, nor those within a trial."""
+    storage = AskedStorage()
+    breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
+    assert guard(breaker, int) == 0
+    breaker.open()
+    with pytest.raises(CircuitBreakerError):
+        guard(breaker, int)
+    assert storage.asked == []
+    breaker.half_open()
+    assert guard_by_call(breaker, lambda: breaker.call(str)) == ""
+    assert storage.asked == [("claim", 60), ("release", "closed")]
+
+
+def test_the_gate_claims_nothing():
+    """It doesn't take the place, so it has no trial to ask for."""
+    storage = AskedStorage()
+    breaker = CircuitBreaker(state_storage=storage)
+    breaker.open()
+    storage.opened_at = None
+    breaker.state.before_call(int)
+    breaker.state._handle_success()
+    assert breaker.current_state == "closed"
+    assert storage.asked == []
+
+
+# A storage that grants the trial to one of several breakers.
+
+
+class Fleet:
+    """Grants the trial to one member at a time."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.holder = None
+
+    def claim(self, member):
+        with self.lock:
+            if self.holder is None:
+                self.holder = member
+            return self.holder is member
+
+    def release(self, member):
+        with self.lock:
+            if self.holder is member:
+                self.holder = None
+
+
+class FleetStorage(PlainStorage):
+    """One member's view of the circuit, which takes its time to answer.
+
+    `on_claim` is run (and awaited) before the answer to each claim.
+    """
+
+    def __init__(self, fleet, state="half-open", on_claim=None):
+        super().__init__(state)
+        self.fleet = fleet
+        self.on_claim = on_claim
+        self.claims = []
+
+    def claim_trial(self, timeout):
+        self.claims.append(timeout)
+        if self.on_claim is not None:
+            self.on_claim()
+        return self.fleet.claim(self)
+
+    async def claim_trial_async(self, timeout):
+        await asyncio.sleep(0)
+        if asyncio.iscoroutinefunction(self.on_claim):
+            self.claims.append(timeout)
+            await self.on_claim()
+            return self.fleet.claim(self)
+        return self.claim_trial(timeout)
+
+    def release_trial(self):
+        self.fleet.release(self)
+
+
+@pytest.fixture
+def fleet():
+    return Fleet()
+
+
+def test_one_of_several_breakers_gets_the_trial(guard, fleet):
+    """The others reject, run nothing, and try again when it is over."""
+    storages = [FleetStorage(fleet) for _ in range(3)]
+    first, second, third = (
+        CircuitBreaker(success_threshold=2, state_storage=storage)
+        for storage in storages
+    )
+    ran = []
+
+    def trial():
+        for other in (second, third):
+            with pytest.raises(CircuitBreakerError):
+                elsewhere(guard, other, lambda: ran.append("other"))
+        assert ran == []
+        return "granted"
+
+    assert guard(first, trial) == "granted"
+    assert fleet.holder is None
+    assert guard(second, int) == 0
+    assert second.success_counter == 1
+    assert fleet.holder is None
+
+
+def test_a_refused_call_is_rejected_and_gives_the_place_back(guard, fleet, recorder):
+    """Nobody hears of a call, the circuit stays as it is, the next call asks."""
+    storage = FleetStorage(fleet, "closed")
+    breaker = CircuitBreaker(
+        reset_timeout=60, state_storage=storage, listeners=[recorder], name="db"
+    )
+    breaker.open()
+    storage.opened_at -= MINUTE
+    fleet.holder = "somebody else"
+    recorder.events.clear()
+    work = mock.Mock(return_value=1)
+    with pytest.raises(CircuitBreakerError, match="still open") as rejected:
+        guard(breaker, work)
+    assert rejected.value.breaker is breaker
+    assert "db" in str(rejected.value)
+    work.assert_not_called()
+    assert "before_call" not in recorder.names
+    assert recorder.transitions == []
+    assert (breaker.current_state, breaker.retry_after) == ("open", 0.0)
+    assert fleet.holder == "somebody else"
+    fleet.holder = None
+    assert guard(breaker, work) == 1
+    assert breaker.current_state == "closed"
+    assert len(storage.claims) == 2
+
+
+def test_the_claim_is_asked_outside_the_lock(guard, fleet):
+    """It may take time, and other threads go on meanwhile."""
+    locked = []
+    storage = FleetStorage(fleet, on_claim=lambda: locked.append(is_locked(breaker)))
+    breaker = CircuitBreaker(state_storage=storage)
+    assert guard(breaker, int) == 0
+    assert locked == [False]
+
+
+def test_calls_that_come_while_the_claim_is_asked_are_rejected(guard, fleet):
+    """The place is taken first, and asked for once."""
+    rejected, ran = [], []
+
+    def others_come():
+        try:
+            elsewhere(guard, breaker, lambda: ran.append("other"))
+        except CircuitBreakerError as error:
+            rejected.append(error.retry_after)
+
+    storage = FleetStorage(fleet, "open", on_claim=others_come)
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    assert guard(breaker, int) == 0
+    assert len(rejected) == 1
+    assert 0 < rejected[0] <= 60
+    assert (ran, len(storage.claims)) == ([], 1)
+
+
+def test_the_circuit_half_opens_when_the_claim_is_granted(guard, fleet, recorder):
+    """Until then current_state says "open", and no listener hears a thing."""
+    seen = []
+    storage = FleetStorage(
+        fleet,
+        "open",
+        on_claim=lambda: seen.append((breaker.current_state, recorder.names)),
+    )
+    breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
+    assert guard(breaker, lambda: breaker.current_state) == "half-open"
+    assert seen == [("open", [])]
+    assert recorder.transitions == [("open", "half-open"), ("half-open", "closed")]
+    assert recorder.names[:2] == ["state_change", "before_call"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, asyncio.CancelledError])
+def test_a_claim_that_raises_gives_the_place_back(guard, fleet, error):
+    """The error is the caller's, and nothing is counted or run."""
+
+    def broken():
+        raise error("no answer")
+
+    storage = FleetStorage(fleet, on_claim=broken)
+    breaker = CircuitBreaker(state_storage=storage)
+    work = mock.Mock(return_value=1)
+    with pytest.raises(error):
+        guard(breaker, work)
+    work.assert_not_called()
+    assert (breaker.current_state, breaker.fail_counter) == ("half-open", 0)
+    assert breaker.retry_after == 0.0
+    storage.on_claim = None
+    assert guard(breaker, work) == 1
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_a_circuit_opened_during_the_claim_rejects(guard, fleet, granted):
+    """A grant for another era is not used, and goes back."""
+    storage = FleetStorage(fleet, on_claim=lambda: breaker.open())
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    fleet.holder = None if granted else "somebody else"
+    work = mock.Mock()
+    with pytest.raises(CircuitBreakerError) as rejected:
+        guard(breaker, work)
+    assert 0 < rejected.value.retry_after <= 60
+    work.assert_not_called()
+    assert breaker.current_state == "open"
+    assert fleet.holder == (None if granted else "somebody else")
+
+
+@pytest.mark.parametrize("granted", [True, False])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_call_whose_circuit_closes_during_the_claim_is_an_ordinary_one(
+    guard, fleet, granted, by_hand, fail, boom
+):
+    """By hand or by somebody else: it counts as one of the closed state."""
+
+    def close():
+        if by_hand:
+            breaker.close()
+        else:
+            storage.values["state"] = "closed"
+
+    storage = FleetStorage(fleet, on_claim=close)
+    breaker = CircuitBreaker(state_storage=storage)
+    fleet.holder = None if granted else "somebody else"
+    with pytest.raises(boom):
+        guard(breaker, fail)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
+    assert fleet.holder == (None if granted else "somebody else")
+
+
+def test_a_circuit_half_opened_anew_during_the_claim_is_claimed_anew(guard, fleet):
+    """The old grant was for an era that is over; the function runs once."""
+
+    def half_open():
+        if len(storage.claims) == 1:
+            breaker.half_open()
+
+    storage = FleetStorage(fleet, on_claim=half_open)
+    breaker = CircuitBreaker(state_storage=storage)
+    work = mock.Mock(return_value=1)
+    assert guard(breaker, work) == 1
+    work.assert_called_once_with()
+    assert len(storage.claims) == 2
+    assert (breaker.current_state, fleet.holder) == ("closed", None)
+
+
+def test_a_call_that_loses_its_place_during_the_claim_is_no_trial(guard, clock):
+    """It hung for a whole timeout, another call has the place: it is rejected."""
+    claims, inner = [], []
+
+    class Slow(PlainStorage):
+        def claim_trial(self, timeout):
+            claims.append(timeout)
+            if len(claims) == 1:
+                clock.advance(60)
+                inner.append(guard_by_block_open())
+            return True
+
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=Slow("half-open"))
+
+    def guard_by_block_open():
+        block = breaker.calling()
+        elsewhere(block.__enter__)
+        return block
+
+    work = mock.Mock()
+    with pytest.raises(CircuitBreakerError) as rejected:
+        guard(breaker, work)
+    assert rejected.value.retry_after == 60
+    work.assert_not_called()
+    assert len(claims) == 2
+    inner[0].__exit__(None, None, None)
+    assert breaker.current_state == "closed"
+
+
+def test_a_trial_that_lost_its_place_releases_nothing(clock):
+    """What it claimed belongs to the call that took the place over."""
+    storage = AskedStorage("half-open")
+    breaker = CircuitBreaker(
+        reset_timeout=60, success_threshold=9, state_storage=storage
+    )
+    hung, late = breaker.calling(), breaker.calling()
+    elsewhere(hung.__enter__)
+    clock.advance(60)
+    elsewhere(late.__enter__)
+    storage.asked.clear()
+    hung.__exit__(None, None, None)
+    assert storage.asked == []
+    late.__exit__(None, None, None)
+    assert storage.asked == [("release", "half-open")]
+
+
+@pytest.mark.parametrize("move", ["open", "half_open", "close"])
+def test_a_trial_that_is_overtaken_by_hand_is_released_then(move):
+    """And not once more when it ends."""
+    storage = AskedStorage("half-open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    block = breaker.calling()
+    elsewhere(block.__enter__)
+    getattr(breaker, move)()
+    block.__exit__(None, None, None)
+    assert [event for event, _ in storage.asked] == ["claim", "release"]
+
+
+@pytest.mark.parametrize("event", ["state_change", "before_call"])
+def test_a_granted_trial_that_a_listener_interrupts_is_released(event, guard, fleet):
+    """Ctrl-C in a listener takes the admission back."""
+
+    class Interrupting:
+        armed = True
+
+    def interrupt(self, *args):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+    setattr(Interrupting, event, interrupt)
+    storage = FleetStorage(fleet, "open")
+    breaker = CircuitBreaker(state_storage=storage, listeners=[Interrupting()])
+    work = mock.Mock(return_value=1)
+    with pytest.raises(KeyboardInterrupt):
+        guard(breaker, work)
+    work.assert_not_called()
+    assert fleet.holder is None
+    assert guard(breaker, work) == 1
+
+
+def test_a_listener_that_moves_the_circuit_takes_the_grant_back(guard, fleet):
+    """The trial is over before it began: the circuit was opened again."""
+
+    class Cautious:
+        def state_change(self, cb, old_state, new_state):
+            if new_state.name == "half-open":
+                cb.open()
+
+    storage = FleetStorage(fleet, "open")
+    breaker = CircuitBreaker(state_storage=storage, listeners=[Cautious()])
+    work = mock.Mock()
+    with pytest.raises(CircuitBreakerError):
+        guard(breaker, work)
+    work.assert_not_called()
+    assert (breaker.current_state, fleet.holder) == ("open", None)
+
+
+def test_threads_that_meet_at_a_slow_claim_get_one_trial(fleet):
+    """One breaker is granted it, and everybody else is rejected."""
+    asked = threading.Barrier(3, timeout=10)
+    done = threading.Barrier(12, timeout=10)
+    ran = []
+
+    def meet_the_first_time(claims):
+        if len(claims) == 1:
+            asked.wait()
+
+    storages = [FleetStorage(fleet) for _ in range(3)]
+    for storage in storages:
+        storage.on_claim = functools.partial(meet_the_first_time, storage.claims)
+    breakers = [CircuitBreaker(state_storage=storage) for storage in storages]
+
+    def work():
+        ran.append(threading.get_ident())
+        done.wait()
+
+    def client(breaker):
+        try:
+            breaker.call(work)
+        except CircuitBreakerError:
+            done.wait()
+            return "rejected"
+        return "ran"
+
+    with ThreadPoolExecutor(12) as pool:
+        results = list(pool.map(client, breakers * 4, timeout=30))
+    assert sorted(results) == ["ran"] + ["rejected"] * 11
+    assert len(ran) == 1
+    assert sorted(b.current_state for b in breakers) == ["closed"] + ["half-open"] * 2
+    assert fleet.holder is None
+
+
+def test_tasks_that_meet_at_a_slow_claim_get_one_trial(fleet):
+    """While the answer is awaited the loop goes on."""
+
+    async def main():
+        answer, begun = asyncio.Event(), asyncio.Event()
+        storage = FleetStorage(fleet, on_claim=answer.wait)
+        breaker = CircuitBreaker(state_storage=storage)
+
+        async def work():
+            begun.set()
+            await asyncio.sleep(0)
+            return "ran"
+
+        first = asyncio.ensure_future(breaker.call_async(work))
+        while not storage.claims:
+            await asyncio.sleep(0)
+        others = await asyncio.gather(
+            *(breaker.call_async(work) for _ in range(5)), return_exceptions=True
+        )
+        assert not begun.is_set()
+        answer.set()
+        return others, await asyncio.wait_for(first, 10), storage.claims
+
+    others, first, claims = asyncio.run(main())
+    assert all(isinstance(other, CircuitBreakerError) for other in others)
+    assert first == "ran"
+    assert len(claims) == 1
+
+
+def test_a_task_cancelled_while_it_claims_gives_the_place_back(fleet):
+    """The function is not run, and the next task may try."""
+
+    async def main():
+        answer = asyncio.Event()
+        storage = FleetStorage(fleet, on_claim=answer.wait)
+        breaker = CircuitBreaker(state_storage=storage)
+        work = mock.AsyncMock(return_value="ran")
+        task = asyncio.ensure_future(breaker.call_async(work))
+        while not storage.claims:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        work.assert_not_called()
+        assert (breaker.current_state, breaker.retry_after) == ("half-open", 0.0)
+        answer.set()
+        return await asyncio.wait_for(breaker.call_async(work), 10)
+
+    assert asyncio.run(main()) == "ran"
+    assert fleet.holder is None
+
+
+def test_an_async_claim_does_not_block_a_sync_call(fleet):
+    """A thread's call is rejected at once while a task awaits its claim."""
+
+    async def main():
+        answer = asyncio.Event()
+        storage = FleetStorage(fleet, on_claim=answer.wait)
+        breaker = CircuitBreaker(state_storage=storage)
+        task = asyncio.ensure_future(breaker.call_async(int))
+        while not storage.claims:
+            await asyncio.sleep(0)
+        with pytest.raises(CircuitBreakerError):
+            elsewhere(breaker.call, int)
+        breaker.close()
+        assert elsewhere(breaker.call, int) == 0
+        answer.set()
+        return await asyncio.wait_for(task, 10)
+
+    assert asyncio.run(main()) == 0
+    assert fleet.holder is None
+
+
+def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
+    """They differ by the one await."""
+    asked = []
+
+    class Both(PlainStorage):
+        def claim_trial(self, timeout):
+            asked.append("sync")
+            return True
+
+        async def claim_trial_async(self, timeout):
+            asked.append("async")
+            return True
+
+    for guard in GUARDS:
+        breaker = CircuitBreaker(state_storage=Both("half-open"))
+        assert guard(breaker, int) == 0
+    assert asked == ["sync"] * 3 + ["async"] * 3
+
+
+# The storage in memory.
+
+
+def test_the_default_storage_is_the_one_in_memory():
+    """Each breaker has one of its own, named 'memory'."""
+    first, second = CircuitBreaker(), CircuitBreaker()
+    assert isinstance(first._state_storage, CircuitMemoryStorage)
+    assert isinstance(first._state_storage, CircuitBreakerStorage)
+    assert first._state_storage is not second._state_storage
+    assert first._state_storage.name == CircuitMemoryStorage("open").name == "memory"
+
+
+@pytest.mark.parametrize("name", ["closed", "open", "half-open"])
+def test_a_memory_storage_begins_in_the_state_that_it_is_given(name):
+    """With nothing counted."""
+    storage = CircuitMemoryStorage(name)
+    assert storage.state == name
+    assert (storage.counter, storage.success_counter) == (0, 0)
+
+
+def test_a_memory_storage_refuses_an_unknown_state():
+    """It says which names there are."""
+    with pytest.raises(ValueError, match="'closed', 'open' or 'half-open', not 'ajar'"):
+        CircuitMemoryStorage("ajar")
+
+
+def test_a_memory_storage_counts():
+    """Its methods can be called by hand."""
+    storage = CircuitMemoryStorage("closed")
+    storage.increment_counter()
+    storage.increment_counter()
+    storage.increment_success_counter()
+    assert (storage.counter, storage.success_counter) == (2, 1)
+    storage.reset_counter()
+    assert (storage.counter, storage.success_counter) == (0, 1)
+    storage.reset_success_counter()
+    assert storage.success_counter == 0
+
+
+COPIES = {
+    f"pickle {protocol}": lambda storage, protocol=protocol: pickle.loads(
+        pickle.dumps(storage, protocol)
+    )
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+}
+COPIES["deepcopy"] = copy.deepcopy
+
+
+@pytest.mark.parametrize("how", COPIES)
+@freeze_time("2020-02-29 12:30:00")
+def test_a_memory_storage_pickles(how):
+    """The copy is in the same state, and open for as long."""
+    storage = CircuitMemoryStorage("open")
+    storage.opened_at = datetime(2020, 2, 29, 12, 29, 40, tzinfo=timezone.utc)
+    storage.increment_counter()
+    storage.increment_success_counter()
+    storage.note = "mine"
+    copied = COPIES[how](storage)
+    assert (copied.state, copied.counter, copied.success_counter) == ("open", 1, 1)
+    assert copied.opened_at == storage.opened_at
+    assert copied.note == "mine"
+    assert copied.open_for() == 20
+    assert CircuitBreaker(reset_timeout=60, state_storage=copied).retry_after == 40
+    copied.increment_counter()
+    assert storage.counter == 1
+
+
+@pytest.mark.parametrize(
+    ("private", "public", "value"),
+    [
+        ("_state", "state", "open"),
+        ("_fail_counter", "counter", 3),
+        ("_success_counter", "success_counter", 2),
+        ("_opened_at", "opened_at", datetime(2020, 1, 1)),
+    ],
+)
+def test_the_private_names_of_a_memory_storage_are_its_values(private, public, value):
+    """Tests read them, write them, and patch them for a while."""
+    storage = CircuitMemoryStorage("closed")
+    before = getattr(storage, public)
+    assert getattr(storage, private) == before
+    with mock.patch.object(storage, private, value):
+        assert getattr(storage, public) == getattr(storage, private) == value
+    assert getattr(storage, public) == before
+    setattr(storage, private, value)
+    assert getattr(storage, public) == value
+    setattr(storage, public, before)
+    assert getattr(storage, private) == before
+
+
+def test_a_test_steers_the_circuit_by_the_private_names(fail):
+    """_state, _fail_counter and _opened_at are effective at once."""
+    breaker = CircuitBreaker(fail_max=3, reset_timeout=60)
+    storage = breaker._state_storage
+    storage._fail_counter = 2
+    trip(breaker, fail)
+    assert storage._state == "open"
+    storage._opened_at = datetime.now(timezone.utc) - MINUTE
+    assert breaker.call(int) == 0
+    storage._opened_at = datetime.now(timezone.utc)
+    storage._state = "open"
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+
+
+def test_a_subclass_of_the_memory_storage_overrides_by_the_private_names(fail, boom):
+    """Its properties read and write what the base keeps."""
+    log = []
+
+    class Audited(CircuitMemoryStorage):
+        @property
+        def state(self):
+            return self._state
+
+        @state.setter
+        def state(self, state):
+            log.append(state)
+            self._state = state
+
+        @property
+        def counter(self):
+            return self._fail_counter
+
+        def increment_counter(self):
+            log.append("failure")
+            self._fail_counter += 1
+
+    breaker = CircuitBreaker(fail_max=2, state_storage=Audited("closed"))
+    log.clear()
+    with pytest.raises(boom):
+        breaker.call(fail)
+    trip(breaker, fail)
+    assert (breaker.current_state, breaker.fail_counter) == ("open", 2)
+    assert log == ["failure", "failure", "open"]
+
+
+def test_a_subclass_of_the_memory_storage_extends_by_super(fail):
+    """Its methods are called for every failure, and no call passes them by."""
+
+    class Noted(CircuitMemoryStorage):
+        def __init__(self):
+            super().__init__("closed")
+            self.resets = 0
+
+        def reset_counter(self):
+            self.resets += 1
+            super().reset_counter()
+
+    storage = Noted()
+    breaker = CircuitBreaker(fail_max=2, state_storage=storage)
+    storage.increment_counter()
+    breaker.call(int)
+    assert (storage.counter, storage.resets) == (0, 1)

@@ -1,0 +1,206 @@
+"""The examples run, as a newcomer runs them, and what they print is true."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+OUTAGE = Path(__file__).resolve().parent.parent / "examples" / "outage.py"
+
+NEXT_STATES = {
+    "closed": {"open"},
+    "open": {"half-open"},
+    "half-open": {"open", "closed"},
+}
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory):
+    """One fast run of outage.py: nothing installed, in another directory, with
+    proxies set that nobody runs, every warning an error, into a pipe."""
+    proxies = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-X", "dev", "-W", "error", OUTAGE, "--fast"],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={**os.environ, **dict.fromkeys(proxies, "http://127.0.0.1:9")},
+        capture_output=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def text(outage):
+    return outage.stdout.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def transitions(text):
+    """The states that the circuit came to, and why, as the timeline tells it."""
+    return re.findall(r"^ *[\d.]+ s  > ([A-Z-]+): (.+)$", text, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def table(text):
+    """From each label of the table to its two numbers: with a breaker, without."""
+    rows = re.findall(
+        r"^ *(\w[\w ]*\w) {2,}(-?[\d.]+)(?: s)? +(-?[\d.]+)(?: s)?$", text, re.MULTILINE
+    )
+    return {label: (float(left), float(right)) for label, left, right in rows}
+
+
+@pytest.fixture(scope="module")
+def signs(text):
+    """For each part of the story, how calls ended: with a breaker, without."""
+    parts = []
+    for line in text.splitlines():
+        if "====" in line:
+            parts.append(["", ""])
+        elif row := re.match(r" *[\d.]+ s  [a-z]", line):
+            left, _, right = line[row.end() + 10 :].partition(" ")
+            parts[-1][0] += left
+            parts[-1][1] += right.strip()
+    return parts
+
+
+def test_outage_runs_from_a_fresh_clone_and_ends_without_a_complaint(outage):
+    """Nothing is on standard error, and the exit status is 0."""
+    assert (outage.returncode, outage.stderr.decode()) == (0, "")
+
+
+def test_outage_prints_plain_text_into_a_pipe(text):
+    """No control character, nothing but ASCII, and lines that fit a terminal."""
+    assert [line for line in text.splitlines() if not line.isprintable()] == []
+    assert text.isascii()
+    assert "\r" not in text
+
+
+def test_outage_goes_through_every_kind_of_trouble(text):
+    """Each part of the story has its heading, in the order of the story."""
+    assert re.findall(r"==== The server (.+?) =", text) == [
+        "is healthy",
+        "refuses connections",
+        "answers with an error",
+        "answers too late",
+        "is healthy",
+    ]
+
+
+def test_outage_tells_time_forwards(text):
+    """The times of the timeline never go back."""
+    times = [float(t) for t in re.findall(r"^ *([\d.]+) s  ", text, re.MULTILINE)]
+    # A thread may be held up between looking at the clock and being heard.
+    assert all(later >= earlier - 0.5 for earlier, later in zip(times, times[1:]))
+    assert len(times) > 20
+
+
+def test_outage_shows_the_circuit_opening_and_closing_again(transitions):
+    """It starts closed, opens, closes, and takes only steps that there are."""
+    states = ["closed", *(state.lower() for state, _ in transitions)]
+    assert {"open", "half-open", "closed"} == set(states[1:])
+    for state, following in zip(states, states[1:]):
+        assert following in NEXT_STATES[state]
+
+
+def test_outage_gives_the_reason_of_each_transition(transitions):
+    """The count, the timeout, or how the trial went, with the last failure."""
+    reasons = {
+        "OPEN": r"(5 failures in a row|the trial failed) \(.+\)",
+        "HALF-OPEN": r"0\.2 s have passed, one call is the trial",
+        "CLOSED": r"the trial succeeded",
+    }
+    for state, reason in transitions:
+        assert re.fullmatch(reasons[state], reason)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["with a breaker", "without"])
+def test_outage_shows_what_the_calls_came_to(signs, table, side):
+    """Each call of the table has its sign in the timeline."""
+    shown = "".join(part[side] for part in signs)
+    for label, sign in ("succeeded", "."), ("failed", "x"), ("rejected", "-"):
+        assert shown.count(sign) == table[label][side]
+
+
+@pytest.mark.parametrize("part", [1, 2, 3], ids=["refusing", "failing", "slow"])
+def test_outage_is_one_for_those_without_a_breaker(signs, part):
+    """Whatever the trouble, few calls succeed but those already on their way."""
+    _, without = signs[part]
+    assert without.count("x") > without.count(".")
+
+
+def test_outage_counts_the_calls_that_opened_the_circuit_as_failed(table, transitions):
+    """Five failures come before an opening, and one is each trial that fails."""
+    reasons = [reason for state, reason in transitions if state == "OPEN"]
+    first = sum(reason.startswith("5 failures") for reason in reasons)
+    assert table["failed"][0] >= 5 * first + (len(reasons) - first)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["with a breaker", "without"])
+def test_the_table_of_outage_adds_up(table, side):
+    """Each call that was asked for is in one place, and so is each admitted one."""
+    number = {label: numbers[side] for label, numbers in table.items()}
+    assert number["calls asked for"] == number["rejected"] + number["admitted"]
+    assert number["admitted"] == number["succeeded"] + number["failed"]
+    assert number["succeeded"] > 0
+    assert number["failed"] > 0
+    assert number["requests sent to the ill server"] <= number["admitted"]
+
+
+def test_outage_rejects_calls_with_the_breaker_alone(table):
+    """Where there is no breaker, every call goes to the server."""
+    with_breaker, without = table["rejected"]
+    assert with_breaker > 0
+    assert without == 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "spent", "rounding"),
+    [
+        ("requests it was spared", "requests sent to the ill server", 0),
+        ("time they did not wait", "time callers waited for nothing", 0.11),
+    ],
+    ids=["requests", "time"],
+)
+def test_outage_saves_what_the_run_without_a_breaker_spends_more(
+    table, saved, spent, rounding
+):
+    """What is saved is the difference of the two runs; the run without a breaker
+    saves nothing."""
+    with_breaker, without = table[spent]
+    assert table[saved][0] == pytest.approx(without - with_breaker, abs=rounding)
+    assert table[saved][1] == 0
+
+
+def test_outage_makes_callers_wait_who_have_no_breaker(signs, table):
+    """Each answer that came too late took 0.1 s of waiting; half of them is a
+    bound that calls from before, which failed sooner, do not touch."""
+    _, without = signs[3]
+    assert table["time callers waited for nothing"][1] >= without.count("x") / 2 * 0.1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a signal like that of Ctrl-C")
+def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
+    """In the middle of the story it says that it stops, and no more."""
+    process = subprocess.Popen(
+        [sys.executable, OUTAGE],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    try:
+        for line in process.stdout:
+            if b"closed" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+    finally:
+        guard.cancel()
+    assert output.endswith(b"\nStopped.\n")
+    assert errors == b""
+    assert process.returncode == 130
