@@ -161,8 +161,8 @@ class CircuitBreaker:
     call runs outside it.
     """
 
-    _listeners = _OpenList("_told")
-    _excluded_exceptions = _OpenList("_excluded")
+    _listeners = _OpenList("_told_listeners")
+    _excluded_exceptions = _OpenList("_excluded_kinds")
 
     def __init__(
         self,
@@ -189,18 +189,18 @@ class CircuitBreaker:
                 f"not {throw_new_error_on_trip!r}"
             )
         self._throw_new_error_on_trip = throw_new_error_on_trip
-        self._excluded: Any = _checked_exclusions(exclude)
-        self._told: Any = _checked_listeners(listeners)
+        self._excluded_kinds: Any = _checked_exclusions(exclude)
+        self._told_listeners: Any = _checked_listeners(listeners)
         if state_storage is None:
             state_storage = CircuitMemoryStorage(STATE_CLOSED)
         elif not isinstance(state_storage, CircuitBreakerStorage):
             raise TypeError(
                 f"state_storage must be a CircuitBreakerStorage, not {state_storage!r}"
             )
-        self._storage = state_storage
+        self._circuit_storage = state_storage
         self._lock: threading.RLock = threading.RLock()
-        self._trial: _Trial | None = None  # the one that holds the place
-        self._cause = _BY_HAND  # of the move that is being made
+        self._trial_in_place: _Trial | None = None  # the one that holds the place
+        self._cause_of_move = _BY_HAND  # of the move that is being made
         self._unlogged: tuple[Any, ...] = ()
         self._state: CircuitBreakerState = self._create_new_state(state_storage.state)
         self._find_shortcut()
@@ -226,10 +226,10 @@ class CircuitBreaker:
         if options or len(functions) > 1:
             raise TypeError("a breaker decorates one function and takes no options")
         if not functions:
-            return functools.partial(self._decorate, call_async=call_async)
-        return self._decorate(functions[0], call_async)
+            return functools.partial(self._decorated, call_async=call_async)
+        return self._decorated(functions[0], call_async)
 
-    def _decorate(self, func: Any, call_async: bool = False) -> Any:
+    def _decorated(self, func: Any, call_async: bool = False) -> Any:
         if not callable(func):
             raise TypeError(f"a breaker guards what can be called, not {func!r}")
         guard = CircuitBreaker._guard_coroutine if call_async else _guard_for(func)
@@ -307,34 +307,34 @@ class CircuitBreaker:
         opened it should raise `CircuitBreakerError`.
         """
         with self._lock:
-            storage = self._storage
+            storage = self._circuit_storage
             storage.reset_success_counter()
             storage._open_now()
-            if self._cause.by_count:
+            if self._cause_of_move.by_count:
                 storage.trip(self._fail_max)
             else:
                 storage.state = STATE_OPEN
             self._begin_era(STATE_OPEN)
-        self._log()
+        self._log_what_happened()
         return self._throw_new_error_on_trip
 
     def half_open(self) -> None:
         """Half-open the circuit: the next call is a trial."""
         with self._lock:
-            if not self._cause.by_trial:
-                self._storage.reset_success_counter()
-            self._storage.state = STATE_HALF_OPEN
+            if not self._cause_of_move.by_trial:
+                self._circuit_storage.reset_success_counter()
+            self._circuit_storage.state = STATE_HALF_OPEN
             self._begin_era(STATE_HALF_OPEN)
-        self._log()
+        self._log_what_happened()
 
     def close(self) -> None:
         """Close the circuit: calls pass, and failures are counted from 0."""
         with self._lock:
-            self._storage.reset_counter()
-            self._storage.reset_success_counter()
-            self._storage.state = STATE_CLOSED
+            self._circuit_storage.reset_counter()
+            self._circuit_storage.reset_success_counter()
+            self._circuit_storage.state = STATE_CLOSED
             self._begin_era(STATE_CLOSED)
-        self._log()
+        self._log_what_happened()
 
     @property
     def state(self) -> CircuitBreakerState:
@@ -343,7 +343,7 @@ class CircuitBreaker:
         with self._lock:
             self._look()
             state = self._state
-        self._log()
+        self._log_what_happened()
         return state
 
     @state.setter
@@ -391,23 +391,23 @@ class CircuitBreaker:
     @property
     def fail_counter(self) -> int:
         """Failures in a row so far. Setting it opens nothing by itself."""
-        return self._storage.counter
+        return self._circuit_storage.counter
 
     @fail_counter.setter
     def fail_counter(self, value: float) -> None:
         count: int = _whole_number("fail_counter", value, 0)
         with self._lock:
             try:
-                self._storage.counter = count  # type: ignore[misc]
+                self._circuit_storage.counter = count  # type: ignore[misc]
             except AttributeError:  # this storage can only count
                 if count > self._fail_max:
                     raise ValueError(
                         f"fail_counter must be at most fail_max, {self._fail_max}, "
                         f"on this storage, not {count!r}"
                     ) from None
-                self._storage.reset_counter()
+                self._circuit_storage.reset_counter()
                 for _ in range(count):
-                    self._storage.increment_counter()
+                    self._circuit_storage.increment_counter()
 
     @property
     def name(self) -> str | None:
@@ -426,19 +426,19 @@ class CircuitBreaker:
     def current_state(self) -> str:
         """The state's name: ``'closed'``, ``'open'`` or ``'half-open'``. An open
         circuit whose timeout has passed stays open until the next call."""
-        return self._storage.state
+        return self._circuit_storage.state
 
     @property
     def success_counter(self) -> int:
         """Successful trials since the circuit was opened or moved by hand."""
-        return self._storage.success_counter
+        return self._circuit_storage.success_counter
 
     @property
     def retry_after(self) -> float:
         """Seconds until a call may be admitted, 0.0 where one may now. While a
         trial runs, until it would lose its place. It can be `math.inf`."""
         with self._lock:
-            name = self._storage.state
+            name = self._circuit_storage.state
             if name == self._state.name:
                 return self._state._wait()
             return self._create_new_state(name)._wait()  # nobody is told of a look
@@ -450,10 +450,10 @@ class CircuitBreaker:
         8601, or None. `math.inf` is None, as JSON has no word for it.
         """
         with self._lock:
-            moment = self._storage.opened_at
+            moment = self._circuit_storage.opened_at
             return {
                 "name": self._name,
-                "state": self._storage.state,
+                "state": self._circuit_storage.state,
                 "fail_counter": self.fail_counter,
                 "fail_max": _finite(self._fail_max),
                 "success_counter": self.success_counter,
@@ -465,9 +465,9 @@ class CircuitBreaker:
 
     def __repr__(self) -> str:
         with self._lock:
-            state, wait = self._storage.state, self.retry_after
+            state, wait = self._circuit_storage.state, self.retry_after
             parts = [
-                f"{self._name or 'unnamed'}: {state}",
+                f"{self._name!r}: {state}" if self._name else f"unnamed: {state}",
                 f"{self.fail_counter} of {self._fail_max} failures",
             ]
             if state == STATE_HALF_OPEN:
@@ -484,7 +484,7 @@ class CircuitBreaker:
     @property
     def listeners(self) -> tuple[Any, ...]:
         """The listeners, in the order in which they are told."""
-        return tuple(self._told)
+        return tuple(self._told_listeners)
 
     def add_listener(self, listener: object) -> None:
         """Add a listener. `TypeError` if it has none of a listener's methods."""
@@ -494,17 +494,17 @@ class CircuitBreaker:
         """Add all these listeners, or none of them: see `add_listener`."""
         added = [_checked_listener(listener) for listener in listeners]
         with self._lock:
-            self._listeners = (*self._told, *added)
+            self._listeners = (*self._told_listeners, *added)
 
     def remove_listener(self, listener: object) -> None:
         """Remove a listener. `ValueError` if it is not there."""
         with self._lock:
-            self._listeners = _without(self._told, listener, "listener")
+            self._listeners = _without(self._told_listeners, listener, "listener")
 
     @property
     def excluded_exceptions(self) -> tuple[_Exclusion, ...]:
         """The classes and predicates that say what is not a failure."""
-        return tuple(self._excluded)
+        return tuple(self._excluded_kinds)
 
     def add_excluded_exception(self, exception: _Exclusion) -> None:
         """Add a class or a predicate. `TypeError` if it is neither."""
@@ -514,12 +514,12 @@ class CircuitBreaker:
         """Add all of these, or none: see `add_excluded_exception`."""
         added = [_checked_exclusion(exception) for exception in exceptions]
         with self._lock:
-            self._excluded_exceptions = (*self._excluded, *added)
+            self._excluded_exceptions = (*self._excluded_kinds, *added)
 
     def remove_excluded_exception(self, exception: _Exclusion) -> None:
         """Remove a class or a predicate. `ValueError` if it is not there."""
         with self._lock:
-            remaining = _without(self._excluded, exception, "exclusion")
+            remaining = _without(self._excluded_kinds, exception, "exclusion")
             self._excluded_exceptions = remaining
 
     def is_system_error(self, exception: BaseException) -> bool:
@@ -528,7 +528,7 @@ class CircuitBreaker:
         Called outside the lock, and not for what abandons a call, such as
         `KeyboardInterrupt`. A subclass may decide otherwise.
         """
-        for exclusion in self._excluded:
+        for exclusion in self._excluded_kinds:
             try:
                 if isinstance(exclusion, type):
                     excluded = isinstance(exception, exclusion)
@@ -622,7 +622,15 @@ class CircuitBreaker:
     def _guard_iterable_coroutine(
         self, func: Any, admitted: _Admission | None = None
     ) -> Any:
-        return types.coroutine(CircuitBreaker._guard_generator(self, func, admitted))
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            entered = admitted
+            if entered is None:
+                entry = self._admit_async(func, args, kwargs)
+                entered = yield from entry.__await__()
+            inner = CircuitBreaker._guard_generator(self, func, entered)
+            return (yield from inner(*args, **kwargs))
+
+        return types.coroutine(guarded)
 
     def _guard_async_generator(
         self, func: Any, admitted: _Admission | None = None
@@ -658,36 +666,43 @@ class CircuitBreaker:
         Returns the state that admits the call and, if it is a trial, the trial.
         That takes the place at once, but begins when the storage grants it.
         """
-        state, storage = self._state, self._storage
+        state, storage = self._state, self._circuit_storage
         if storage._open_book and storage.state == state.name:
             # What is decided here changes nothing, so it needs no lock.
             if state._has_shortcut:
                 if self._nobody_hears("before_call"):
                     return state, None
-            elif self._nobody_hears("rejected"):
+            elif not self._told_listeners or self._nobody_hears("rejected"):
                 wait = state._wait()
-                if wait > 0.0 and not self._is_within_trial():
-                    raise self._error(state._reason, wait)
+                if wait > 0.0 and not (
+                    self._trial_in_place and self._is_within_trial()
+                ):
+                    raise self._breaker_error(state._reason, wait)
         with self._lock:
             self._look()
             state, trial, wait = self._state, None, 0.0
             if not state._admits_all:
                 wait = state._wait()
-                if wait == 0.0:
-                    trial = self._take_place()
-                elif self._is_within_trial():
+                # A trial that has held the place too long may be hanging, so it
+                # loses it to a call in its own context as well; but a timeout
+                # of 0 is too short to say so of a trial.
+                if self._is_within_trial() and (wait or not self._reset_timeout):
                     state, wait = _WITHIN, 0.0
+                elif wait == 0.0:
+                    trial = self._take_place()
             if wait > 0.0:
                 self._tell("rejected", (func, *args), kwargs)
             elif trial is None:
                 self._tell("before_call", (func, *args), kwargs)
-        if self._unlogged:
-            self._log()
-        if wait > 0.0:
-            raise self._error(state._reason, wait)
-        if trial is None or not ask:
+        if trial is not None:
+            if ask:
+                return self._claim(state, trial, func, args, kwargs)
             return state, trial
-        return self._claim(state, trial, func, args, kwargs)
+        if self._unlogged:
+            self._log_what_happened()
+        if wait > 0.0:
+            raise self._breaker_error(state._reason, wait)
+        return state, None
 
     async def _admit_async(self, func: Any, args: Any, kwargs: Any) -> _Admission:
         state, trial = self._admit(func, args, kwargs, ask=False)
@@ -700,26 +715,26 @@ class CircuitBreaker:
     ) -> _Admission:
         """Ask the storage for the trial: outside the lock, as it may take time."""
         try:
-            granted = self._storage.claim_trial(self._reset_timeout)
+            granted = self._circuit_storage.claim_trial(self._reset_timeout)
             begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+            self._log_what_happened()
         except BaseException:
             self._vacate(trial)
+            self._log_what_happened()
             raise
-        finally:
-            self._log()
         return (begun, trial) if begun else self._admit(func, args, kwargs)
 
     async def _claim_async(
         self, state: Any, trial: _Trial, func: Any, args: Any, kwargs: Any
     ) -> _Admission:
         try:
-            granted = await self._storage.claim_trial_async(self._reset_timeout)
+            granted = await self._circuit_storage.claim_trial_async(self._reset_timeout)
             begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+            self._log_what_happened()
         except BaseException:
             self._vacate(trial)
+            self._log_what_happened()
             raise
-        finally:
-            self._log()
         return (begun, trial) if begun else await self._admit_async(func, args, kwargs)
 
     def _begin_trial(
@@ -735,18 +750,20 @@ class CircuitBreaker:
         None if the circuit has moved on, so that admission starts again."""
         with self._lock:
             self._look()
-            if self._trial is not trial:
+            if self._trial_in_place is not trial:
                 # A grant that nobody uses goes back.
-                if granted and self._trial is None:
-                    self._storage.release_trial()
+                if granted and self._trial_in_place is None:
+                    self._circuit_storage.release_trial()
                 self._vacate(trial)
                 return None
             if not granted:
                 self._tell("rejected", (func, *args), kwargs)
-                raise self._error(f"{_REJECTED}: another breaker runs the trial", 0.0)
+                raise self._breaker_error(
+                    f"{_REJECTED}: another breaker runs the trial", 0.0
+                )
             trial.granted = True
             state._start_trial()
-            if self._trial is not trial:  # a listener moved the circuit
+            if self._trial_in_place is not trial:  # a listener moved the circuit
                 self._vacate(trial)
                 return None
             state = self._state
@@ -754,15 +771,20 @@ class CircuitBreaker:
             return state
 
     def _take_place(self) -> _Trial:
-        if self._trial is not None:
-            self._trial.over = True
-        trial = self._trial = _Trial()
+        if self._trial_in_place is not None:
+            self._trial_in_place.over = True
+        trial = self._trial_in_place = _Trial()
         _trials.set((*(t for t in _trials.get() if not t.over), trial))
         return trial
 
+    def _timeout_left(self) -> float:
+        """Seconds until an open circuit may have a trial."""
+        elapsed, timeout = self._circuit_storage.open_for(), self._reset_timeout
+        return timeout - elapsed if elapsed < timeout else 0.0
+
     def _place_wait(self) -> float:
         """Seconds until a call may take the place."""
-        trial = self._trial
+        trial = self._trial_in_place
         if trial is None:
             return 0.0
         return max(0.0, self._reset_timeout - (time.monotonic() - trial.since))
@@ -774,13 +796,13 @@ class CircuitBreaker:
         if trial in running:
             _trials.set(tuple(t for t in running if t is not trial))
         with self._lock:
-            if self._trial is trial:
-                self._trial = None
+            if self._trial_in_place is trial:
+                self._trial_in_place = None
                 if trial.granted:
-                    self._storage.release_trial()
+                    self._circuit_storage.release_trial()
 
     def _is_within_trial(self) -> bool:
-        trial = self._trial
+        trial = self._trial_in_place
         return trial is not None and trial.granted and trial in _trials.get()
 
     # Settlement: what does the outcome change?
@@ -793,7 +815,7 @@ class CircuitBreaker:
     ) -> None:
         """Take in how a call ended that `state` admitted, with `exc` if it
         raised. Raises if that opens the circuit."""
-        storage = self._storage
+        storage = self._circuit_storage
         try:
             if exc is None:
                 failed = False
@@ -813,7 +835,7 @@ class CircuitBreaker:
                 else:
                     if state is self._state:
                         state._count_failure()
-                    if self._told:
+                    if self._told_listeners:
                         self._tell("failure", (exc,), {})
                     if state is self._state:
                         state._failed(exc)
@@ -822,11 +844,11 @@ class CircuitBreaker:
             if trial is not None:
                 self._vacate(trial)
             if self._unlogged:
-                self._log()
+                self._log_what_happened()
 
     def _has_nothing_to_settle(self, state: CircuitBreakerState) -> bool:
         """Whether a success would change nothing, as seen without the lock."""
-        storage = self._storage
+        storage = self._circuit_storage
         return (
             state._has_shortcut
             and storage._open_book
@@ -837,21 +859,21 @@ class CircuitBreaker:
 
     def _inc_counter(self) -> None:
         # With the lock held. Code in the field puts its own in this one's place.
-        self._storage.increment_counter()
+        self._circuit_storage.increment_counter()
 
     # Transitions. The lock is held.
 
     def _look(self) -> None:
         """Follow the storage, if somebody else has moved it."""
-        name = self._storage.state
+        name = self._circuit_storage.state
         if name != self._state.name:
             self._begin_era(name, found=True)
 
     def _begin_era(self, name: str, found: bool = False) -> None:
         """Put a new state in the place of the old one, and tell of it."""
-        old, trial = self._state, self._trial
+        old, trial = self._state, self._trial_in_place
         # What listeners do because of this has causes of its own.
-        cause, self._cause = _FOUND if found else self._cause, _BY_HAND
+        cause, self._cause_of_move = _FOUND if found else self._cause_of_move, _BY_HAND
         new = self._create_new_state(name, prev_state=old, notify=True)
         if found:
             new._was_found()
@@ -864,18 +886,18 @@ class CircuitBreaker:
         if logger.isEnabledFor(level):
             # With the cause as a string: handlers keep what they are given.
             message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
-            counter, timeout = self._storage.counter, self._reset_timeout
+            counter, timeout = self._circuit_storage.counter, self._reset_timeout
             names = self._name or "unnamed breaker", name, old.name
             self._log_later(level, message, *names, str(cause), counter, timeout)
         self._tell("state_change", (old, new), {})
 
     def _because(self, cause: _Cause, move: Callable[[], _T]) -> _T:
         """Make a move that nobody makes by hand."""
-        self._cause = cause
+        self._cause_of_move = cause
         try:
             return move()
         finally:
-            self._cause = _BY_HAND  # if a subclass has not moved at all
+            self._cause_of_move = _BY_HAND  # if a subclass has not moved at all
 
     def _create_new_state(
         self,
@@ -900,12 +922,14 @@ class CircuitBreaker:
         """Let calls pass without the lock where a closed state and no listener
         leave no question but what the storage says, which can be seen."""
         clear = (
-            self._state._has_shortcut and self._told == () and self._storage._open_book
+            self._state._has_shortcut
+            and self._told_listeners == ()
+            and self._circuit_storage._open_book
         )
-        self._state._shortcut = self._storage if clear else _NO_SHORTCUT
+        self._state._shortcut = self._circuit_storage if clear else _NO_SHORTCUT
 
     def _tell(self, event: str, args: Any, kwargs: Any) -> None:
-        for listener in self._told:
+        for listener in self._told_listeners:
             try:
                 method = getattr(listener, event, None)
                 if method is not None:
@@ -919,7 +943,7 @@ class CircuitBreaker:
         # them may be about to ask for this one, to format a breaker.
         self._unlogged = (*self._unlogged, (args, kwargs))
 
-    def _log(self) -> None:
+    def _log_what_happened(self) -> None:
         """Log what has happened under the lock, once it is released."""
         if not self._unlogged:
             return
@@ -928,16 +952,19 @@ class CircuitBreaker:
             with self._lock:
                 unlogged, self._unlogged = self._unlogged, ()
             for args, kwargs in unlogged:
-                logger.log(*args, **kwargs)
+                try:
+                    logger.log(*args, **kwargs)
+                except Exception:
+                    continue  # a broken filter or handler is not the caller's
 
     def _after_fork(self) -> None:
         # A thread that held the lock or ran the trial stayed with the parent.
         self._lock = threading.RLock()
-        self._trial = None
+        self._trial_in_place = None
 
     def _nobody_hears(self, event: str) -> bool:
         """Whether telling the listeners of the event would do nothing."""
-        for listener in self._told:
+        for listener in self._told_listeners:
             try:
                 method = getattr(listener, event, None)
                 if method is not None:
@@ -947,7 +974,7 @@ class CircuitBreaker:
                 return False  # _tell() will log it
         return True
 
-    def _error(self, message: str, wait: float) -> CircuitBreakerError:
+    def _breaker_error(self, message: str, wait: float) -> CircuitBreakerError:
         error = CircuitBreakerError(f"{self._name or 'unnamed breaker'}: {message}")
         error.breaker = self
         error.retry_after = wait
@@ -955,17 +982,17 @@ class CircuitBreaker:
 
     @property
     def _state_storage(self) -> CircuitBreakerStorage:
-        return self._storage
+        return self._circuit_storage
 
     @_state_storage.setter
     def _state_storage(self, storage: CircuitBreakerStorage) -> None:
         with self._lock:
-            self._storage = storage
+            self._circuit_storage = storage
             self._find_shortcut()
 
     @_state_storage.deleter
     def _state_storage(self) -> None:
-        del self._storage  # as in _OpenList
+        del self._circuit_storage  # as in _OpenList
 
 
 class CircuitBreakerState:
@@ -1014,15 +1041,15 @@ class CircuitBreakerState:
             if wait == 0.0:
                 state._start_trial()
             elif not breaker._is_within_trial():
-                raise breaker._error(state._reason, wait)
-        breaker._log()
+                raise breaker._breaker_error(state._reason, wait)
+        breaker._log_what_happened()
 
     def on_success(self) -> None:
         """Decide what a success changes, if this era lasts."""
         with self._breaker._lock:
             if self is self._breaker._state:
                 self._succeeded()
-        self._breaker._log()
+        self._breaker._log_what_happened()
 
     def on_failure(self, exc: BaseException) -> None:
         """Decide what a failure changes that has been counted, if this era
@@ -1034,7 +1061,7 @@ class CircuitBreakerState:
                     self._failed(exc)
         finally:
             del exc  # if it is raised, its traceback holds this frame
-            self._breaker._log()
+            self._breaker._log_what_happened()
 
     def _handle_success(self) -> None:
         self._breaker._settle(self, None)
@@ -1072,7 +1099,9 @@ class CircuitBreakerState:
         breaker = self._breaker
         try:
             if breaker._because(cause, breaker.open):
-                raise breaker._error(message, breaker._state._wait()) from exc
+                still_open = breaker._circuit_storage.state == STATE_OPEN
+                wait = breaker._timeout_left() if still_open else 0.0
+                raise breaker._breaker_error(message, wait) from exc
             raise exc
         finally:
             del exc, cause  # as above
@@ -1097,15 +1126,15 @@ class CircuitClosedState(CircuitBreakerState):
     def _count_failure(self) -> None:
         # The count is at the limit already where a listener that was told of
         # the failure that brought it there has caused another one.
-        if self._breaker._storage.counter != self._breaker._fail_max:
+        if self._breaker._circuit_storage.counter != self._breaker._fail_max:
             self._breaker._inc_counter()
 
     def _succeeded(self) -> None:
-        if self._breaker._storage.counter:
-            self._breaker._storage.reset_counter()
+        if self._breaker._circuit_storage.counter:
+            self._breaker._circuit_storage.reset_counter()
 
     def _failed(self, exc: BaseException) -> None:
-        if self._breaker._storage.counter >= self._breaker._fail_max:
+        if self._breaker._circuit_storage.counter >= self._breaker._fail_max:
             try:
                 self._trip(
                     exc,
@@ -1116,8 +1145,8 @@ class CircuitClosedState(CircuitBreakerState):
                 del exc  # as above
 
     def _was_found(self) -> None:
-        if self._breaker._storage.counter >= self._breaker._fail_max:
-            self._breaker._storage.reset_counter()
+        if self._breaker._circuit_storage.counter >= self._breaker._fail_max:
+            self._breaker._circuit_storage.reset_counter()
 
 
 class CircuitOpenState(CircuitBreakerState):
@@ -1137,11 +1166,7 @@ class CircuitOpenState(CircuitBreakerState):
         super().__init__(cb, STATE_OPEN)
 
     def _wait(self) -> float:
-        elapsed = self._breaker._storage.open_for()
-        timeout = self._breaker._reset_timeout
-        if elapsed < timeout:
-            return timeout - elapsed
-        return self._breaker._place_wait()
+        return self._breaker._timeout_left() or self._breaker._place_wait()
 
     def _start_trial(self) -> None:
         breaker = self._breaker
@@ -1149,7 +1174,7 @@ class CircuitOpenState(CircuitBreakerState):
             _Cause("the timeout has passed", by_trial=True), breaker.half_open
         )
         if breaker._state is self:  # a subclass's half_open() did nothing
-            raise breaker._error(self._reason, 0.0)
+            raise breaker._breaker_error(self._reason, 0.0)
 
 
 class CircuitHalfOpenState(CircuitBreakerState):
@@ -1174,7 +1199,7 @@ class CircuitHalfOpenState(CircuitBreakerState):
         self._breaker._inc_counter()
 
     def _succeeded(self) -> None:
-        breaker, storage = self._breaker, self._breaker._storage
+        breaker, storage = self._breaker, self._breaker._circuit_storage
         storage.increment_success_counter()
         if storage.success_counter >= breaker._success_threshold:
             breaker._because(_Cause("the trial succeeded"), breaker.close)
@@ -1383,7 +1408,10 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
 
     def open_for(self) -> float:
         """Seconds since the opening."""
-        return time.monotonic() - self._opened
+        elapsed = time.monotonic() - self._opened
+        # A clock that has jumped by decades is another one (freezegun's starts
+        # in 1970); then all that can be compared is the moment.
+        return elapsed if 0.0 <= elapsed < 1e9 else _age(self._moment)
 
     def _open_now(self) -> None:
         super()._open_now()
@@ -1535,10 +1563,10 @@ _CODES_OF_RESULTS = {
 
 def _guard_for(func: Any) -> Any:
     """The guard for what calling `func` makes, as far as its code tells."""
-    while isinstance(func, functools.partial):
-        func = func.func
-    # A bound method hands out the code of its function, as does an AsyncMock;
-    # of an object that can be called it is the code of its class's __call__.
+    while isinstance(func, (functools.partial, types.MethodType)):
+        func = func.func if isinstance(func, functools.partial) else func.__func__
+    # An AsyncMock has code too. Of an object that can be called it is the code
+    # of its class's __call__ that matters.
     code = getattr(func, "__code__", None)
     if code is None:
         code = getattr(getattr(type(func), "__call__", None), "__code__", None)
@@ -1666,7 +1694,7 @@ def _integer(parameter: str, value: Any, what: str) -> int:
 def _checked_exclusions(exclude: Any) -> tuple[Any, ...]:
     if exclude is None:
         return ()
-    if isinstance(exclude, (int, float)):
+    if hasattr(type(exclude), "__float__"):
         raise TypeError(
             f"exclude must be an iterable of exception classes and predicates, not "
             f"{exclude!r}; for a number of trials write success_threshold={exclude!r}"
@@ -1681,7 +1709,7 @@ def _checked_exclusions(exclude: Any) -> tuple[Any, ...]:
 
 
 def _checked_exclusion(exclusion: Any) -> Any:
-    if not isinstance(exclusion, type) and not callable(exclusion):
+    if not callable(exclusion):
         raise TypeError(
             f"exclude takes exception classes and predicates that are called with "
             f"the exception, not {exclusion!r}; write exclude=[ValueError, ...]"
@@ -1706,7 +1734,7 @@ _EVENTS = ("before_call", "failure", "success", "rejected", "state_change")
 def _checked_listener(listener: Any) -> Any:
     if isinstance(listener, type) and issubclass(listener, CircuitBreakerListener):
         raise TypeError(f"listeners takes objects, not the class {listener!r}: add ()")
-    if not any(hasattr(listener, event) for event in _EVENTS):
+    if not any(callable(getattr(listener, event, None)) for event in _EVENTS):
         raise TypeError(
             f"listeners takes objects with at least one of the methods "
             f"{', '.join(_EVENTS)}; {listener!r} has none"
@@ -1715,6 +1743,8 @@ def _checked_listener(listener: Any) -> Any:
 
 
 def _is_iterable(value: Any) -> bool:
+    if isinstance(value, (str, bytes)):
+        return False
     try:
         iter(value)
     except TypeError:
@@ -1724,8 +1754,9 @@ def _is_iterable(value: Any) -> bool:
 
 def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
     remaining = list(items)
+    same = [i for i, other in enumerate(remaining) if other is item]
     try:
-        remaining.remove(item)
+        del remaining[same[0] if same else remaining.index(item)]
     except ValueError:
         raise ValueError(
             f"{item!r} is not there: no such {what} of the breaker"

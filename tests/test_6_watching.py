@@ -146,6 +146,15 @@ def test_listeners_and_exclusions_are_tuples(recorder):
     assert breaker.listeners == (recorder,)
 
 
+def test_they_are_tuples_where_code_in_the_field_changed_the_lists(recorder):
+    """Such code reaches for the private lists, which is no reason to hand them out."""
+    breaker = CircuitBreaker()
+    breaker._listeners.append(recorder)
+    breaker._excluded_exceptions.append(KeyError)
+    assert breaker.excluded_exceptions == (KeyError,)
+    assert breaker.listeners == (recorder,)
+
+
 @pytest.mark.parametrize(
     "attribute",
     [
@@ -360,12 +369,14 @@ def test_a_changed_reset_timeout_holds_for_an_open_circuit(clock):
     assert breaker.call(int) == 0
 
 
-def test_a_changed_success_threshold_holds_for_a_half_open_circuit():
-    """The next success that makes it enough closes the circuit."""
-    breaker = CircuitBreaker(success_threshold=5)
+@pytest.mark.parametrize("threshold", [1, 3, 4])
+def test_a_changed_success_threshold_holds_for_a_half_open_circuit(threshold):
+    """Below the successes so far, at them, or one above: the next one closes."""
+    breaker = CircuitBreaker(success_threshold=9)
     breaker.half_open()
-    breaker.call(int)
-    breaker.success_threshold = 2
+    for _ in range(3):
+        breaker.call(int)
+    breaker.success_threshold = threshold
     assert breaker.current_state == "half-open"
     breaker.call(int)
     assert breaker.current_state == "closed"
@@ -1047,6 +1058,20 @@ def test_a_listener_that_moves_the_circuit_at_the_trial_s_beginning(clock, recor
         *("state_change", "state_change"),
         *("before_call", "success"),
     ]
+
+
+def test_a_listener_that_opens_the_circuit_at_the_trial_s_beginning(clock):
+    """It opened the circuit again, so the call is rejected and does not run."""
+    ran = []
+    breaker = CircuitBreaker(1, 10)
+    breaker.open()
+    clock.advance(10)
+    breaker.add_listener(Hook("state_change", lambda cb: cb.open()))
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(ran.append, 1)
+    assert ran == []
+    assert breaker.current_state == "open"
+    assert breaker.retry_after == 10
 
 
 # Exceptions in listeners and predicates.

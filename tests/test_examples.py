@@ -73,7 +73,7 @@ def test_outage_runs_from_a_fresh_clone_and_ends_without_a_complaint(outage):
 
 
 def test_outage_prints_plain_text_into_a_pipe(text):
-    """No control character, nothing but ASCII, and lines that fit a terminal."""
+    """No control character, and nothing but ASCII."""
     assert [line for line in text.splitlines() if not line.isprintable()] == []
     assert text.isascii()
     assert "\r" not in text
