@@ -250,10 +250,10 @@ class CircuitBreaker:
         async generator, that is what is guarded, from its first step to its end.
         """
         try:
-            lazy = func.__code__.co_flags & _LAZY_FLAGS != 0
+            may_be_lazy = func.__code__.co_flags & _LAZY_FLAGS
         except AttributeError:
-            lazy = True
-        if lazy:
+            may_be_lazy = True
+        if may_be_lazy:
             guard = _guard_for(func)
             if guard is not CircuitBreaker._guard_function:
                 guarded = _called_like(guard(self, func), func)
@@ -669,17 +669,19 @@ class CircuitBreaker:
         state, storage = self._state, self._circuit_storage
         if storage._open_book and storage.state == state.name:
             # What is decided here changes nothing, so it needs no lock.
+            heard = self._heard
             if state._has_shortcut:
-                if self._nobody_hears("before_call"):
+                if "before_call" not in heard and self._nobody_hears("before_call"):
                     return state, None
-            elif not self._told_listeners or self._nobody_hears("rejected"):
+            elif "rejected" not in heard and self._nobody_hears("rejected"):
                 wait = state._wait()
                 if wait > 0.0 and not (
                     self._trial_in_place and self._is_within_trial()
                 ):
                     raise self._breaker_error(state._reason, wait)
         with self._lock:
-            self._look()
+            if self._circuit_storage.state != self._state.name:
+                self._look()
             state, trial, wait = self._state, None, 0.0
             if not state._admits_all:
                 wait = state._wait()
@@ -691,9 +693,9 @@ class CircuitBreaker:
                 elif wait == 0.0:
                     trial = self._take_place()
             if wait > 0.0:
-                self._tell("rejected", (func, *args), kwargs)
+                self._tell("rejected", (self, func, *args), kwargs)
             elif trial is None:
-                self._tell("before_call", (func, *args), kwargs)
+                self._tell("before_call", (self, func, *args), kwargs)
         if trial is not None:
             if ask:
                 return self._claim(state, trial, func, args, kwargs)
@@ -757,7 +759,7 @@ class CircuitBreaker:
                 self._vacate(trial)
                 return None
             if not granted:
-                self._tell("rejected", (func, *args), kwargs)
+                self._tell("rejected", (self, func, *args), kwargs)
                 raise self._breaker_error(
                     f"{_REJECTED}: another breaker runs the trial", 0.0
                 )
@@ -767,7 +769,7 @@ class CircuitBreaker:
                 self._vacate(trial)
                 return None
             state = self._state
-            self._tell("before_call", (func, *args), kwargs)
+            self._tell("before_call", (self, func, *args), kwargs)
             return state
 
     def _take_place(self) -> _Trial:
@@ -776,11 +778,6 @@ class CircuitBreaker:
         trial = self._trial_in_place = _Trial()
         _trials.set((*(t for t in _trials.get() if not t.over), trial))
         return trial
-
-    def _timeout_left(self) -> float:
-        """Seconds until an open circuit may have a trial."""
-        elapsed, timeout = self._circuit_storage.open_for(), self._reset_timeout
-        return timeout - elapsed if elapsed < timeout else 0.0
 
     def _place_wait(self) -> float:
         """Seconds until a call may take the place."""
@@ -823,7 +820,11 @@ class CircuitBreaker:
                 failed = self.is_system_error(exc)
             else:
                 return
-            if not failed and self._has_nothing_to_settle(state):
+            if (
+                not failed
+                and "success" not in self._heard
+                and self._has_nothing_to_settle(state)
+            ):
                 return
             with self._lock:
                 if storage.state != self._state.name:
@@ -831,12 +832,12 @@ class CircuitBreaker:
                 if exc is None or not failed:
                     if state is self._state:
                         state._succeeded()
-                    self._tell("success", (), {})
+                    self._tell("success", (self,))
                 else:
                     if state is self._state:
                         state._count_failure()
                     if self._told_listeners:
-                        self._tell("failure", (exc,), {})
+                        self._tell("failure", (self, exc))
                     if state is self._state:
                         state._failed(exc)
         finally:
@@ -889,7 +890,7 @@ class CircuitBreaker:
             counter, timeout = self._circuit_storage.counter, self._reset_timeout
             names = self._name or "unnamed breaker", name, old.name
             self._log_later(level, message, *names, str(cause), counter, timeout)
-        self._tell("state_change", (old, new), {})
+        self._tell("state_change", (self, old, new))
 
     def _because(self, cause: _Cause, move: Callable[[], _T]) -> _T:
         """Make a move that nobody makes by hand."""
@@ -927,13 +928,20 @@ class CircuitBreaker:
             and self._circuit_storage._open_book
         )
         self._state._shortcut = self._circuit_storage if clear else _NO_SHORTCUT
+        # Spares calls that have somebody to tell the search for somebody.
+        heard = (e for e in _EVENTS if not self._nobody_hears(e))
+        self._heard = frozenset(heard) if self._told_listeners else _NOTHING
 
-    def _tell(self, event: str, args: Any, kwargs: Any) -> None:
+    def _tell(self, event: str, args: Any, kwargs: Any = None) -> None:
         for listener in self._told_listeners:
             try:
                 method = getattr(listener, event, None)
-                if method is not None:
-                    method(self, *args, **kwargs)
+                if method is None:
+                    continue
+                if kwargs:
+                    method(*args, **kwargs)
+                else:
+                    method(*args)
             except Exception as exc:
                 message = "%r failed to hear of %s"
                 self._log_later(logging.ERROR, message, listener, event, exc_info=exc)
@@ -963,7 +971,8 @@ class CircuitBreaker:
         self._trial_in_place = None
 
     def _nobody_hears(self, event: str) -> bool:
-        """Whether telling the listeners of the event would do nothing."""
+        """Whether telling the listeners of the event would do nothing. Asked
+        anew for each, as a method may be patched while its listener is here."""
         for listener in self._told_listeners:
             try:
                 method = getattr(listener, event, None)
@@ -1099,9 +1108,7 @@ class CircuitBreakerState:
         breaker = self._breaker
         try:
             if breaker._because(cause, breaker.open):
-                still_open = breaker._circuit_storage.state == STATE_OPEN
-                wait = breaker._timeout_left() if still_open else 0.0
-                raise breaker._breaker_error(message, wait) from exc
+                raise breaker._breaker_error(message, breaker._state._wait()) from exc
             raise exc
         finally:
             del exc, cause  # as above
@@ -1166,7 +1173,9 @@ class CircuitOpenState(CircuitBreakerState):
         super().__init__(cb, STATE_OPEN)
 
     def _wait(self) -> float:
-        return self._breaker._timeout_left() or self._breaker._place_wait()
+        breaker = self._breaker
+        left = breaker._reset_timeout - breaker._circuit_storage.open_for()
+        return left if left > 0.0 else breaker._place_wait()  # inf - inf is not
 
     def _start_trial(self) -> None:
         breaker = self._breaker
@@ -1652,7 +1661,7 @@ def _finite(number: float) -> float | None:
 
 
 def _in(seconds: float) -> str:
-    return "only by hand" if seconds == math.inf else f"in {seconds:.1f} s"
+    return "only by hand" if seconds == math.inf else f"in {float(seconds):.1f} s"
 
 
 def _whole_number(
@@ -1765,6 +1774,7 @@ def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
 
 
 _LONG_AGO = -math.inf
+_NOTHING: frozenset[str] = frozenset()
 
 # Methods of listeners that do nothing.
 _DEAF = frozenset(getattr(CircuitBreakerListener, event) for event in _EVENTS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import decimal
 import inspect
 import math
 import re
+import types
 
 import pytest
 
@@ -560,3 +562,38 @@ def test_none_stands_for_the_default(parameter):
     breaker = CircuitBreaker(**{parameter: None})
     assert breaker.excluded_exceptions == breaker.listeners == ()
     assert breaker.call(int) == 0
+
+
+@pytest.mark.parametrize("parameter", ["exclude", "listeners"])
+@pytest.mark.parametrize("value", ["", "ValueError", b""])
+def test_a_string_is_no_iterable_of_anything(parameter, value):
+    """The letters of a name are neither exceptions nor listeners."""
+    with pytest.raises(TypeError, match=f"{parameter} must be an iterable.*{value!r}"):
+        CircuitBreaker(**{parameter: value})
+
+
+def test_any_kind_of_number_for_exclude_names_success_threshold():
+    """Because release 1.4 had that in the third place."""
+    with pytest.raises(TypeError, match=r"write success_threshold=Decimal\('2'\)"):
+        CircuitBreaker(5, 60, decimal.Decimal(2))
+
+
+def test_a_listener_needs_a_method_not_just_its_name():
+    """What cannot be called hears of nothing."""
+    with pytest.raises(TypeError, match="has none"):
+        CircuitBreaker(listeners=[types.SimpleNamespace(success=True)])
+
+
+def test_of_two_that_are_equal_the_one_that_was_given_is_removed():
+    """Though `==` cannot tell them apart."""
+
+    class Equal(CircuitBreakerListener):
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+        __hash__ = None
+
+    first, second = Equal(), Equal()
+    breaker = CircuitBreaker(listeners=[first, second])
+    breaker.remove_listener(second)
+    assert breaker.listeners[0] is first

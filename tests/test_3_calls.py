@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import contextvars
 import datetime
 import functools
@@ -1259,3 +1260,26 @@ def test_a_storage_of_the_users_own_measures_by_the_wall_clock(clock):
         wall.tick(1)
         assert breaker.call(abs, -1) == 1
     assert breaker.current_state == "closed"
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(30, "open"), (61, "closed")])
+def test_a_circuit_may_open_before_the_time_is_frozen(seconds, state, fail):
+    """A frozen clock counts from another year, and the time that passed is told
+    by the moment of the opening."""
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
+    breaker.open()
+    later = datetime.datetime.now(datetime.timezone.utc)
+    later += datetime.timedelta(seconds=seconds)
+    with freezegun.freeze_time(later.replace(tzinfo=None)):
+        with contextlib.suppress(CircuitBreakerError):
+            breaker.call(str)
+        assert breaker.current_state == state
+
+
+def test_a_circuit_that_opened_while_time_was_frozen_goes_on_when_it_is_not():
+    """It has been open for as long as the calendar says."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    with freezegun.freeze_time("2020-02-02"):
+        breaker.open()
+        assert breaker.retry_after == 60.0
+    assert breaker.retry_after == 0.0

@@ -1504,3 +1504,12 @@ def test_a_frozen_time_that_ticks_by_itself_ends_the_timeout(fail):
             rejected += 1
     assert breaker.current_state == "closed"
     assert 1 <= rejected < 100
+
+
+def test_the_error_of_a_trip_into_a_mocked_state_can_be_read(fail):
+    """The mock has no time to tell, so the storage is asked."""
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=60, name="db")
+    with mock.patch("pybreaker.CircuitOpenState"):
+        with pytest.raises(CircuitBreakerError, match="threshold reached") as info:
+            breaker.call(fail)
+    assert "next trial in" in str(info.value)
