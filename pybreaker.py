@@ -888,7 +888,8 @@ class CircuitBreaker:
             # With the cause as a string: handlers keep what they are given.
             message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
             counter, timeout = self._circuit_storage.counter, self._reset_timeout
-            names = self._name or "unnamed breaker", name, old.name
+            who = repr(self._name) if self._name else "unnamed breaker"
+            names = who, name, old.name
             self._log_later(level, message, *names, str(cause), counter, timeout)
         self._tell("state_change", (self, old, new))
 
@@ -1808,5 +1809,5 @@ def _after_fork() -> None:
         breaker._after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+# Windows has no forks.
+getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_after_fork)

@@ -104,4 +104,5 @@ COMMANDS = {
     r"python -m pip install tox": "tox.ini",
     r"python -m tox": "tox.ini",
     r"pip install \.": "setup.py",
+    r"curl .*http://127\.0\.0\.1:8300/.*": "examples/ops_console.py",
 }

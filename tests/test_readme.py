@@ -13,7 +13,9 @@ import threading
 import types
 import urllib.error
 import urllib.request
+from unittest import mock
 
+import prometheus_client
 import pytest
 from docutils import nodes
 from readme_support import ROOT, RUNNERS, Block, blocks_of, parse, run
@@ -61,6 +63,7 @@ class Page:
             "__name__": "readme",
             "client": service,
             "async_client": types.SimpleNamespace(get=service.get_async),
+            "meter": mock.Mock(),
         }
         self._clock = clock
 
@@ -96,6 +99,7 @@ def three_failures(names, clock):
 SITUATIONS = {
     "What the caller sees": opened_a_while_ago,
     "Monitoring and management": three_failures,
+    "At a prompt": three_failures,
 }
 
 
@@ -118,6 +122,9 @@ def page(service, clock, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sqlite3, "connect", remember)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     yield Page(service, clock)
     for database in databases:
         database.close()

@@ -1,0 +1,256 @@
+"""What operators get from a breaker: its log and its snapshot."""
+
+from __future__ import annotations
+
+import contextvars
+import datetime
+import json
+import logging
+import math
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
+
+
+@pytest.fixture
+def log(caplog):
+    """The lines that were logged, as pairs of level and text."""
+    caplog.set_level(logging.INFO, "pybreaker")
+    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records]
+
+
+def test_each_transition_is_logged_with_its_reason(log, clock, fail, boom):
+    """Openings are warnings, as somebody may have to do something."""
+    breaker = CircuitBreaker(fail_max=2, reset_timeout=60, name="db")
+    for _ in range(2):
+        with pytest.raises((boom, CircuitBreakerError)):
+            breaker.call(fail)
+    clock.advance(60)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    clock.advance(60)
+    breaker.call(str)
+    many = "too many failures in a row: Boom()"
+    counts = "(fail_counter {}, reset_timeout 60 s)"
+    assert log() == [
+        ("WARNING", f"'db': open, was closed: {many} {counts.format(2)}"),
+        (
+            "INFO",
+            f"'db': half-open, was open: the timeout has passed {counts.format(2)}",
+        ),
+        (
+            "WARNING",
+            f"'db': open, was half-open: the trial failed: Boom() {counts.format(3)}",
+        ),
+        (
+            "INFO",
+            f"'db': half-open, was open: the timeout has passed {counts.format(3)}",
+        ),
+        (
+            "INFO",
+            f"'db': closed, was half-open: the trial succeeded {counts.format(0)}",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("move", "level"), [("open", "WARNING"), ("half_open", "INFO"), ("close", "INFO")]
+)
+def test_a_move_by_hand_is_logged_as_one(move, level, log):
+    """And an unnamed breaker is called that."""
+    breaker = CircuitBreaker()
+    getattr(breaker, move)()
+    [(logged, text)] = log()
+    assert logged == level
+    assert text.startswith("unnamed breaker: ")
+    assert ", was closed: by hand (" in text
+
+
+def test_a_change_found_in_the_storage_is_logged_as_that(log):
+    """Nobody here knows why it was made."""
+    breaker = CircuitBreaker()
+    breaker._state_storage.state = "open"
+    assert breaker.state.name == "open"
+    assert ": found so in the storage (" in log()[0][1]
+
+
+def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
+    """It has a reason of its own, which only the listener knows."""
+
+    class Reopens(pybreaker.CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            if new_state.name == "open":
+                cb.half_open()
+
+    breaker = CircuitBreaker(fail_max=1, listeners=[Reopens()])
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    reasons = [text.split(": ")[2].split(" (")[0] for _, text in log()]
+    assert reasons == ["too many failures in a row", "by hand"]
+
+
+def test_a_name_cannot_forge_a_line_in_the_log(log):
+    """What breaks lines is shown escaped."""
+    CircuitBreaker(name="a\nb").open()
+    assert r"'a\nb'" in log()[0][1]
+
+
+def test_an_exception_that_cannot_be_shown_is_named(log):
+    """Its class is better than nothing, and than an error in the log."""
+
+    class Mute(Exception):
+        def __repr__(self):
+            raise RuntimeError("no")
+
+    def fail():
+        raise Mute
+
+    with pytest.raises(CircuitBreakerError):
+        CircuitBreaker(fail_max=1).call(fail)
+    assert "too many failures in a row: Mute (" in log()[0][1]
+
+
+def test_nothing_is_printed_unless_logging_is_configured():
+    """Not even warnings, which Python prints for want of anything better."""
+    code = "import pybreaker; pybreaker.CircuitBreaker().open()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=True,
+        cwd=pybreaker.__file__.rpartition("pybreaker.py")[0],
+        text=True,
+    )
+    assert run.stdout + run.stderr == ""
+
+
+def test_a_handler_may_wait_for_another_thread_that_uses_the_breaker(log):
+    """It is called when the lock has been released."""
+
+    class Waits(logging.Handler):
+        def emit(self, record):
+            thread = threading.Thread(target=use, args=(breaker, done))
+            thread.start()
+            heard.append(done.wait(PATIENCE))
+            thread.join(PATIENCE)
+
+    def use(breaker, done):
+        repr(breaker)
+        breaker.snapshot()
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(str)
+        done.set()
+
+    breaker, done, heard = CircuitBreaker(), threading.Event(), []
+    handler = Waits()
+    logging.getLogger("pybreaker").addHandler(handler)
+    try:
+        breaker.open()
+    finally:
+        logging.getLogger("pybreaker").removeHandler(handler)
+    assert heard == [True]
+
+
+def test_a_broken_filter_changes_nothing(log, recorder):
+    """The log is not what the caller came for."""
+
+    def broken(record):
+        raise RuntimeError
+
+    breaker = CircuitBreaker(listeners=[recorder])
+    logging.getLogger("pybreaker").addFilter(broken)
+    try:
+        breaker.open()
+    finally:
+        logging.getLogger("pybreaker").removeFilter(broken)
+    assert breaker.current_state == "open"
+    assert recorder.transitions == [("closed", "open")]
+
+
+def test_a_snapshot_tells_all_of_a_closed_circuit(fail, boom):
+    """As a dict that `json.dumps` takes."""
+    breaker = CircuitBreaker(name="db")
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert json.loads(json.dumps(breaker.snapshot())) == {
+        "name": "db",
+        "state": "closed",
+        "fail_counter": 1,
+        "fail_max": 5,
+        "success_counter": 0,
+        "success_threshold": 1,
+        "reset_timeout": 60,
+        "opened_at": None,
+        "retry_after": 0.0,
+    }
+
+
+def test_a_snapshot_tells_when_a_circuit_opened_and_when_to_come_back(clock):
+    """The moment is in UTC by ISO 8601, whatever the storage keeps."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.open()
+    clock.advance(18.5)
+    assert breaker.snapshot()["retry_after"] == 41.5
+    east = datetime.timezone(datetime.timedelta(hours=5))
+    for moment in (
+        datetime.datetime(2020, 2, 2, 12),
+        datetime.datetime(2020, 2, 2, 17, tzinfo=east),
+    ):
+        breaker._state_storage.opened_at = moment
+        assert breaker.snapshot()["opened_at"] == "2020-02-02T12:00:00+00:00"
+
+
+def test_a_snapshot_has_none_where_there_is_no_end():
+    """JSON has no word for infinity."""
+    breaker = CircuitBreaker(fail_max=math.inf, reset_timeout=math.inf)
+    breaker.open()
+    snapshot = breaker.snapshot()
+    assert snapshot["fail_max"] is None
+    assert snapshot["reset_timeout"] is None
+    assert snapshot["retry_after"] is None
+    assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
+
+
+def test_a_snapshot_is_of_one_moment(clock):
+    """It is taken under the lock: whoever holds that is waited for."""
+    breaker, taken = CircuitBreaker(), []
+    thread = threading.Thread(target=lambda: taken.append(breaker.snapshot()))
+    with breaker._lock:
+        thread.start()
+        breaker.fail_counter = 3
+        breaker.open()
+        assert not taken
+    thread.join(PATIENCE)
+    assert (taken[0]["state"], taken[0]["fail_counter"]) == ("open", 3)
+
+
+def test_the_child_of_a_fork_begins_with_a_free_lock_and_a_free_place(clock):
+    """What the parent's threads hold is theirs. (This is what is done in the
+    child; that it is done is for tests that fork.)"""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    trial = breaker.calling()
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with breaker._lock:
+            held.set()
+            over.wait(PATIENCE)
+
+    contextvars.copy_context().run(trial.__enter__)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(PATIENCE)
+    pybreaker._after_fork()
+    try:
+        assert breaker.call(str) == ""
+        assert breaker.current_state == "closed"
+    finally:
+        over.set()
+        thread.join(PATIENCE)
