@@ -1,0 +1,404 @@
+"""What a breaker costs, in this library and in others, measured in one run.
+
+    python benchmarks/run.py [--fast] [--output FILE]
+
+Needs pyperf, which knows how to describe a machine, and pip, which installs each
+of the other libraries into a virtual environment of its own that is thrown away
+at the end. Prints what it finds, and writes it to benchmarks/results.rst; with
+--fast (rough figures, in less than a minute) only to a FILE that is asked for.
+
+The libraries are measured by turns, a little of each in every round and in a new
+process each time (see worker.py), so that whatever else the machine does
+is met by all. A ratio is the median over all rounds of the ratios to a bare
+wrapper that was timed right beside it.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import http.server
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import typing
+import venv
+
+import pyperf
+from libraries import LIBRARIES
+from readme import BEGIN, END
+
+HERE = pathlib.Path(__file__).resolve().parent
+RESULTS = HERE / "results.rst"
+TIMEOUT = 120
+
+# The rounds of each task: in full, and with --fast.
+ROUNDS = {
+    "calls": (30, 2),
+    "threads": (15, 1),
+    "memory": (1, 1),
+    "import": (25, 3),
+    "growth": (8, 1),
+    "request": (8, 1),
+}
+ONLY_THIS_LIBRARY = ("growth", "request")
+
+IMPORT = """\
+import threading, functools, logging, datetime, time
+began = time.perf_counter()
+import {module}
+print(time.perf_counter() - began)
+"""
+
+
+class Environment:
+    """A virtual environment with one library in it."""
+
+    def __init__(self, name, directory):
+        self.name = name
+        self.library = LIBRARIES[name]
+        self.installed = True
+        self.version = ""
+        venv.create(directory, symlinks=os.name != "nt")
+        scripts = "Scripts" if os.name == "nt" else "bin"
+        self.python = directory / scripts / "python"
+        # Neither this directory's pybreaker.py nor settings of Python's go along.
+        self.variables = {
+            key: value for key, value in os.environ.items() if key[:6] != "PYTHON"
+        }
+        if self.library.requirement is None:
+            self.variables["PYTHONPATH"] = str(HERE.parent)
+        else:
+            self.install()
+
+    def install(self):
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python)]
+        quietly = ["--quiet", "--disable-pip-version-check", "--retries", "2"]
+        try:
+            run([*pip, "install", *quietly, self.library.requirement])
+            asked = (
+                "from importlib.metadata import version; "
+                f"print(version({self.library.distribution!r}))"
+            )
+            self.version = self.run("-c", asked).strip()
+        except subprocess.SubprocessError as error:
+            complain(f"{self.library.title} cannot be installed", error)
+            self.installed = False
+
+    def run(self, *arguments):
+        """What Python prints when it is run here."""
+        directory = self.python.parent  # where no module lies
+        return run([self.python, *arguments], env=self.variables, cwd=directory)
+
+    def measure(self, task, *options):
+        """What one worker finds."""
+        try:
+            if task == "import":
+                code = IMPORT.format(module=self.library.module)
+                return {"import": [float(self.run("-c", code))]}
+            worker = str(HERE / "worker.py")
+            return json.loads(self.run(worker, self.name, task, *options))
+        except subprocess.SubprocessError as error:
+            complain(f"{self.library.title}: {task} failed", error)
+            if self.library.requirement is None:
+                raise
+            return {task: "failed"}
+
+
+def run(command, **how):
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=TIMEOUT, **how
+    ).stdout
+
+
+def complain(what, error):
+    print(f"\n{what}:\n{error.stderr or error}", file=sys.stderr)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keeps connections
+    disable_nagle_algorithm = True
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def http_server():
+    """The port of a server that runs in a thread."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def measure_all(environments, fast):
+    """All figures: for each library by its name, a dict of what was measured."""
+    figures = {name: collections.defaultdict(list) for name in LIBRARIES}
+    turns = [each for each in environments if each.installed]
+    options = ["--fast"] if fast else []
+    with http_server() as port:
+        for task, (in_full, rough) in ROUNDS.items():
+            rounds = rough if fast else in_full
+            for number in range(rounds):
+                print(f"{task}, round {number + 1} of {rounds}", file=sys.stderr)
+                for each in turns:
+                    if task in ONLY_THIS_LIBRARY and each.library.requirement:
+                        continue
+                    found = each.measure(task, "--port", str(port), *options)
+                    add(figures[each.name], found)
+                turns.append(turns.pop(0))  # nobody is always first
+    return figures
+
+
+def add(figures, found):
+    """Add what one worker found: lists of figures, or dicts of them by size."""
+    for name, measured in found.items():
+        if measured == "failed":
+            figures["failed"].append(name)
+        elif isinstance(measured, list):
+            figures[name].extend(measured)
+        else:
+            by_size = figures.setdefault(name, collections.defaultdict(list))
+            add(by_size, {int(size): values for size, values in measured.items()})
+
+
+# What the figures say. A pair is that of a bare and a guarded call.
+
+
+def bare(pairs):
+    return statistics.median(pair[0] for pair in pairs)
+
+
+def guarded(pairs):
+    return statistics.median(pair[1] for pair in pairs)
+
+
+def ratio(pairs):
+    return statistics.median(call / wrapper for wrapper, call in pairs)
+
+
+def nanoseconds(seconds):
+    return f"{seconds * 1e9:.0f} ns"
+
+
+class Row(typing.NamedTuple):
+    """One of the main table."""
+
+    task: str
+    name: str
+    label: str
+    cell: typing.Callable = lambda pairs: f"{ratio(pairs):.2f}"
+    bare_cell: typing.Callable = lambda pairs: nanoseconds(bare(pairs))
+
+
+ROWS = (
+    Row("calls", "closed", "decorated function"),
+    Row("calls", "call", "``call(func, a, b)``"),
+    Row("calls", "coroutine", "decorated coroutine function"),
+    Row("calls", "failure", "function that raises, counted"),
+    Row("calls", "rejection", "rejected call, caught"),
+    Row("calls", "unchanged_listener", "with a listener that overrides nothing"),
+    Row("calls", "empty_listener", "with a listener whose methods are empty"),
+    Row(
+        "threads",
+        "hammering",
+        "growth of a call's cost from 1 to 8 busy threads",
+        bare_cell=lambda pairs: f"{bare(pairs):.2f}",
+    ),
+    Row(
+        "threads",
+        "waiting",
+        "calls per second of 32 threads in calls of 10 ms",
+        cell=lambda pairs: f"{1 / ratio(pairs):.2f}",
+        bare_cell=lambda pairs: f"{1 / bare(pairs):.0f}",
+    ),
+    Row(
+        "memory",
+        "memory",
+        "memory of a new breaker",
+        cell=lambda sizes: f"{sizes[10_000][0]:.0f} B",
+        bare_cell=lambda sizes: "",
+    ),
+    Row(
+        "import",
+        "import",
+        "import",
+        cell=lambda times: f"{statistics.median(times) * 1e3:.1f} ms",
+        bare_cell=lambda times: "",
+    ),
+)
+
+
+def main_table(figures, environments):
+    def cell(row, environment):
+        found = figures[environment.name]
+        if found.get(row.name):
+            return row.cell(found[row.name])
+        if not environment.installed:
+            return "not installed"
+        return "failed" if {row.task, row.name} & set(found["failed"]) else "none"
+
+    head = ["path", "bare", *(each.library.title for each in environments)]
+    rows = []
+    for row in ROWS:
+        by_all = [
+            figure for found in figures.values() for figure in found.get(row.name, ())
+        ]
+        rows.append(
+            [
+                row.label,
+                row.bare_cell(by_all),
+                *(cell(row, each) for each in environments),
+            ]
+        )
+    return table(head, rows)
+
+
+def growth_tables(figures):
+    """How the costs of this library grow, each table with its title."""
+
+    def costs(pairs):
+        return [nanoseconds(guarded(pairs)), f"{ratio(pairs):.2f}"]
+
+    def bare_and(pairs):
+        return [nanoseconds(bare(pairs)), *costs(pairs)]
+
+    yield (
+        "Threads that call one function and do nothing else",
+        ["threads", "bare wrapper", "guarded", "ratio"],
+        [[f"{n}", *bare_and(pairs)] for n, pairs in figures["threads"].items()],
+    )
+    yield (
+        "Breakers whose functions are called in turn, in random order",
+        [
+            "breakers",
+            "bare wrapper",
+            "guarded",
+            "ratio",
+            "to make one",
+            "memory of one",
+        ],
+        [
+            [
+                f"{n}",
+                *bare_and(pairs),
+                f"{statistics.median(figures['making'][n]) * 1e6:.1f} us",
+                f"{figures['memory'][n][0]:.0f} B",
+            ]
+            for n, pairs in figures["breakers"].items()
+        ],
+    )
+    yield (
+        "Listeners that override nothing, and listeners whose methods are empty",
+        ["listeners", "nothing", "ratio", "empty", "ratio"],
+        [
+            [f"{n}", *costs(pairs), *costs(figures["empty_listeners"][n])]
+            for n, pairs in figures["unchanged_listeners"].items()
+        ],
+    )
+    yield (
+        "Excluded exceptions, none of which is raised",
+        ["exclusions", "returns", "ratio", "raises", "ratio"],
+        [
+            [f"{n}", *costs(pairs), *costs(figures["exclusions_failing"][n])]
+            for n, pairs in figures["exclusions"].items()
+        ],
+    )
+
+
+def table(head, rows):
+    """A simple table in reStructuredText: text to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    rule = "  ".join("=" * width for width in widths)
+
+    def line(cells):
+        text = cells[0].ljust(widths[0])
+        figures = map(str.rjust, cells[1:], widths[1:])
+        return "  ".join([text, *figures]).rstrip()
+
+    return "\n".join([rule, line(head), rule, *map(line, rows), rule])
+
+
+def machine():
+    """The machine and its Python in one line, without names and paths."""
+    found = pyperf.Run([1.0], collect_metadata=True).get_metadata()
+    return (
+        f"{platform.python_implementation()} {found['python_version']}, "
+        f"{platform.system()}, {found.get('cpu_model_name', platform.machine())}, "
+        f"{found.get('cpu_count', os.cpu_count())} cores"
+    )
+
+
+def load():
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def report(figures, environments, loads):
+    """The lines of results.rst."""
+    this = figures["PyBreaker"]
+    request, call = map(statistics.median, zip(*this["request"]))
+    versions = ", ".join(
+        f"{each.library.title} {each.version}" for each in environments if each.version
+    )
+    yield from ("What a breaker costs", "====================", "")
+    yield from (BEGIN, "", main_table(figures, environments), "")
+    yield filled(
+        f"All but the last two lines are ratios to a bare ``functools.wraps`` wrapper "
+        f"(the two before them to its growth, and to its calls per second): each the "
+        f"median of many, with the wrapper measured beside every one. The import is "
+        f"what comes on top of threading, functools, logging and datetime. Where it "
+        f"says none, the library has no such thing. An HTTP request to the same "
+        f"machine, over a connection that is kept open, takes {request * 1e6:.0f} us, "
+        f"as long as {request / call:.0f} calls of a decorated function."
+    )
+    yield ""
+    yield filled(f"Measured on {machine()}, load average {loads}; {versions}.")
+    yield from ("", END, "")
+    yield "How the costs of this library grow; each ratio is to as many bare wrappers."
+    for title, head, rows in growth_tables(this):
+        yield from ("", title, "-" * len(title), "", table(head, rows))
+
+
+def filled(text):
+    return textwrap.fill(text, 79)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fast", action="store_true", help="rough figures, soon")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE")
+    options = parser.parse_args()
+    output = options.output or (None if options.fast else RESULTS)
+
+    before = load()
+    with tempfile.TemporaryDirectory() as directory:
+        places = [(name, pathlib.Path(directory, name)) for name in LIBRARIES]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            environments = list(pool.map(lambda place: Environment(*place), places))
+        figures = measure_all(environments, options.fast)
+    text = "\n".join(report(figures, environments, f"{before} to {load()}")) + "\n"
+    print(text)
+    if output:
+        output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
