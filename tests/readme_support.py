@@ -102,7 +102,7 @@ RUNNERS = {"python": _run_python, "pycon": _run_prompt, "console": _check_comman
 COMMANDS = {
     r"python (?P<file>[\w/]+\.py)": None,
     r"python -m pip install tox": "tox.ini",
-    r"python -m tox": "tox.ini",
+    r"python -m tox( -e \w+)?": "tox.ini",
     r"pip install \.": "setup.py",
     r"curl .*http://127\.0\.0\.1:8300/.*": "examples/ops_console.py",
 }
