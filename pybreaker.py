@@ -204,7 +204,7 @@ class CircuitBreaker:
         self._unlogged: tuple[Any, ...] = ()
         self._state: CircuitBreakerState = self._create_new_state(state_storage.state)
         self._find_shortcut()
-        _breakers.add(self)
+        _breakers[id(self)] = self
 
     # Guarding.
 
@@ -967,9 +967,11 @@ class CircuitBreaker:
                     continue  # a broken filter or handler is not the caller's
 
     def _after_fork(self) -> None:
-        # A thread that held the lock or ran the trial stayed with the parent.
+        # A thread that held the lock, ran the trial or moved the circuit stayed
+        # with the parent.
         self._lock = threading.RLock()
         self._trial_in_place = None
+        self._cause_of_move = _BY_HAND
 
     def _nobody_hears(self, event: str) -> bool:
         """Whether telling the listeners of the event would do nothing. Asked
@@ -1800,12 +1802,14 @@ _trials: contextvars.ContextVar[tuple[_Trial, ...]] = contextvars.ContextVar(
     "pybreaker_trials", default=()
 )
 
-# All there are, for the child of a fork.
-_breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
+# All there are, for the child of a fork. A subclass's need not be hashable.
+_breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def _after_fork() -> None:
-    for breaker in _breakers:
+    for breaker in list(_breakers.values()):
         breaker._after_fork()
 
 

@@ -33,6 +33,13 @@ def parse(source):
     return publish_doctree(source, settings_overrides=settings)
 
 
+# Comments that stand around the table which benchmarks/readme.py copies.
+MARKS = (
+    "The table of the benchmark begins.",
+    "The table of the benchmark ends.",
+)
+
+
 def blocks_of(source):
     """Every block whose lines stay as they are, whatever it is.
 
@@ -41,6 +48,8 @@ def blocks_of(source):
     blocks, position = [], 0
     for node in parse(source).findall(nodes.FixedTextElement):
         text = node.astext()
+        if text in MARKS:
+            continue
         position = source.index(textwrap.indent(text, "    ").strip(), position)
         line = source.count("\n", 0, position) + 1
         blocks.append(Block(_section(node), _kind(node), text, line))

@@ -254,3 +254,19 @@ def test_the_child_of_a_fork_begins_with_a_free_lock_and_a_free_place(clock):
     finally:
         over.set()
         thread.join(PATIENCE)
+
+
+def test_breakers_need_not_be_told_apart_by_comparing_them():
+    """A subclass may be a dataclass, whose objects are equal and not hashable."""
+
+    class Equal(CircuitBreaker):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+    breakers = [Equal(), Equal()]
+    locks = [breaker._lock for breaker in breakers]
+    pybreaker._after_fork()
+    for breaker, lock in zip(breakers, locks):
+        assert breaker._lock is not lock

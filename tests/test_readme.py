@@ -9,6 +9,8 @@ import io
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 import threading
 import types
 import urllib.error
@@ -657,3 +659,9 @@ def test_decorated_and_called_functions_return_what_the_types_say(page, service)
     example = page.run("Types")
     assert example.speed == 21.5
     assert service.requests == ["/wind/paris?height=80", "/wind/paris?height=10"]
+
+
+def test_the_table_of_costs_is_the_one_that_was_measured():
+    """`benchmarks/readme.py` copies it, and says whether it has."""
+    command = [sys.executable, ROOT / "benchmarks" / "readme.py", "--check"]
+    subprocess.run(command, check=True)

@@ -1,0 +1,299 @@
+"""Runs threads one step at a time, in an order that is chosen and can be repeated.
+
+A *step* is a line of one file, or an instruction of it, that reads or writes an
+attribute: no other can be seen by another thread. A trace function stops each
+thread before each of its steps. One thread runs at a time; at every step it is
+decided who goes on, and that decision is all there is of chance in a program
+whose threads share memory and nothing else.
+
+By default the thread goes on that ran last, and when it has ended or waits for
+a `Lock`, the first that can. A *schedule* says where to decide otherwise:
+``{0: 1, 31: 0}`` begins with thread 1 and leaves it for thread 0 at step 31.
+Leaving a thread that could have gone on is a *preemption*. Most races need only
+one or two of these, so `explore` tries every schedule that has so many; how
+many there are grows with the square of the length and not exponentially.
+(Musuvathi and Qadeer showed this in 2007, and called it context bounding.)
+
+    with Scheduler(2, watched.__file__) as scheduler:
+        for trail in explore(lambda schedule: scheduler.run(programs(), schedule), 2):
+            check(...)
+
+The lock of the watched code has to be a `Lock` of the scheduler: a thread that
+waited for any other would never come back to say so.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dis
+import sys
+import threading
+from typing import NamedTuple
+
+
+class Decision(NamedTuple):
+    """Who ran, who went on, who could have, and the line where it was decided."""
+
+    before: int | None
+    chosen: int
+    ready: tuple[int, ...]
+    line: int | None
+
+
+class Stuck(BaseException):
+    """Ends a thread that cannot go on, or that never ends."""
+
+
+class Scheduler:
+    """Runs as many programs at once as it has threads: see the module.
+
+    `trail` is the list of the decisions of the last run, `current` the number of
+    the thread that runs, `waiting` says which lock a thread waits for, and
+    `stuck` why a run could not go on, or is None. `met_new_code` says that the
+    last run came to code for the first time: from Python 3.12 on, instructions
+    are not traced before the second, so that it has to be repeated.
+    """
+
+    def __init__(self, threads, filename, opcodes=False, patience=100_000):
+        self.current = None
+        self.trail = []
+        self.stuck = None
+        self.waiting = {}
+        self.met_new_code = False
+        self._patience = patience  # steps
+        self._schedule = {}
+        self._ready = ()
+        self._programs = [None] * threads
+        self._results = [None] * threads
+        self._known = {}  # see _tracer()
+        self._trace = _tracer(filename, opcodes, self.step, self._known)
+        # A thread that does not run waits for its baton; the caller, for its own.
+        self._batons = [_taken() for _ in range(threads)]
+        self._over = _taken()
+        self._threads = [
+            threading.Thread(target=self._work, args=(number,), daemon=True)
+            for number in range(threads)
+        ]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._programs = None
+        for baton in self._batons:
+            baton.release()
+        for thread in self._threads:
+            thread.join()
+
+    def run(self, programs, schedule):
+        """Run each program in a thread and a context of its own. Returns what
+        they returned, or the exceptions that they raised."""
+        known = len(self._known)
+        self._programs = programs
+        self._results = [None] * len(programs)
+        self._schedule = schedule
+        self._ready = tuple(range(len(programs)))
+        self.trail = []
+        self.stuck = None
+        self.waiting = {}
+        self._go_on()
+        self._over.acquire()
+        self.current = None
+        self.met_new_code = len(self._known) > known
+        return self._results
+
+    def step(self, line=None):
+        """Let other threads in, if the schedule says so. Code that is not
+        watched calls this where it wants to be interrupted."""
+        me = self.current
+        if me is None:  # nothing is being run
+            return
+        if len(self.trail) >= self._patience:
+            self.stuck = f"no end after {self._patience} steps"
+            raise Stuck
+        if self._go_on(line) != me:
+            self._batons[me].acquire()
+
+    def lock(self):
+        """A new `Lock` for the code that is run."""
+        return Lock(self)
+
+    def _work(self, me):
+        previous = sys.gettrace()
+        try:
+            while True:
+                self._batons[me].acquire()
+                if self._programs is None:
+                    return
+                if sys.gettrace() != self._trace:  # at first, and after Stuck
+                    sys.settrace(self._trace)
+                try:
+                    result = contextvars.Context().run(self._programs[me])
+                except BaseException as exc:
+                    result = exc
+                self._results[me] = result
+                self._retire()
+        finally:
+            sys.settrace(previous)
+
+    def _go_on(self, line=None):
+        """Decide who goes on, and set that thread off."""
+        me, ready = self.current, self._ready
+        chosen = self._schedule.get(len(self.trail))
+        if chosen not in ready:
+            chosen = me if me in ready else ready[0]
+        self.trail.append(Decision(me, chosen, ready, line))
+        if chosen != me:
+            self.current = chosen
+            self._batons[chosen].release()
+        return chosen
+
+    def _retire(self):
+        """The current thread has ended."""
+        self._ready = tuple(number for number in self._ready if number != self.current)
+        if not self._ready and not self._rescue():
+            self._over.release()
+        else:
+            self._go_on()
+
+    def _wait(self, lock):
+        """The current thread waits until the lock is free."""
+        me = self.current
+        self.waiting[me] = lock
+        self._ready = tuple(number for number in self._ready if number != me)
+        if not self._ready:
+            self._rescue()
+        if self._go_on() != me:
+            self._batons[me].acquire()
+
+    def _wake(self, numbers):
+        for number in numbers:
+            del self.waiting[number]
+        self._ready = tuple(sorted({*self._ready, *numbers}))
+
+    def _rescue(self):
+        """Nobody is ready: if somebody waits, that is a deadlock, and it ends."""
+        if not self.waiting:
+            return False
+        self.stuck = f"deadlock: {len(self.waiting)} of the threads wait for ever"
+        self._wake(list(self.waiting))
+        return True
+
+
+class Lock:
+    """Stands in for `threading.RLock`. `owner` is the number of the thread that
+    holds it, `uses` is how often it was taken."""
+
+    def __init__(self, scheduler):
+        self._scheduler = scheduler
+        self._depth = 0
+        self.owner = None
+        self.uses = 0
+
+    def acquire(self):
+        scheduler = self._scheduler
+        while self._depth and self.owner != scheduler.current:
+            if scheduler.stuck:
+                raise Stuck
+            scheduler._wait(self)
+        self.owner = scheduler.current
+        self._depth += 1
+        self.uses += 1
+        return True
+
+    def release(self):
+        if not self.is_mine():
+            raise RuntimeError("released by a thread that does not hold it")
+        self._depth -= 1
+        if not self._depth:
+            self.owner = None
+            waiting = self._scheduler.waiting
+            self._scheduler._wake([n for n, lock in waiting.items() if lock is self])
+
+    __enter__ = acquire
+
+    def __exit__(self, *_):
+        self.release()
+
+    def is_mine(self):
+        """Whether the running thread, or the caller between runs, holds it."""
+        return self._depth > 0 and self.owner == self._scheduler.current
+
+    _is_owned = is_mine  # as that of threading.RLock, which Condition uses
+
+
+def explore(run, preemptions):
+    """Call `run(schedule)`, which returns a trail, with each schedule that has at
+    most so many preemptions, and with each of them once. Yields the schedules."""
+    pending = [({}, 0)]
+    while pending:
+        schedule, spent = pending.pop()
+        trail = run(schedule)
+        yield schedule
+        for number in range(max(schedule, default=-1) + 1, len(trail)):
+            before, chosen, ready, _ = trail[number]
+            total = spent + (before in ready)
+            if total <= preemptions:
+                for other in ready:
+                    if other != chosen:
+                        pending.append(({**schedule, number: other}, total))
+
+
+def sample(run, rng, switches, threads, length, count):
+    """Call `run(schedule)` with `count` random schedules, each of which has one of
+    the numbers of `switches` in the first `length` steps. Yields them."""
+    for _ in range(count):
+        steps = rng.choices(range(length), k=rng.choice(switches))
+        schedule = {step: rng.randrange(threads) for step in sorted(steps)}
+        run(schedule)
+        yield schedule
+
+
+def _taken():
+    baton = threading.Lock()
+    baton.acquire()
+    return baton
+
+
+def _tracer(filename, opcodes, step, tracers):
+    """A trace function that calls `step(line)` before each step in the file. The
+    tracers are by the identity of the code, as hashing a code takes long."""
+    event_of_interest = "opcode" if opcodes else "line"
+
+    def trace(frame, event, arg):
+        code = frame.f_code
+        try:
+            tracer, _ = tracers[id(code)]
+        except KeyError:
+            tracer = follow(code) if code.co_filename == filename else None
+            tracers[id(code)] = tracer, code
+        if opcodes and tracer is not None:
+            frame.f_trace_opcodes = True
+        return tracer
+
+    def follow(code):
+        places = _places(code, opcodes)
+
+        def tracer(frame, event, arg):
+            if event == event_of_interest:
+                if (frame.f_lasti if opcodes else frame.f_lineno) in places:
+                    step(frame.f_lineno)
+            return tracer
+
+        return tracer
+
+    return trace
+
+
+def _places(code, opcodes):
+    """The lines of the code, or the offsets in it, that touch an attribute."""
+    starts = dict(dis.findlinestarts(code))
+    places, line = set(), None
+    for instruction in dis.get_instructions(code):
+        line = starts.get(instruction.offset, line)
+        name = instruction.opname
+        if "ATTR" in name or "METHOD" in name or "SUBSCR" in name:
+            places.add(instruction.offset if opcodes else line)
+    return places

@@ -1,0 +1,446 @@
+"""A process that is forked can use its parent's breakers: in the child each has a
+new lock and no trial of its parent's.
+
+Each scenario is a program of its own, so that no process with the tests' threads
+in it is forked. The program says in an assertion what it finds in either process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+PATIENCE = 30  # seconds that a test waits before it gives up
+
+PRELUDE = """
+import contextlib, os, signal, sys, threading, traceback, types, warnings
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerError
+
+signal.alarm(20)  # what hangs is killed
+PATIENCE = 15
+
+class Boom(Exception):
+    pass
+
+def boom():
+    raise Boom
+
+def fork(child):
+    "Runs child() in a forked process and waits until that has ended well."
+    with warnings.catch_warnings():
+        # Since 3.12 Python warns of what this is about: the threads stay behind.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        try:
+            child()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, f"the child ended with status {status}"
+
+@contextlib.contextmanager
+def in_another_thread(run):
+    "Runs run(reached, leave) in a thread as long as the block lasts."
+    errors = []
+    reached, leave = threading.Event(), threading.Event()
+    def guarded():
+        try:
+            run(reached.set, lambda: leave.wait(PATIENCE))
+        except BaseException as exc:
+            errors.append(exc)
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    assert reached.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert errors == []
+
+def use(breaker):
+    "A trip, a rejection, a trial, and all that looks at a breaker."
+    breaker.close()
+    breaker.fail_counter = breaker.fail_max - 1
+    try:
+        breaker.call(boom)
+    except CircuitBreakerError as exc:
+        assert isinstance(exc.__cause__, Boom)
+    else:
+        raise AssertionError
+    assert breaker.state.name == "open"
+    try:
+        breaker.call(int)
+    except CircuitBreakerError:
+        pass
+    else:
+        raise AssertionError
+    repr(breaker), breaker.snapshot()
+    breaker.half_open()
+    assert breaker.retry_after == 0.0
+    assert breaker.call(int) == 0
+    assert breaker.current_state == "closed"
+"""
+
+
+def run(program):
+    """Runs it with the library in a Python of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_a_child_has_a_lock_of_its_own():
+    """The thread that held its parent's at the fork is not there to release it."""
+    run("""
+        breaker = CircuitBreaker()
+        lock = breaker._lock
+
+        def hold(reached, leave):
+            with breaker._lock:
+                reached()
+                leave()
+
+        def child():
+            assert breaker._lock is not lock
+            use(breaker)
+
+        with in_another_thread(hold):
+            fork(child)
+            assert breaker._lock is lock
+            assert not lock.acquire(blocking=False)
+        use(breaker)
+    """)
+
+
+def test_a_child_may_be_forked_with_the_lock_held():
+    """Its own is free, for its other threads too."""
+    run("""
+        breaker = CircuitBreaker()
+
+        def child():
+            with in_another_thread(lambda reached, leave: (use(breaker), reached())):
+                pass
+
+        with breaker._lock:
+            fork(child)
+        use(breaker)
+    """)
+
+
+@pytest.mark.parametrize("event", ["before_call", "failure", "success", "state_change"])
+def test_a_child_may_be_forked_while_a_listener_is_told(event):
+    """Of a call or a move in another thread, which the child never sees end."""
+    run(f"""
+        told = []
+        armed = [True]
+
+        class Listener(pybreaker.CircuitBreakerListener):
+            def {event}(self, cb, *args):
+                told.append(os.getpid())
+                if armed:
+                    armed.clear()
+                    self.reached()
+                    self.leave()
+
+        listener = Listener()
+        breaker = CircuitBreaker(fail_max=1, listeners=[listener])
+
+        def call(reached, leave):
+            listener.reached, listener.leave = reached, leave
+            with contextlib.suppress(CircuitBreakerError):
+                breaker.call(boom if {event!r} in ("failure", "state_change") else int)
+
+        def child():
+            told.clear()
+            use(breaker)
+            assert told and set(told) == {{os.getpid()}}
+
+        with in_another_thread(call):
+            fork(child)
+        use(breaker)
+        assert set(told) == {{os.getpid()}}
+    """)
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_child_has_no_trial_of_its_parents(due):
+    """One that runs in a thread of the parent's holds no place in the child,
+    and keeps the one that it has in the parent."""
+    run(f"""
+        breaker = CircuitBreaker(reset_timeout=60)
+        if {due}:
+            breaker.open()
+            breaker._state_storage.opened_at = None
+        else:
+            breaker.half_open()
+
+        def trial(reached, leave):
+            breaker.call(lambda: (reached(), leave()))
+
+        def child():
+            assert breaker.current_state == "half-open"
+            assert breaker.retry_after == 0.0
+            assert breaker.call(int) == 0
+            assert breaker.current_state == "closed"
+            use(breaker)
+
+        with in_another_thread(trial):
+            fork(child)
+            assert breaker.current_state == "half-open"
+            assert 0 < breaker.retry_after <= 60
+            try:
+                breaker.call(int)
+            except CircuitBreakerError:
+                pass
+            else:
+                raise AssertionError("two trials")
+        assert breaker.current_state == "closed"
+    """)
+
+
+def test_a_child_that_was_forked_within_a_trial_is_outside_of_it():
+    """It goes on in the guarded function, whose trial is its parent's: that one
+    has no place in the child, so that a call there is a trial of the child's own."""
+    run("""
+        breaker = CircuitBreaker(reset_timeout=60, success_threshold=2)
+        breaker.half_open()
+        released = []
+
+        class Storage(pybreaker.CircuitMemoryStorage):
+            def release_trial(self):
+                released.append(os.getpid())
+
+        breaker._state_storage = Storage("half-open")
+
+        def child():
+            assert breaker.retry_after == 0.0
+            breaker.call(lambda: breaker.call(int))  # a trial, and one within it
+            assert breaker.success_counter == 1
+            assert breaker.retry_after == 0.0
+            assert released == [os.getpid()]
+
+        def work():
+            fork(child)
+            assert breaker.call(int) == 0  # within
+            assert breaker.success_counter == 0
+            assert breaker.retry_after > 0
+
+        breaker.call(work)
+        assert breaker.success_counter == 1
+        assert released == [os.getpid()]
+    """)
+
+
+def test_a_trial_that_ends_in_the_child_gives_no_place_back_there():
+    """Nor does it release what its parent was granted: the place may be somebody
+    else's by then. Its outcome counts in the child's circuit."""
+    run("""
+        released = []
+
+        class Storage(pybreaker.CircuitMemoryStorage):
+            def release_trial(self):
+                released.append(True)
+
+        breaker = CircuitBreaker(
+            reset_timeout=60, state_storage=Storage("half-open"), success_threshold=2
+        )
+        block = breaker.calling()
+        block.__enter__()
+
+        def child():
+            import contextvars
+            other = breaker.calling()
+            contextvars.Context().run(other.__enter__)
+            block.__exit__(None, None, None)
+            assert breaker.success_counter == 1
+            assert breaker.retry_after > 0
+            assert released == []
+            other.__exit__(None, None, None)
+            assert breaker.current_state == "closed"
+            assert released == [True]
+
+        fork(child)
+        assert breaker.success_counter == 0
+        block.__exit__(None, None, None)
+        assert breaker.success_counter == 1
+        assert released == [True]
+    """)
+
+
+def test_a_child_of_a_child_can_use_the_breaker_as_well():
+    """Each generation starts afresh."""
+    run("""
+        breaker = CircuitBreaker()
+
+        def hold(reached, leave):
+            with breaker._lock:
+                reached()
+                leave()
+
+        def grandchild():
+            use(breaker)
+
+        def child():
+            use(breaker)
+            with in_another_thread(hold):
+                fork(grandchild)
+            use(breaker)
+
+        with in_another_thread(hold):
+            fork(child)
+    """)
+
+
+def test_a_child_keeps_state_counts_settings_and_listeners():
+    """Only the lock and the trial are its own; what it does stays with it."""
+    run("""
+        told = []
+
+        class Listener(pybreaker.CircuitBreakerListener):
+            def state_change(self, cb, old_state, new_state):
+                told.append(new_state.name)
+
+        breaker = CircuitBreaker(7, 30, listeners=[Listener()], name="db")
+        breaker.fail_counter = 3
+        breaker.half_open()
+        before = breaker.snapshot()
+        told.clear()
+
+        def child():
+            assert breaker.snapshot() == before
+            breaker.close()
+            assert told == ["closed"]
+
+        fork(child)
+        assert told == []
+        assert breaker.snapshot() == before
+    """)
+
+
+def test_every_breaker_is_usable_in_the_child():
+    """However many there are, and of whichever class."""
+    run("""
+        class Mine(CircuitBreaker):
+            pass
+
+        breakers = [cls() for cls in (CircuitBreaker, Mine) for _ in range(50)]
+
+        def hold(reached, leave):
+            with contextlib.ExitStack() as stack:
+                for breaker in breakers:
+                    stack.enter_context(breaker._lock)
+                reached()
+                leave()
+
+        def child():
+            for breaker in breakers:
+                use(breaker)
+
+        with in_another_thread(hold):
+            fork(child)
+    """)
+
+
+@pytest.mark.xfail(reason="those that are equal are taken for one")
+def test_every_breaker_that_equals_another_is_usable_in_the_child():
+    """A subclass may compare by what it likes."""
+    run("""
+        class Named(CircuitBreaker):
+            def __eq__(self, other):
+                return isinstance(other, Named)
+
+            def __hash__(self):
+                return 1
+
+        breakers = [Named() for _ in range(3)]
+
+        def hold(reached, leave):
+            with breakers[0]._lock, breakers[1]._lock, breakers[2]._lock:
+                reached()
+                leave()
+
+        def child():
+            for breaker in breakers:
+                use(breaker)
+
+        with in_another_thread(hold):
+            fork(child)
+    """)
+
+
+@pytest.mark.xfail(reason="the child takes its own move for the other thread's")
+@pytest.mark.parametrize("move", ["half_open", "open"])
+def test_a_move_that_was_being_made_at_the_fork_is_not_the_childs(move):
+    """The storage may take its time over it; what the child does then is its own:
+    done by hand, and so it is logged."""
+    run(f"""
+        import logging
+
+        class Storage(pybreaker.CircuitMemoryStorage):
+            wait = None
+
+            @property
+            def state(self):
+                return self._state
+
+            @state.setter
+            def state(self, name):
+                if self.wait is not None:
+                    wait, self.wait = self.wait, None
+                    wait()
+                self._state = name
+
+            @property
+            def _state(self):
+                return self.kept
+
+            @_state.setter
+            def _state(self, name):
+                self.kept = name
+
+        storage = Storage("closed")
+        breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+        if {move!r} == "half_open":
+            breaker.open()
+            storage.opened_at = None
+
+        def call(reached, leave):
+            storage.wait = lambda: (reached(), leave())
+            with contextlib.suppress(CircuitBreakerError):
+                breaker.call(boom)
+
+        logged = []
+        handler = logging.Handler()
+        handler.emit = lambda record: logged.append(record.getMessage())
+        logging.getLogger("pybreaker").addHandler(handler)
+        logging.getLogger("pybreaker").setLevel("INFO")
+
+        def child():
+            storage.increment_success_counter()
+            breaker.{move}()
+            assert storage.success_counter == 0
+            assert "by hand" in logged[-1], logged
+
+        with in_another_thread(call):
+            fork(child)
+    """)

@@ -1,0 +1,1302 @@
+"""What SPEC section 4 promises, in every order that threads can take turns in.
+
+Each scenario is a circuit, something done to it beforehand, and two or three
+threads that then race. `scheduler` runs them one step at a time, in every order
+with up to two preemptions and in a random sample of orders with more, and after
+each run `Circuit.complaint` says which promise was broken.
+
+The last promise is the strongest. `Model` is a circuit where a call is admitted
+at one moment and settled at another, and all else happens at one moment; tried in
+all orders, it says what may come out. Whatever the library's threads do in
+between, it must look like that from outside: what each call comes to, what the
+listeners hear, in which order, and what they see then, and how things end.
+
+A race that is lost prints its schedule, and so it is run again:
+
+    replay("two failures race to trip", "0:b 31:a")
+
+With ``PYBREAKER_DEEP=1`` (``tox -e deep``) threads stop at instructions as well,
+and there is a third preemption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import logging
+import math
+import os
+import platform
+import random
+import sys
+import threading
+import types
+from dataclasses import dataclass
+from datetime import datetime
+
+import pytest
+from scheduler import Decision, Scheduler, explore, sample
+
+import pybreaker
+
+DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
+# Tracing turns PyPy's compiler off: a step takes twenty times as long.
+SLOW = platform.python_implementation() == "PyPy" and not DEEP
+SAMPLES = 2000 if DEEP else 20 if SLOW else 60
+# So few schedules with two preemptions leave time for those with three.
+FEW = 1500
+TIMEOUT = 10.0
+NAMES = "abc"  # of the threads
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is done before the race, by each thread in it, and afterwards, in
+    words that are methods of `Circuit` and of `Model`."""
+
+    name: str
+    threads: tuple[str, ...]
+    before: str = ""
+    after: str = ""
+    fail_max: int = 2
+    success_threshold: int = 1
+    listeners: int = 1
+    way: str = "call"
+    storage: str = "memory"
+    preemptions: int = 2
+    quiet: bool = False  # so the threads take no lock
+    logged: bool = False  # what else is logged is told to nobody
+
+    def __str__(self):
+        return self.name
+
+
+class Boom(Exception):
+    """What the guarded service raises."""
+
+
+RAISED = {"success": None, "failure": Boom, "abandoned": GeneratorExit}
+
+
+class Order:
+    """Which actions had ended when others began, as pairs."""
+
+    def __init__(self):
+        self.ended = []
+        self.pairs = set()
+
+    def begins(self, *action):
+        self.pairs.update((earlier, action) for earlier in self.ended)
+
+    def ends(self, *action):
+        self.ended.append(action)
+
+
+class Model:
+    """SPEC.md, where nothing happens at the same time. What takes a while is a
+    generator that yields where another thread may come in between."""
+
+    def __init__(self, scenario):
+        self.fail_max = scenario.fail_max
+        self.success_threshold = scenario.success_threshold
+        self.storage = scenario.storage
+        self.state = "closed"
+        self.era = 0
+        self.fails = self.successes = 0
+        self.now = self.opened_at = 0.0
+        self.place = None  # or the trial that has it
+        self.leased = False
+        self.thread = None
+        self.blocks = {}
+        self.heard = [[] for _ in range(scenario.listeners)]
+        self.muted = []
+        self.then = None  # what to do when listeners have heard of a failure
+        self.results = {}
+        self.order = Order()
+
+    def tell(self, event, *details):
+        for events in self.heard:
+            counters = self.state, self.fails, self.successes
+            events.append((event, self.thread, *counters, *details))
+
+    def wait(self):
+        rest = 0.0
+        if self.state == "open":
+            rest = self.opened_at + TIMEOUT - self.now
+        if rest <= 0 and self.state != "closed" and self.place:
+            rest = self.place.since + TIMEOUT - self.now
+        return max(0.0, rest)
+
+    def move(self, state, by_trial=False):
+        old, self.state = self.state, state
+        self.era += 1
+        if not by_trial:
+            self.vacate(self.place)
+        self.tell("state_change", old)
+
+    def vacate(self, trial):
+        if trial and trial is self.place:
+            self.place = None
+            if trial.begun:
+                self.leased = False
+
+    def admit(self, inner=False):
+        """Returns the era and the trial of a call; the result, if rejected."""
+        while True:
+            wait = self.wait()
+            if self.state == "closed":
+                self.tell("before_call")
+                return self.era, None
+            if wait and inner and self.place and self.place.begun:
+                self.tell("before_call")
+                return "none", None
+            if wait:
+                self.tell("rejected")
+                return f"rejected for {wait}"
+            trial = self.place = types.SimpleNamespace(since=self.now, begun=False)
+            yield
+            granted = not (self.storage == "leased" and self.leased)
+            if self.storage != "memory":
+                self.leased = True
+                yield
+            if self.place is not trial:
+                if granted and not self.place:
+                    self.leased = False
+                continue
+            if not granted:
+                self.tell("rejected")
+                yield
+                self.vacate(trial)
+                return "rejected for 0.0"
+            trial.begun = True
+            if self.state == "open":
+                self.move("half-open", by_trial=True)
+            self.tell("before_call")
+            return self.era, trial
+
+    def settle(self, admitted, outcome):
+        era, trial = admitted
+        result = {"success": "done", "failure": "failed"}.get(outcome, outcome)
+        counts = era == self.era
+        if outcome == "success":
+            if counts and self.state == "closed":
+                self.fails = 0
+            elif counts:
+                self.successes += 1
+                if self.successes >= self.success_threshold:
+                    self.close()
+            self.tell("success")
+        elif outcome == "failure":
+            if counts and not (self.state == "closed" and self.fails == self.fail_max):
+                self.fails += 1
+            self.tell("failure")
+            then, self.then = self.then, None
+            if then:
+                then()
+            if counts and (self.state != "closed" or self.fails >= self.fail_max):
+                self.open()
+                result = "tripped"
+        if trial:
+            yield
+            self.vacate(trial)
+        return result
+
+    def call(self, outcome, inner=False):
+        admitted = yield from self.admit(inner)
+        if isinstance(admitted, str):
+            return admitted
+        self.order.ends(self.thread, "admission")
+        yield
+        self.order.begins(self.thread, "settlement")
+        return (yield from self.settle(admitted, outcome))
+
+    def enter(self):
+        admitted = yield from self.admit()
+        if isinstance(admitted, str):
+            return admitted
+        self.blocks[self.thread] = admitted
+
+    def leave(self, outcome):
+        block = self.thread if self.thread in self.blocks else None
+        if block not in self.blocks:
+            return "nothing to leave"
+        return (yield from self.settle(self.blocks.pop(block), outcome))
+
+    def open(self):
+        self.successes, self.opened_at = 0, self.now
+        self.move("open")
+
+    def half_open(self):
+        self.successes = 0
+        self.move("half-open")
+
+    def close(self):
+        self.fails = self.successes = 0
+        self.move("closed")
+
+    def expire(self):
+        self.now += TIMEOUT
+
+    def listen(self):
+        self.heard.append([])
+
+    def listen_once_it_fails(self):
+        self.then = self.listen
+
+    def mute(self):
+        self.muted = [self.heard.pop(0)]
+
+    def look(self):
+        return self.state, self.fails, self.successes, self.wait()
+
+    def set(self, name, value):
+        if name == "fail_counter":
+            self.fails = value
+        else:
+            setattr(self, name, value)
+
+    def do(self, words, thread=None):
+        """Do what the words say; what comes of it is in the results."""
+        for number, word in enumerate(words.split()):
+            if number:
+                yield
+            self.thread = thread
+            self.order.begins(thread, number)
+            result = action(self, word)
+            if inspect.isgenerator(result):
+                while True:
+                    try:
+                        next(result)
+                    except StopIteration as stop:
+                        result = stop.value
+                        break
+                    yield
+                    self.thread = thread
+            self.results.setdefault(thread, []).append(result)
+            self.order.ends(thread, number)
+
+    def outcome(self):
+        heard = frozen(self.heard + self.muted)
+        return frozen(self.results), heard, self.look(), self.leased
+
+
+ACTIONS = {
+    "succeed": ("call", "success"),
+    "fail": ("call", "failure"),
+    "abandon": ("call", "abandoned"),
+    "succeed_inside": ("call", "success", True),
+    "fail_inside": ("call", "failure", True),
+    "leave": ("leave", "success"),
+    "leave_failing": ("leave", "failure"),
+    "leave_abandoned": ("leave", "abandoned"),
+}
+
+
+def frozen(lists):
+    """Lists, or those of a dict in the order of the keys, as tuples."""
+    if isinstance(lists, dict):
+        lists = [(key, *lists[key]) for key in sorted(lists, key=str)]
+    return tuple(map(tuple, lists))
+
+
+def action(world, word):
+    """Do in one of the two worlds what a scenario's word says."""
+    name, assigned, value = word.partition("=")
+    if assigned:
+        return world.set(name, int(value))
+    method, *arguments = ACTIONS.get(word, (word,))
+    return getattr(world, method)(*arguments)
+
+
+@functools.cache
+def possible(scenario):
+    """All that the scenario can come to where its threads take turns between
+    the moments of the `Model` only, each with the orders that lead to it."""
+    found = {}
+
+    def run(schedule):
+        model = Model(scenario)
+        for _ in model.do(scenario.before):
+            pass
+        programs = [
+            model.do(words, NAMES[number])
+            for number, words in enumerate(scenario.threads)
+        ]
+        ready = list(range(len(programs)))
+        trail = []
+        while ready:
+            chosen = schedule.get(len(trail), ready[0])
+            trail.append(Decision(None, chosen, tuple(ready), None))
+            if next(programs[chosen], "end") == "end":
+                ready.remove(chosen)
+        for _ in model.do(scenario.after):
+            pass
+        found.setdefault(model.outcome(), set()).add(frozenset(model.order.pairs))
+        return trail
+
+    for _ in explore(run, math.inf):
+        pass
+    return found
+
+
+class Listener(pybreaker.CircuitBreakerListener):
+    """Remembers what it hears, from which thread, and how things then were."""
+
+    def __init__(self, circuit):
+        self.circuit = circuit
+        self.events = []
+        self.then = None  # what to do when it hears of a failure
+
+    def note(self, event, *details):
+        circuit, storage = self.circuit, self.circuit.storage
+        counters = storage.state, storage.counter, storage.success_counter
+        self.events.append((event, circuit.thread(), *counters, *details))
+        if not circuit.lock.is_mine():
+            circuit.complain("a listener was called without the lock")
+
+    def before_call(self, cb, func, *args, **kwargs):
+        self.note("before_call")
+
+    def failure(self, cb, exc):
+        self.note("failure")
+        then, self.then = self.then, None
+        if then:
+            then()
+
+    def success(self, cb):
+        self.note("success")
+
+    def rejected(self, cb, func, *args, **kwargs):
+        self.note("rejected")
+
+    def state_change(self, cb, old_state, new_state):
+        self.note("state_change", old_state.name)
+        self.circuit.moved(self, old_state, new_state)
+
+
+class NoLock:
+    """Lets everybody in."""
+
+    owner = None
+    uses = 0
+
+    def __init__(self, scheduler):
+        pass
+
+    def __enter__(self):
+        return True
+
+    def __exit__(self, *_):
+        pass
+
+    def is_mine(self):
+        return True
+
+    def _is_owned(self):
+        return False
+
+
+@functools.cache
+def classes(module):
+    """A breaker that counts its moves, and a storage of a user's own that is
+    only used with the lock held, and which may grant the trial to one breaker."""
+
+    class Breaker(module.CircuitBreaker):
+        moves = 0
+
+        def open(self):
+            self.moves += 1
+            return super().open()
+
+        def half_open(self):
+            self.moves += 1
+            super().half_open()
+
+        def close(self):
+            self.moves += 1
+            super().close()
+
+    class Storage(module.CircuitBreakerStorage):
+        def __init__(self, circuit):
+            super().__init__("sheltered")
+            self.circuit = circuit
+            self.row = {"state": "closed", "counter": 0, "success_counter": 0}
+            self.row["opened_at"] = None
+            self.opened = 0.0
+            self.leased = False
+
+        def use(self, **changes):
+            if self.circuit.thread() and not self.circuit.lock.is_mine():
+                self.circuit.complain("the storage was used without the lock")
+            self.row.update(changes)
+            return self.row
+
+        @property
+        def state(self):
+            return self.use()["state"]
+
+        @state.setter
+        def state(self, state):
+            self.use(state=state)
+
+        @property
+        def counter(self):
+            return self.use()["counter"]
+
+        @property
+        def success_counter(self):
+            return self.use()["success_counter"]
+
+        @property
+        def opened_at(self):
+            return self.use()["opened_at"]
+
+        @opened_at.setter
+        def opened_at(self, moment):
+            self.use(opened_at=moment)
+            self.opened = self.circuit.clock
+
+        def increment_counter(self):
+            self.use(counter=self.row["counter"] + 1)
+
+        def reset_counter(self):
+            self.use(counter=0)
+
+        def increment_success_counter(self):
+            self.use(success_counter=self.row["success_counter"] + 1)
+
+        def reset_success_counter(self):
+            self.use(success_counter=0)
+
+        def open_for(self):
+            self.use()
+            return self.circuit.clock - self.opened
+
+        def claim_trial(self, timeout):
+            self.circuit.runs_unlocked("a claim")
+            self.circuit.scheduler.step()
+            granted = not (self.leased and self.circuit.scenario.storage == "leased")
+            self.leased = True
+            self.circuit.scheduler.step()
+            return granted
+
+        def release_trial(self):
+            self.use()
+            self.leased = False
+
+    return Breaker, Storage
+
+
+class Circuit:
+    """A breaker to race for, and what is seen of it from outside."""
+
+    def __init__(self, scenario, module, scheduler, lock):
+        self.scenario = scenario
+        self.scheduler = scheduler
+        self.lock = lock
+        self.clock = 0.0
+        self.complaints = []
+        self.results = {}
+        self.order = Order()
+        self.blocks = {}
+        self.trials = 0
+        words = {word for line in scenario.threads for word in line.split()}
+        self.calls_only = words <= {"succeed", "fail", "abandon"}
+        self.listeners = []
+        self.muted = []
+        self.context = contextvars.Context()
+        module.time = types.SimpleNamespace(monotonic=lambda: self.clock)
+        module.datetime = types.SimpleNamespace(now=self.wall_clock)
+        self.module = module
+        breaker_class, storage_class = classes(module)
+        if scenario.storage == "memory":
+            self.storage = module.CircuitMemoryStorage("closed")
+        else:
+            self.storage = storage_class(self)
+        self.breaker = breaker_class(
+            fail_max=scenario.fail_max,
+            reset_timeout=TIMEOUT,
+            success_threshold=scenario.success_threshold,
+            state_storage=self.storage,
+        )
+        self.breaker._lock = lock
+        self.state = self.breaker._state
+        for _ in range(scenario.listeners):
+            self.listen()
+        self.context.run(self.do, scenario.before)
+        self.uses = lock.uses
+
+    def thread(self):
+        current = self.scheduler.current
+        return None if current is None else NAMES[current]
+
+    def wall_clock(self, tz):
+        return datetime.fromtimestamp(self.clock, tz)
+
+    def complain(self, complaint):
+        self.complaints.append(complaint)
+
+    def moved(self, listener, old, new):
+        if listener is self.listeners[0] and self.scenario.listeners:
+            if old is not self.state:
+                self.complain("a state_change does not go on from the last one")
+            self.state = new
+        if new is not self.breaker._state:
+            self.complain("state_change was told before the change was complete")
+
+    def runs_unlocked(self, what):
+        if self.lock.owner is not None and self.lock.owner == self.scheduler.current:
+            self.complain(f"{what} was made with the lock held")
+
+    # What the words of a scenario mean.
+
+    def do(self, words):
+        thread = self.thread()
+        for number, word in enumerate(words.split()):
+            self.order.begins(thread, number)
+            self.results.setdefault(thread, []).append(action(self, word))
+            self.order.ends(thread, number)
+
+    def call(self, outcome, inner=False):
+        runs = []
+
+        def function():
+            runs.append(self.thread())
+            self.order.ends(self.thread(), "admission")
+            self.runs_unlocked("a guarded call")
+            trial = self.breaker._state.name == "half-open" and not inner
+            self.trials += trial
+            if self.trials > 1 and self.calls_only:
+                self.complain("two trials run")
+            self.scheduler.step()
+            self.trials -= trial
+            self.order.begins(self.thread(), "settlement")
+            if RAISED[outcome]:
+                raise RAISED[outcome]
+            return "done"
+
+        guarded = functools.partial(WAYS[self.scenario.way], self.breaker, function)
+        context = self.context if inner else contextvars.copy_context()
+        try:
+            result = context.copy().run(guarded)
+        except BaseException as exc:
+            result = self.name_of(exc)
+        if len(runs) != (not result.startswith("rejected")):
+            self.complain(
+                f"the function of a call that was {result} ran {len(runs)} times"
+            )
+        return result
+
+    def name_of(self, exc):
+        if isinstance(exc, self.module.CircuitBreakerError):
+            return "tripped" if exc.__cause__ else f"rejected for {exc.retry_after}"
+        if isinstance(exc, GeneratorExit):
+            return "abandoned"
+        if isinstance(exc, Boom):
+            return "failed"
+        raise exc
+
+    def enter(self):
+        block = self.breaker.calling()
+        try:
+            block.__enter__()
+        except self.module.CircuitBreakerError as exc:
+            return self.name_of(exc)
+        self.blocks[self.thread()] = block
+
+    def leave(self, outcome):
+        block = self.thread() if self.thread() in self.blocks else None
+        if block not in self.blocks:
+            return "nothing to leave"
+        exc = RAISED[outcome] and RAISED[outcome]()
+        try:
+            self.blocks.pop(block).__exit__(type(exc), exc, None)
+        except self.module.CircuitBreakerError as error:
+            exc = error
+        return self.name_of(exc) if exc else "done"
+
+    def open(self):
+        self.breaker.open()
+
+    def half_open(self):
+        self.breaker.half_open()
+
+    def close(self):
+        self.breaker.close()
+
+    def expire(self):
+        self.clock += TIMEOUT
+
+    def listen(self):
+        listener = Listener(self)
+        self.listeners.append(listener)
+        self.breaker.add_listener(listener)
+
+    def listen_once_it_fails(self):
+        self.listeners[0].then = self.listen
+
+    def mute(self):
+        self.breaker.remove_listener(self.listeners[0])
+        self.muted = self.listeners[:1]
+
+    def look(self):
+        seen = self.breaker.snapshot()
+        names = "state", "fail_counter", "success_counter", "retry_after"
+        return tuple(seen[name] for name in names)
+
+    def set(self, name, value):
+        setattr(self.breaker, name, value)
+
+    # What became of it.
+
+    def outcome(self):
+        listeners = (*self.breaker.listeners, *self.muted)
+        heard = frozen(listener.events for listener in listeners)
+        leased = getattr(self.storage, "leased", False)
+        return frozen(self.results), heard, self.look(), leased
+
+    def complaint(self):
+        """Which promise was broken, or None. The race is over."""
+        if self.scheduler.stuck:
+            return self.scheduler.stuck
+        if self.lock.owner is not None:
+            return "the lock was not given back"
+        if self.scenario.quiet and self.lock.uses != self.uses:
+            return "a quiet call took the lock"
+        contextvars.Context().run(self.do, self.scenario.after)
+        if self.complaints:
+            return self.complaints[0]
+        if self.scenario.listeners and not self.muted:
+            told = [event[0] for event in self.listeners[0].events]
+            if told.count("state_change") != self.breaker.moves:
+                return f"{self.breaker.moves} moves, but heard {told}"
+        for listener in self.listeners:
+            for _, _, state, fails, *_ in listener.events:
+                if state == "closed" and fails > self.scenario.fail_max:
+                    return f"fail_counter is {fails} in the closed state"
+        outcome = self.outcome()
+        orders = possible(self.scenario).get(outcome, ())
+        if not any(self.order.pairs <= pairs for pairs in orders):
+            return "no order of whole steps comes to this:\n" + "\n".join(
+                f"  {part}" for part in outcome
+            )
+        return None
+
+
+async def _awaited(function):
+    return function()
+
+
+def _generated(function):
+    yield
+    return function()
+
+
+def _through_coroutine(breaker, function):
+    coroutine = breaker(_awaited)(function)
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+
+
+def _through_generator(breaker, function):
+    generator = breaker(_generated)(function)
+    try:
+        while True:
+            next(generator)
+    except StopIteration as stop:
+        return stop.value
+
+
+def _through_block(breaker, function):
+    with breaker.calling():
+        return function()
+
+
+WAYS = {
+    "call": lambda breaker, function: breaker.call(function),
+    "decorated": lambda breaker, function: breaker(function)(),
+    "coroutine": _through_coroutine,
+    "generator": _through_generator,
+    "block": _through_block,
+}
+
+
+class Race(logging.Handler):
+    """Runs a scenario, again and again, on a version of the library."""
+
+    def __init__(self, scenario, module=pybreaker, lock=Scheduler.lock, opcodes=False):
+        super().__init__()
+        self.scenario = scenario
+        self.module = module
+        self.make_lock = lock
+        self.opcodes = opcodes
+        watched = module.CircuitBreaker.call.__code__.co_filename
+        self.scheduler = Scheduler(len(scenario.threads), watched, opcodes)
+
+    def __enter__(self):
+        module, logger = self.module, self.module.logger
+        self.before = module.time, module.datetime
+        self.settings = logger.disabled, logger.propagate, logger.level
+        logger.disabled, logger.propagate = not self.scenario.logged, False
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        self.scheduler.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        module, logger = self.module, self.module.logger
+        self.scheduler.__exit__()
+        logger.removeHandler(self)
+        logger.disabled, logger.propagate, level = self.settings
+        logger.setLevel(level)
+        module.time, module.datetime = self.before
+
+    def emit(self, record):
+        self.logged.append(record)
+        if self.scheduler.current is not None:
+            self.circuit.runs_unlocked("a log record")
+
+    def run(self, schedule):
+        """Run it by the schedule, set `complaint`, and return the trail."""
+        while True:
+            self.logged = []
+            lock = self.make_lock(self.scheduler)
+            circuit = Circuit(self.scenario, self.module, self.scheduler, lock)
+            self.circuit = circuit
+            programs = [
+                functools.partial(circuit.do, words) for words in self.scenario.threads
+            ]
+            raised = [exc for exc in self.scheduler.run(programs, schedule) if exc]
+            trail = self.scheduler.trail
+            if not (self.opcodes and self.scheduler.met_new_code):
+                break
+        if raised and not self.scheduler.stuck:
+            self.complaint = f"{raised[0]!r} was raised"
+        else:
+            self.complaint = circuit.complaint()
+        moves, logged = circuit.breaker.moves, len(self.logged)
+        if self.scenario.logged and moves != logged:
+            self.complaint = f"{moves} moves, and {logged} of them logged"
+        return trail
+
+
+S = Scenario
+SCENARIOS = [
+    # A closed circuit.
+    S("two failures race to trip", ("fail", "fail")),
+    S("two failures race, one is enough", ("fail", "fail"), fail_max=1, listeners=0),
+    S("two failures race to trip unheard", ("fail", "fail"), "fail", listeners=0),
+    S(
+        "two decorated calls race",
+        ("fail", "succeed"),
+        "fail",
+        listeners=0,
+        way="decorated",
+    ),
+    S(
+        "two coroutines race",
+        ("fail", "succeed"),
+        "fail",
+        listeners=0,
+        way="coroutine",
+        preemptions=1,
+    ),
+    S(
+        "two generators race",
+        ("fail", "succeed"),
+        "fail",
+        listeners=0,
+        way="generator",
+        preemptions=1,
+    ),
+    S(
+        "two blocks race",
+        ("fail", "succeed"),
+        "fail",
+        listeners=0,
+        way="block",
+        preemptions=1,
+    ),
+    S("three failures race to trip", ("fail",) * 3, "fail", preemptions=1),
+    S("a failure against a success", ("fail", "succeed"), "fail"),
+    S("a failure against an unheard success", ("fail", "succeed"), "fail", listeners=0),
+    S("a trip against a quiet success", ("fail", "succeed"), fail_max=1, listeners=0),
+    S("a trip against opening", ("fail", "open"), "fail"),
+    S("a trip against half-opening", ("fail", "half_open"), "fail"),
+    S("a trip against closing", ("fail", "close"), "fail", "fail"),
+    S("a trip against a lower fail_max", ("fail", "fail_max=1")),
+    S("a trip against a higher fail_max", ("fail", "fail_max=3"), "fail"),
+    S("a trip against a set fail_counter", ("fail", "fail_counter=0"), "fail"),
+    S("a trip against a look", ("fail", "look"), "fail"),
+    S("two quiet calls", ("succeed",) * 2, listeners=0, quiet=True),
+    S("three quiet calls", ("succeed",) * 3, listeners=0, quiet=True),
+    S("two successes forget failures", ("succeed",) * 2, "fail", listeners=0),
+    S("a quiet call against opening", ("succeed", "open"), listeners=0),
+    S("a trip is logged", ("fail", "close"), "fail", logged=True, preemptions=1),
+    S("a trial is logged", ("enter", "open"), "half_open", logged=True, preemptions=1),
+    # Listeners come and go.
+    S("a listener is added during a quiet call", ("succeed", "listen"), listeners=0),
+    S("a listener is added in a new era", ("succeed", "close listen"), listeners=0),
+    S("a listener is added during a success", ("succeed", "listen"), "fail"),
+    S("a listener is added during a trip", ("fail", "listen"), "fail"),
+    S(
+        "a listener is added when the other hears",
+        ("fail", "fail"),
+        "listen_once_it_fails",
+    ),
+    S(
+        "two listeners are added during a notification",
+        ("fail", "listen"),
+        "fail listen_once_it_fails",
+    ),
+    S("a listener is removed during a trip", ("fail", "mute"), "fail"),
+    S("a listener is removed during a success", ("succeed", "mute")),
+    # An open circuit.
+    S("two arrivals at the end of a timeout", ("enter", "enter"), "open expire"),
+    S("two unheard arrivals", ("enter", "enter"), "open expire", listeners=0),
+    S("two whole trials", ("succeed", "fail"), "open expire", preemptions=1),
+    S(
+        "two whole coroutines",
+        ("succeed", "fail"),
+        "half_open",
+        way="coroutine",
+        preemptions=1,
+    ),
+    S("two arrivals that give up", ("abandon", "abandon"), "half_open", preemptions=1),
+    S("three arrivals", ("enter", "enter", "succeed"), "half_open", preemptions=1),
+    S("an arrival against the timeout's end", ("succeed", "expire"), "open"),
+    S("an arrival against opening again", ("enter", "open"), "open expire"),
+    S("an arrival against half-opening", ("enter", "half_open"), "open expire"),
+    S("an arrival against closing", ("enter", "close"), "open expire", "leave fail"),
+    S("an arrival against a look", ("enter", "look"), "open expire"),
+    S("a rejection against closing", ("succeed", "close"), "open", listeners=0),
+    S("a heard rejection against closing", ("succeed", "close"), "open"),
+    # A trial ends.
+    S("a trial's success against an arrival", ("leave", "succeed"), "half_open enter"),
+    S(
+        "a trial's failure against an arrival",
+        ("leave_failing", "fail"),
+        "half_open enter",
+    ),
+    S(
+        "a trial given up against an arrival",
+        ("leave_abandoned", "enter"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's success against an unheard arrival",
+        ("leave", "succeed"),
+        "fail open expire enter",
+        listeners=0,
+    ),
+    S(
+        "a trial's success that isn't the last against an arrival",
+        ("leave", "succeed"),
+        "half_open enter",
+        success_threshold=2,
+    ),
+    S(
+        "a trial's success against closing",
+        ("leave", "close"),
+        "half_open enter",
+        "fail",
+    ),
+    S("a trial's success against opening", ("leave", "open"), "half_open enter"),
+    S(
+        "a trial's success against half-opening",
+        ("leave", "half_open"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's failure against closing",
+        ("leave_failing", "close"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's failure against opening",
+        ("leave_failing", "open"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's failure against half-opening",
+        ("leave_failing", "half_open enter"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's success against a setter",
+        ("leave", "success_threshold=2"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's failure against a setter",
+        ("leave_failing", "fail_counter=5"),
+        "half_open enter",
+    ),
+    S("a trial's success against a look", ("leave", "look"), "fail open expire enter"),
+    S("a trial's failure against a look", ("leave_failing", "look"), "half_open enter"),
+    S(
+        "a trial's end against a call in it",
+        ("leave", "fail_inside"),
+        "half_open enter",
+    ),
+    S(
+        "a trial's failure against a call in it",
+        ("leave_failing", "succeed_inside"),
+        "half_open enter",
+    ),
+    # Somebody else's time has come.
+    S(
+        "a take-over against a late success",
+        ("leave", "succeed"),
+        "half_open enter expire",
+        success_threshold=2,
+    ),
+    S(
+        "a take-over against a late failure",
+        ("leave_failing", "enter"),
+        "half_open enter expire",
+    ),
+    S("a take-over against the clock", ("expire", "enter"), "half_open enter"),
+    S(
+        "a call admitted long ago fails in a trip",
+        ("leave_failing", "fail"),
+        "fail enter",
+    ),
+    S("a late failure against opening", ("leave_failing", "open"), "fail enter"),
+    S(
+        "a late failure against two moves",
+        ("leave_failing", "open close"),
+        "fail enter",
+    ),
+    S("a late success against two moves", ("leave", "open half_open"), "fail enter"),
+    S(
+        "a late failure against a trial",
+        ("leave_failing", "enter"),
+        "fail enter open expire",
+    ),
+    # Another storage.
+    S("a shelter for two failures", ("fail", "fail"), "fail", storage="sheltered"),
+    S(
+        "a shelter for two arrivals",
+        ("enter", "enter"),
+        "open expire",
+        storage="sheltered",
+    ),
+    S("a claim against closing", ("enter", "close"), "half_open", storage="sheltered"),
+    S(
+        "a claim against half-opening",
+        ("enter", "half_open"),
+        "half_open",
+        storage="leased",
+    ),
+    S(
+        "a claim against a take-over",
+        ("enter", "expire enter"),
+        "half_open",
+        storage="leased",
+    ),
+]
+
+
+def replay(scenario, text, **version):
+    """Run a scenario, or the one of that name, by a schedule such as "0:b 31:a".
+    Returns the complaint, or None if all promises were kept."""
+    if isinstance(scenario, str):
+        (scenario,) = (each for each in SCENARIOS if each.name == scenario)
+    schedule = {}
+    for switch in text.split():
+        step, name = switch.split(":")
+        schedule[int(step)] = NAMES.index(name)
+    with Race(scenario, **version) as race:
+        race.run(schedule)
+        return race.complaint
+
+
+def written(schedule):
+    return " ".join(f"{step}:{NAMES[schedule[step]]}" for step in sorted(schedule))
+
+
+def every_order(race, preemptions):
+    """Run all schedules with so many preemptions, then some with more. Yields them."""
+    scenario, length = race.scenario, 0
+    for schedule in explore(race.run, preemptions):
+        length = max(length, len(race.scheduler.trail))
+        yield schedule
+    yield from sample(
+        race.run,
+        rng=random.Random(scenario.name),
+        switches=range(preemptions + 1, preemptions + 6),
+        threads=len(scenario.threads),
+        length=length,
+        count=SAMPLES,
+    )
+
+
+def first_violation(scenario, **version):
+    """The schedule that breaks a promise, as text, and which one; or None."""
+    with Race(scenario, **version) as race:
+        for schedule in every_order(race, scenario.preemptions):
+            if race.complaint:
+                return written(schedule), race.complaint
+    return None
+
+
+def report(race, schedule):
+    """What to print about a race that was lost."""
+    switches = [
+        f"  step {step}: from {NAMES[before]} to {NAMES[chosen]}"
+        + (f", before line {line}" if line else "")
+        for step, (before, chosen, _, line) in enumerate(race.scheduler.trail)
+        if before not in (None, chosen)
+    ]
+    call = f'replay("{race.scenario}", "{written(schedule)}")'
+    return "\n".join([str(race.scenario), race.complaint, *switches, call])
+
+
+@functools.cache
+def changed(*edits):
+    """The library with pieces of its text replaced by others."""
+    source = inspect.getsource(pybreaker)
+    for old, new in edits:
+        assert old in source, f"{old!r} is no longer in pybreaker.py"
+        source = source.replace(old, new)
+    module = types.ModuleType("changed_pybreaker")
+    exec(compile(source, f"<pybreaker.py with {edits}>", "exec"), vars(module))
+    return module
+
+
+ERAS_NOT_COMPARED = ("state is self._state", "True")
+
+LOST_WITHOUT_THE_LOCK = [
+    "two failures race to trip",
+    "two failures race to trip unheard",
+    "two decorated calls race",
+    "three failures race to trip",
+    "a failure against a success",
+    "a trip against a quiet success",
+    "a trip against a look",
+    "a listener is added during a trip",
+    "a listener is removed during a trip",
+    "two arrivals at the end of a timeout",
+    "two unheard arrivals",
+    "three arrivals",
+    "an arrival against closing",
+    "a heard rejection against closing",
+    "a trial's success against an arrival",
+    "a trial's success that isn't the last against an arrival",
+    "a trial's success against closing",
+    "a trial's failure against a setter",
+    "a trial's end against a call in it",
+    "a take-over against a late success",
+    "a late failure against a trial",
+    "a claim against closing",
+]
+LOST_WITHOUT_ERAS = [
+    "two failures race, one is enough",
+    "two decorated calls race",
+    "a failure against a success",
+    "a trip against half-opening",
+    "a trial's success against closing",
+    "a trial's failure against opening",
+    "a trial's failure against half-opening",
+    "a call admitted long ago fails in a trip",
+    "a late failure against opening",
+    "a late success against two moves",
+    "a late failure against a trial",
+]
+
+
+def named(name):
+    (scenario,) = (scenario for scenario in SCENARIOS if scenario.name == name)
+    return scenario
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_promises_are_kept_in_every_order(scenario, record_property):
+    """No order in which threads can take turns breaks a promise of section 4."""
+    preemptions = 1 if SLOW else scenario.preemptions
+    count = 0
+    with Race(scenario, opcodes=DEEP) as race:
+        for schedule in every_order(race, preemptions):
+            count += 1
+            if race.complaint:
+                pytest.fail(report(race, schedule), pytrace=False)
+    record_property("schedules", count)
+    print(f"{count} schedules")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS if DEEP else [], ids=str)
+def test_promises_are_kept_with_one_preemption_more(scenario, record_property):
+    """Nor does one preemption more, where its orders can be counted."""
+    with Race(scenario) as race:
+        count = sum(1 for _ in explore(race.run, scenario.preemptions))
+        if scenario.preemptions > 1 and count > FEW:
+            pytest.skip(f"{count} schedules with {scenario.preemptions} preemptions")
+        count = 0
+        for schedule in explore(race.run, scenario.preemptions + 1):
+            count += 1
+            if race.complaint:
+                pytest.fail(report(race, schedule), pytrace=False)
+    record_property("schedules", count)
+    print(f"{count} schedules")
+
+
+@pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)
+def test_a_library_without_a_lock_is_found_out(name):
+    """With a lock that lets everybody in, the same races are lost."""
+    assert first_violation(named(name), lock=NoLock)
+
+
+@pytest.mark.parametrize("name", LOST_WITHOUT_ERAS)
+def test_a_library_that_compares_no_eras_is_found_out(name):
+    """Where a late outcome counts, the same races are lost."""
+    assert first_violation(named(name), module=changed(ERAS_NOT_COMPARED))
+
+
+@pytest.mark.parametrize(
+    "version",
+    [{"lock": NoLock}, {"module": changed(ERAS_NOT_COMPARED)}],
+    ids=["no lock", "no eras"],
+)
+def test_a_schedule_that_was_found_can_be_replayed(version):
+    """The schedule that a failure prints leads to the same failure, always."""
+    scenario = named("a late failure against two moves")
+    schedule, complaint = first_violation(scenario, **version)
+    for _ in range(3):
+        assert replay(scenario.name, schedule, **version) == complaint
+    assert replay(scenario.name, schedule) is None
+
+
+def test_a_lost_race_says_how_to_run_it_again():
+    """The report has the scenario, the complaint, each switch and the replay."""
+    with Race(named("two failures race to trip"), lock=NoLock) as race:
+        schedule = next(s for s in every_order(race, 2) if race.complaint)
+        text = report(race, schedule)
+    assert text.startswith(f"two failures race to trip\n{race.complaint}\n")
+    assert "from a to b, before line" in text
+    call = f'replay("two failures race to trip", "{written(schedule)}")'
+    assert text.endswith(call)
+
+
+# The scheduler itself.
+
+COUNTER = types.ModuleType("counter")
+exec(
+    compile(
+        """
+class Counter:
+    def __init__(self):
+        self.value = 0
+    def add(self):
+        value = self.value
+        value += 1
+        self.value = value
+    def add_often(self):
+        while True:
+            self.value += 1
+    def add_twice(self, first, second):
+        with first:
+            self.value += 1
+            with second:
+                self.value += 1
+""",
+        "<counter>",
+        "exec",
+    ),
+    vars(COUNTER),
+)
+
+
+def trails_of_a_counter(preemptions, *, locked, threads=2):
+    """The orders of the threads' steps, and the sum that each comes to."""
+    with Scheduler(threads, "<counter>") as scheduler:
+
+        def run(schedule):
+            nonlocal counter
+            counter = COUNTER.Counter()
+            lock = scheduler.lock() if locked else contextlib.nullcontext()
+
+            def add():
+                with lock:
+                    counter.add()
+
+            assert scheduler.run([add] * threads, schedule) == [None] * threads
+            return scheduler.trail
+
+        counter = None
+        return [
+            (tuple(decision.chosen for decision in scheduler.trail), counter.value)
+            for _ in explore(run, preemptions)
+        ]
+
+
+def test_every_order_is_run_and_each_once():
+    """Without a limit there are as many as ways to merge the threads' steps."""
+    orders = [order for order, _ in trails_of_a_counter(math.inf, locked=False)]
+    # Each thread has a beginning and two steps that touch an attribute, and
+    # after the first thread's end there is one more decision, with no choice.
+    assert len(set(orders)) == len(orders) == math.factorial(6) // 6**2
+
+
+def test_a_lost_update_takes_one_preemption():
+    """One thread after the other adds up; one that is interrupted doesn't."""
+    assert {total for _, total in trails_of_a_counter(0, locked=False)} == {2}
+    assert {total for _, total in trails_of_a_counter(1, locked=False)} == {1, 2}
+
+
+def test_a_lock_keeps_the_others_out():
+    """Threads that wait go on when the lock is free, and so nothing is lost."""
+    totals = [total for _, total in trails_of_a_counter(2, locked=True, threads=3)]
+    assert set(totals) == {3}
+    assert len(totals) > 10
+
+
+def test_a_deadlock_is_found():
+    """Two locks that are taken in different orders are found out, not waited for."""
+    with Scheduler(2, "<counter>") as scheduler:
+
+        def run(schedule):
+            add, first, second = (
+                COUNTER.Counter().add_twice,
+                scheduler.lock(),
+                scheduler.lock(),
+            )
+            scheduler.run(
+                [lambda: add(first, second), lambda: add(second, first)], schedule
+            )
+            return scheduler.trail
+
+        reasons = {scheduler.stuck for _ in explore(run, 1)}
+    assert reasons == {None, "deadlock: 2 of the threads wait for ever"}
+
+
+def test_a_lock_that_is_kept_is_found():
+    """A thread that ends with the lock held leaves the other one waiting."""
+    with Scheduler(2, "<counter>") as scheduler:
+        lock = scheduler.lock()
+        scheduler.run([lock.acquire, lock.acquire], {})
+        assert scheduler.stuck == "deadlock: 1 of the threads wait for ever"
+
+
+def test_a_thread_that_never_ends_is_ended():
+    """After so many steps a run is given up, and the next one works."""
+    with Scheduler(2, "<counter>", patience=100) as scheduler:
+        counter = COUNTER.Counter()
+        scheduler.run([counter.add_often, counter.add], {})
+        assert scheduler.stuck == "no end after 100 steps"
+        counter = COUNTER.Counter()
+        scheduler.run([counter.add, counter.add], {})
+        assert scheduler.stuck is None
+        assert len(scheduler.trail) > 4
+
+
+def test_a_scheduler_leaves_tracing_as_it_was():
+    """Coverage and debuggers see the rest of the program as before."""
+    tracer, running = sys.gettrace(), threading.active_count()
+    trails_of_a_counter(1, locked=True)
+    assert sys.gettrace() is tracer
+    assert threading.active_count() == running
