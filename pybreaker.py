@@ -1423,7 +1423,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
         elapsed = time.monotonic() - self._opened
         # A clock that has jumped by decades is another one (freezegun's starts
         # in 1970); then all that can be compared is the moment.
-        return elapsed if 0.0 <= elapsed < 1e9 else _age(self._moment)
+        return elapsed if abs(elapsed) < 1e9 else _age(self._moment)
 
     def _open_now(self) -> None:
         super()._open_now()

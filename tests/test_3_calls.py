@@ -1283,3 +1283,16 @@ def test_a_circuit_that_opened_while_time_was_frozen_goes_on_when_it_is_not():
         breaker.open()
         assert breaker.retry_after == 60.0
     assert breaker.retry_after == 0.0
+
+
+def test_a_moment_in_the_future_is_waited_for_by_the_monotonic_clock(clock):
+    """Setting the machine's clock moves nothing there either."""
+    with freezegun.freeze_time("2020-02-02") as wall:
+        breaker = CircuitBreaker(reset_timeout=10)
+        breaker.open()
+        now = datetime.datetime.now(datetime.timezone.utc)
+        breaker._state_storage.opened_at = now + datetime.timedelta(seconds=5)
+        wall.move_to("2020-02-01")
+        assert breaker.retry_after == 15.0
+        clock.advance(15)
+        assert breaker.retry_after == 0.0
