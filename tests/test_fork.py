@@ -361,7 +361,6 @@ def test_every_breaker_is_usable_in_the_child():
     """)
 
 
-@pytest.mark.xfail(reason="those that are equal are taken for one")
 def test_every_breaker_that_equals_another_is_usable_in_the_child():
     """A subclass may compare by what it likes."""
     run("""
@@ -388,7 +387,6 @@ def test_every_breaker_that_equals_another_is_usable_in_the_child():
     """)
 
 
-@pytest.mark.xfail(reason="the child takes its own move for the other thread's")
 @pytest.mark.parametrize("move", ["half_open", "open"])
 def test_a_move_that_was_being_made_at_the_fork_is_not_the_childs(move):
     """The storage may take its time over it; what the child does then is its own:
