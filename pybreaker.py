@@ -306,45 +306,52 @@ class CircuitBreaker:
         An open circuit starts its timeout again. Returns whether a failure that
         opened it should raise `CircuitBreakerError`.
         """
-        with self._lock:
-            storage = self._circuit_storage
-            storage.reset_success_counter()
-            storage._open_now()
-            if self._cause_of_move.by_count:
-                storage.trip(self._fail_max)
-            else:
-                storage.state = STATE_OPEN
-            self._begin_era(STATE_OPEN)
-        self._log_what_happened()
+        try:
+            with self._lock:
+                storage = self._circuit_storage
+                storage.reset_success_counter()
+                storage._open_now()
+                if self._cause_of_move.by_count:
+                    storage.trip(self._fail_max)
+                else:
+                    storage.state = STATE_OPEN
+                self._begin_era(STATE_OPEN)
+        finally:
+            self._log_what_happened()
         return self._throw_new_error_on_trip
 
     def half_open(self) -> None:
         """Half-open the circuit: the next call is a trial."""
-        with self._lock:
-            if not self._cause_of_move.by_trial:
-                self._circuit_storage.reset_success_counter()
-            self._circuit_storage.state = STATE_HALF_OPEN
-            self._begin_era(STATE_HALF_OPEN)
-        self._log_what_happened()
+        try:
+            with self._lock:
+                if not self._cause_of_move.by_trial:
+                    self._circuit_storage.reset_success_counter()
+                self._circuit_storage.state = STATE_HALF_OPEN
+                self._begin_era(STATE_HALF_OPEN)
+        finally:
+            self._log_what_happened()
 
     def close(self) -> None:
         """Close the circuit: calls pass, and failures are counted from 0."""
-        with self._lock:
-            self._circuit_storage.reset_counter()
-            self._circuit_storage.reset_success_counter()
-            self._circuit_storage.state = STATE_CLOSED
-            self._begin_era(STATE_CLOSED)
-        self._log_what_happened()
+        try:
+            with self._lock:
+                self._circuit_storage.reset_counter()
+                self._circuit_storage.reset_success_counter()
+                self._circuit_storage.state = STATE_CLOSED
+                self._begin_era(STATE_CLOSED)
+        finally:
+            self._log_what_happened()
 
     @property
     def state(self) -> CircuitBreakerState:
         """The state, after a look at the storage. Set it to ``'closed'``,
         ``'open'`` or ``'half-open'`` to move the circuit."""
-        with self._lock:
-            self._look()
-            state = self._state
-        self._log_what_happened()
-        return state
+        try:
+            with self._lock:
+                self._look()
+                return self._state
+        finally:
+            self._log_what_happened()
 
     @state.setter
     def state(self, name: str) -> None:
@@ -534,8 +541,11 @@ class CircuitBreaker:
                     excluded = isinstance(exception, exclusion)
                 else:
                     excluded = bool(exclusion(exception))
-            except Exception:
-                logger.exception("%r could not judge an exception", exclusion)
+            except Exception as exc:
+                message = "%r could not judge an exception"
+                with self._lock:
+                    self._log_later(logging.ERROR, message, exclusion, exc_info=exc)
+                self._log_what_happened()
             else:
                 if excluded:
                     return False
@@ -594,25 +604,27 @@ class CircuitBreaker:
 
         return guarded
 
-    def _guard_generator(self, func: Any, admitted: _Admission | None = None) -> Any:
+    def _guard_generator(
+        self, func: Any, admitted: _Admission | None = None, awaited: bool = False
+    ) -> Any:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             state, trial = admitted or self._admit(func, args, kwargs)
-            yielded, result = False, None
+            closed, result = False, None
             try:
                 generator = func(*args, **kwargs)
                 item = next(generator)
                 while True:
-                    yielded = True
                     try:
                         sent = yield item
                     except BaseException as exc:
+                        closed = isinstance(exc, GeneratorExit) and not awaited
                         item = generator.throw(exc)
                     else:
                         item = generator.send(sent)
             except StopIteration as stop:
                 result = stop.value
             except BaseException as exc:
-                self._settle(state, trial, _unless_closed(exc, yielded))
+                self._settle(state, trial, _unless_closed(exc, closed))
                 raise
             self._settle(state, trial)
             return result
@@ -627,7 +639,7 @@ class CircuitBreaker:
             if entered is None:
                 entry = self._admit_async(func, args, kwargs)
                 entered = yield from entry.__await__()
-            inner = CircuitBreaker._guard_generator(self, func, entered)
+            inner = CircuitBreaker._guard_generator(self, func, entered, awaited=True)
             return (yield from inner(*args, **kwargs))
 
         return types.coroutine(guarded)
@@ -637,22 +649,22 @@ class CircuitBreaker:
     ) -> Any:
         async def guarded(*args: Any, **kwargs: Any) -> Any:
             state, trial = admitted or await self._admit_async(func, args, kwargs)
-            yielded = False
+            closed = False
             try:
                 generator = func(*args, **kwargs)
                 item = await _first_step(generator)
                 while True:
-                    yielded = True
                     try:
                         sent = yield item
                     except BaseException as exc:
+                        closed = isinstance(exc, GeneratorExit)
                         item = await generator.athrow(exc)
                     else:
                         item = await generator.asend(sent)
             except StopAsyncIteration:
                 pass
             except BaseException as exc:
-                self._settle(state, trial, _unless_closed(exc, yielded))
+                self._settle(state, trial, _unless_closed(exc, closed))
                 raise
             self._settle(state, trial)
 
@@ -678,33 +690,33 @@ class CircuitBreaker:
                 if wait > 0.0 and not (
                     self._trial_in_place and self._is_within_trial()
                 ):
-                    raise self._breaker_error(state._reason, wait)
-        with self._lock:
-            if self._circuit_storage.state != self._state.name:
-                self._look()
-            state, trial, wait = self._state, None, 0.0
-            if not state._admits_all:
-                wait = state._wait()
-                # A trial that has held the place too long may be hanging, so it
-                # loses it to a call in its own context as well; but a timeout
-                # of 0 is too short to say so of a trial.
-                if self._is_within_trial() and (wait or not self._reset_timeout):
-                    state, wait = _WITHIN, 0.0
-                elif wait == 0.0:
-                    trial = self._take_place()
-            if wait > 0.0:
-                self._tell("rejected", (self, func, *args), kwargs)
-            elif trial is None:
-                self._tell("before_call", (self, func, *args), kwargs)
-        if trial is not None:
-            if ask:
-                return self._claim(state, trial, func, args, kwargs)
-            return state, trial
-        if self._unlogged:
-            self._log_what_happened()
+                    raise self._breaker_error(state._rejection, wait)
+        try:
+            with self._lock:
+                if self._circuit_storage.state != self._state.name:
+                    self._look()
+                state, trial, wait = self._state, None, 0.0
+                if not state._admits_all:
+                    wait = state._wait()
+                    # A trial that has held the place too long may be hanging, so
+                    # it loses it to a call in its own context as well; but a
+                    # timeout of 0 is too short to say so of a trial.
+                    if self._is_within_trial() and (wait or not self._reset_timeout):
+                        state, wait = _WITHIN, 0.0
+                    elif wait == 0.0:
+                        trial = self._take_place()
+                if wait > 0.0:
+                    self._tell("rejected", (self, func, *args), kwargs)
+                elif trial is None:
+                    self._tell("before_call", (self, func, *args), kwargs)
+        finally:
+            if self._unlogged:
+                self._log_what_happened()
         if wait > 0.0:
-            raise self._breaker_error(state._reason, wait)
-        return state, None
+            raise self._breaker_error(state._rejection, wait)
+        if trial is not None and ask:
+            return self._claim(state, trial, func, args, kwargs)
+        return state, trial
 
     async def _admit_async(self, func: Any, args: Any, kwargs: Any) -> _Admission:
         state, trial = self._admit(func, args, kwargs, ask=False)
@@ -719,11 +731,11 @@ class CircuitBreaker:
         try:
             granted = self._circuit_storage.claim_trial(self._reset_timeout)
             begun = self._begin_trial(state, trial, granted, func, args, kwargs)
-            self._log_what_happened()
         except BaseException:
             self._vacate(trial)
-            self._log_what_happened()
             raise
+        finally:
+            self._log_what_happened()
         return (begun, trial) if begun else self._admit(func, args, kwargs)
 
     async def _claim_async(
@@ -732,11 +744,11 @@ class CircuitBreaker:
         try:
             granted = await self._circuit_storage.claim_trial_async(self._reset_timeout)
             begun = self._begin_trial(state, trial, granted, func, args, kwargs)
-            self._log_what_happened()
         except BaseException:
             self._vacate(trial)
-            self._log_what_happened()
             raise
+        finally:
+            self._log_what_happened()
         return (begun, trial) if begun else await self._admit_async(func, args, kwargs)
 
     def _begin_trial(
@@ -751,11 +763,13 @@ class CircuitBreaker:
         """Begin a trial when the storage has answered. Returns its state, or
         None if the circuit has moved on, so that admission starts again."""
         with self._lock:
+            holder = self._trial_in_place
+            if granted and holder:
+                holder.claimed = True  # even if another call has taken the place
+            elif granted:
+                self._circuit_storage.release_trial()
             self._look()
             if self._trial_in_place is not trial:
-                # A grant that nobody uses goes back.
-                if granted and self._trial_in_place is None:
-                    self._circuit_storage.release_trial()
                 self._vacate(trial)
                 return None
             if not granted:
@@ -763,7 +777,7 @@ class CircuitBreaker:
                 raise self._breaker_error(
                     f"{_REJECTED}: another breaker runs the trial", 0.0
                 )
-            trial.granted = True
+            trial.begun = True
             state._start_trial()
             if self._trial_in_place is not trial:  # a listener moved the circuit
                 self._vacate(trial)
@@ -775,8 +789,8 @@ class CircuitBreaker:
     def _take_place(self) -> _Trial:
         if self._trial_in_place is not None:
             self._trial_in_place.over = True
-        trial = self._trial_in_place = _Trial()
-        _trials.set((*(t for t in _trials.get() if not t.over), trial))
+        trial = self._trial_in_place = _Trial(self)
+        _trials.set((*filter(_Trial.may_matter, _trials.get()), trial))
         return trial
 
     def _place_wait(self) -> float:
@@ -795,12 +809,12 @@ class CircuitBreaker:
         with self._lock:
             if self._trial_in_place is trial:
                 self._trial_in_place = None
-                if trial.granted:
+                if trial.claimed:
                     self._circuit_storage.release_trial()
 
     def _is_within_trial(self) -> bool:
         trial = self._trial_in_place
-        return trial is not None and trial.granted and trial in _trials.get()
+        return trial is not None and trial.begun and trial in _trials.get()
 
     # Settlement: what does the outcome change?
 
@@ -876,21 +890,22 @@ class CircuitBreaker:
         # What listeners do because of this has causes of its own.
         cause, self._cause_of_move = _FOUND if found else self._cause_of_move, _BY_HAND
         new = self._create_new_state(name, prev_state=old, notify=True)
+        new.reason = str(cause)
         if found:
             new._was_found()
+        # A storage that fails here will be found moved at the next look.
+        count = self._circuit_storage.counter
         self._state = new
         old._shortcut = _NO_SHORTCUT
         self._find_shortcut()
-        if trial is not None and not (cause.by_trial and trial.granted):
+        if trial is not None and not (cause.by_trial and trial.begun):
             self._vacate(trial)
         level = logging.WARNING if name == STATE_OPEN else logging.INFO
         if logger.isEnabledFor(level):
-            # With the cause as a string: handlers keep what they are given.
             message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
-            counter, timeout = self._circuit_storage.counter, self._reset_timeout
             who = repr(self._name) if self._name else "unnamed breaker"
-            names = who, name, old.name
-            self._log_later(level, message, *names, str(cause), counter, timeout)
+            what = who, name, old.name, new.reason, count, self._reset_timeout
+            self._log_later(level, message, *what)
         self._tell("state_change", (self, old, new))
 
     def _because(self, cause: _Cause, move: Callable[[], _T]) -> _T:
@@ -972,6 +987,7 @@ class CircuitBreaker:
         self._lock = threading.RLock()
         self._trial_in_place = None
         self._cause_of_move = _BY_HAND
+        self._unlogged = ()  # the parent logs it
 
     def _nobody_hears(self, event: str) -> bool:
         """Whether telling the listeners of the event would do nothing. Asked
@@ -1017,15 +1033,17 @@ class CircuitBreakerState:
     circuit by hand; older releases left no other way to guard a coroutine.
     """
 
-    __slots__ = ("_breaker", "name", "_shortcut", "__dict__", "__weakref__")
+    __slots__ = ("_breaker", "name", "reason", "_shortcut", "__dict__", "__weakref__")
 
     _admits_all = False
     _has_shortcut = False  # for calls that neither count nor have to be told
-    _reason = ""  # that a rejected call is told
+    _rejection = ""  # that a rejected call is told
 
     def __init__(self, cb: CircuitBreaker, name: str) -> None:
         self._breaker: CircuitBreaker = cb
         self.name: str = name
+        self.reason: str = "new"
+        """Why the era began, in words: ``'by hand'``, or what happened."""
         self._shortcut: Any = _NO_SHORTCUT
 
     def __init_subclass__(cls) -> None:
@@ -1047,21 +1065,25 @@ class CircuitBreakerState:
         now. Half-opens an open circuit whose timeout has passed. Neither calls
         `func` nor takes the place of the trial."""
         breaker = self._breaker
-        with breaker._lock:
-            state = breaker.state
-            wait = state._wait()
-            if wait == 0.0:
-                state._start_trial()
-            elif not breaker._is_within_trial():
-                raise breaker._breaker_error(state._reason, wait)
-        breaker._log_what_happened()
+        try:
+            with breaker._lock:
+                state = breaker.state
+                wait = state._wait()
+                if wait == 0.0:
+                    state._start_trial()
+                elif not breaker._is_within_trial():
+                    raise breaker._breaker_error(state._rejection, wait)
+        finally:
+            breaker._log_what_happened()
 
     def on_success(self) -> None:
         """Decide what a success changes, if this era lasts."""
-        with self._breaker._lock:
-            if self is self._breaker._state:
-                self._succeeded()
-        self._breaker._log_what_happened()
+        try:
+            with self._breaker._lock:
+                if self is self._breaker._state:
+                    self._succeeded()
+        finally:
+            self._breaker._log_what_happened()
 
     def on_failure(self, exc: BaseException) -> None:
         """Decide what a failure changes that has been counted, if this era
@@ -1165,7 +1187,7 @@ class CircuitOpenState(CircuitBreakerState):
 
     __slots__ = ()
 
-    _reason = _REJECTED
+    _rejection = _REJECTED
 
     def __init__(
         self,
@@ -1186,7 +1208,7 @@ class CircuitOpenState(CircuitBreakerState):
             _Cause("the timeout has passed", by_trial=True), breaker.half_open
         )
         if breaker._state is self:  # a subclass's half_open() did nothing
-            raise breaker._breaker_error(self._reason, 0.0)
+            raise breaker._breaker_error(self._rejection, 0.0)
 
 
 class CircuitHalfOpenState(CircuitBreakerState):
@@ -1194,7 +1216,7 @@ class CircuitHalfOpenState(CircuitBreakerState):
 
     __slots__ = ()
 
-    _reason = f"{_REJECTED}: a trial call is running"
+    _rejection = f"{_REJECTED}: a trial call is running"
 
     def __init__(
         self,
@@ -1426,8 +1448,11 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
         return elapsed if abs(elapsed) < 1e9 else _age(self._moment)
 
     def _open_now(self) -> None:
-        super()._open_now()
-        self._opened = time.monotonic()  # whatever the wall clock did meanwhile
+        if self._open_book:  # in one step for those who read without the lock
+            self._opened, self._moment = time.monotonic(), datetime.now(timezone.utc)
+        else:
+            super()._open_now()
+            self._opened = time.monotonic()  # whatever the wall clock did meanwhile
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("_state", "_fail_counter", "_success_counter", "_opened_at")
@@ -1444,15 +1469,20 @@ CircuitMemoryStorage.success_counter = CircuitMemoryStorage._success_counter
 
 
 class _Trial:
-    """A call that took the place. It refers to nothing, so that a context in
-    which it was forgotten keeps nothing alive."""
+    """A call that took the place. It keeps nothing alive, as the context of a
+    generator or a block that is never finished does not forget it."""
 
-    __slots__ = ("since", "granted", "over")
+    __slots__ = ("since", "claimed", "begun", "over", "_breaker")
 
-    def __init__(self) -> None:
+    def __init__(self, breaker: CircuitBreaker) -> None:
         self.since: float = time.monotonic()
-        self.granted: bool = False  # by the storage
+        self.claimed: bool = False  # from the storage, which has granted it
+        self.begun: bool = False
         self.over: bool = False
+        self._breaker = weakref.ref(breaker)
+
+    def may_matter(self) -> bool:
+        return not self.over and self._breaker() is not None
 
 
 class _Cause:
@@ -1612,9 +1642,10 @@ def _first_step(generator: Any) -> Any:
         sys.set_asyncgen_hooks(*hooks)
 
 
-def _unless_closed(exc: BaseException, yielded: bool) -> BaseException | None:
-    # Closing a generator that has yielded is a success, not an exception.
-    return None if yielded and isinstance(exc, GeneratorExit) else exc
+def _unless_closed(exc: BaseException, closed: bool) -> BaseException | None:
+    # Closing a generator at one of its yields is a success, not an exception. A
+    # GeneratorExit that arrives where it awaits means that its task is gone.
+    return None if closed and isinstance(exc, GeneratorExit) else exc
 
 
 def _is_abandonment(exc: BaseException) -> bool:
