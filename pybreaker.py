@@ -24,6 +24,7 @@ in. It needs nothing but the standard library.
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import functools
 import logging
@@ -68,6 +69,7 @@ __all__ = (
     "CircuitHalfOpenState",
     "CircuitMemoryStorage",
     "CircuitOpenState",
+    "CircuitRedisStorage",
 )
 
 STATE_CLOSED: Final = "closed"
@@ -260,7 +262,7 @@ class CircuitBreaker:
                 return guarded(*args, **kwargs)  # type: ignore[no-any-return]
         # From here on the same as in _guard_function, which has no frame to spare.
         state, trial = self._state, None
-        if state._shortcut.state != STATE_CLOSED:
+        if state._shortcut._state != STATE_CLOSED:
             state, trial = self._admit(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
@@ -273,7 +275,7 @@ class CircuitBreaker:
             lazy = False
         if lazy:
             return self._guard_result(result, (state, trial))  # type: ignore[no-any-return]
-        if state._shortcut.counter:
+        if state._shortcut._fail_counter:
             self._settle(state, trial)
         return result
 
@@ -311,10 +313,11 @@ class CircuitBreaker:
                 storage = self._circuit_storage
                 storage.reset_success_counter()
                 storage._open_now()
-                if self._cause_of_move.by_count:
+                cause = self._cause_of_move
+                if cause.by_count:
                     storage.trip(self._fail_max)
                 else:
-                    storage.state = STATE_OPEN
+                    storage._move(STATE_OPEN, cause is _BY_HAND)
                 self._begin_era(STATE_OPEN)
         finally:
             self._log_what_happened()
@@ -324,9 +327,10 @@ class CircuitBreaker:
         """Half-open the circuit: the next call is a trial."""
         try:
             with self._lock:
-                if not self._cause_of_move.by_trial:
+                cause = self._cause_of_move
+                if not cause.by_trial:
                     self._circuit_storage.reset_success_counter()
-                self._circuit_storage.state = STATE_HALF_OPEN
+                self._circuit_storage._move(STATE_HALF_OPEN, cause is _BY_HAND)
                 self._begin_era(STATE_HALF_OPEN)
         finally:
             self._log_what_happened()
@@ -337,7 +341,8 @@ class CircuitBreaker:
             with self._lock:
                 self._circuit_storage.reset_counter()
                 self._circuit_storage.reset_success_counter()
-                self._circuit_storage.state = STATE_CLOSED
+                by_hand = self._cause_of_move is _BY_HAND
+                self._circuit_storage._move(STATE_CLOSED, by_hand)
                 self._begin_era(STATE_CLOSED)
         finally:
             self._log_what_happened()
@@ -557,7 +562,7 @@ class CircuitBreaker:
     def _guard_function(self, func: Any, admitted: _Admission | None = None) -> Any:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             state, trial = self._state, None
-            if state._shortcut.state != STATE_CLOSED:
+            if state._shortcut._state != STATE_CLOSED:
                 state, trial = self._admit(func, args, kwargs)
             try:
                 result = func(*args, **kwargs)
@@ -572,7 +577,7 @@ class CircuitBreaker:
                 lazy = False
             if lazy:
                 return self._guard_result(result, (state, trial))
-            if state._shortcut.counter:
+            if state._shortcut._fail_counter:
                 self._settle(state, trial)
             return result
 
@@ -589,7 +594,7 @@ class CircuitBreaker:
             state, trial = self._state, None
             if admitted is not None:
                 state, trial = admitted
-            elif state._shortcut.state != STATE_CLOSED:
+            elif state._shortcut._state != STATE_CLOSED:
                 state, trial = await self._admit_async(func, args, kwargs)
             try:
                 result = func(*args, **kwargs)
@@ -598,7 +603,7 @@ class CircuitBreaker:
             except BaseException as exc:
                 self._settle(state, trial, exc)
                 raise
-            if state._shortcut.counter:
+            if state._shortcut._fail_counter:
                 self._settle(state, trial)
             return result
 
@@ -1379,6 +1384,9 @@ class CircuitBreakerStorage:
     def _open_now(self) -> None:
         self.opened_at = datetime.now(timezone.utc)
 
+    def _move(self, state: str, by_hand: bool) -> None:
+        self.state = state
+
 
 class CircuitMemoryStorage(CircuitBreakerStorage):
     """Keeps the state in memory, and time by the monotonic clock.
@@ -1401,9 +1409,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
     success_counter: int
 
     def __init__(self, state: str) -> None:
-        if state not in (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN):
-            raise ValueError(f"state must be {_STATE_NAMES}, not {state!r}")
-        self._state = state
+        self._state = _checked_state("state", state)
         self._fail_counter = 0
         self._success_counter = 0
         self._opened_at = None
@@ -1466,6 +1472,738 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
 CircuitMemoryStorage.state = CircuitMemoryStorage._state
 CircuitMemoryStorage.counter = CircuitMemoryStorage._fail_counter
 CircuitMemoryStorage.success_counter = CircuitMemoryStorage._success_counter
+
+
+class CircuitRedisStorage(CircuitMemoryStorage):
+    """Shares one circuit between processes, through Redis.
+
+    `redis_object` is a client of redis-py or valkey-py: `Redis`, `RedisCluster`
+    or the one for asyncio. Calls are decided from memory, as they are with a
+    `CircuitMemoryStorage`. A thread, the courier, carries changes to Redis and
+    back, every `refresh` seconds and at once after a change here. Only a call
+    that is due as a trial waits for Redis, for at most `patience` seconds.
+
+    A failure counts here at once, and the count is the fleet's, as last heard.
+    The one that brings it to `fail_max` opens the circuit of this process; that
+    of the others follows one to two `refresh` later, if the count still stands
+    in Redis then: a success anywhere sets it back. All other moves are announced
+    at once, and the last one wins. One process at a time runs a trial.
+
+    While Redis is away each process goes by its own circuit, which it begins in
+    `fallback_circuit_state` if it has never heard from Redis. `state` is what
+    Redis is given where it has none.
+
+    The keys, with `namespace` and a colon before them if there is one, are those
+    of older releases, which may use them at the same time: ``pybreaker:state``,
+    ``pybreaker:fail_counter``, ``pybreaker:success_counter``,
+    ``pybreaker:opened_at``; and ``pybreaker:trial``. All commands are for single
+    keys, so `cluster_mode` makes no difference.
+
+    `TypeError` for something that is no client; a Redis that does not answer
+    raises nothing, and is waited for no longer than `patience`.
+    """
+
+    _name = "redis"
+    _open_book = True
+
+    def __init__(
+        self,
+        state: str,
+        redis_object: Any,
+        namespace: str | None = None,
+        fallback_circuit_state: str = STATE_CLOSED,
+        cluster_mode: bool = False,
+        *,
+        refresh: float = 1.0,
+        patience: float = 0.25,
+    ) -> None:
+        super().__init__(_checked_state("state", state))
+        self._state = _checked_state("fallback_circuit_state", fallback_circuit_state)
+        self._link = _RedisLink(redis_object, namespace)
+        self._refresh: float = _some_time("refresh", refresh)
+        self._patience: float = _some_time("patience", patience)
+        # Held for moments, by breakers' threads that have their lock already,
+        # and by the courier, which never has.
+        self._mutex: threading.RLock = threading.RLock()
+        self._away = False
+        # What Redis has, as far as is known: the state and, of an open circuit,
+        # `opened_at` as it is written there. What differs from this is news.
+        self._shared: tuple[str, str | None] = (state, None)
+        self._unheard = True
+        # Opened by the count, and Redis does not say so, or not yet: until when
+        # that is to be seen, and the count that it takes. None if it was seen.
+        self._apart = False
+        self._doubt: tuple[float, float] | None = None
+        self._refused_at = _LONG_AGO
+        self._claim: _Claim | None = None  # of the trial that runs
+        self._forget_errands()
+        self._courier = _Courier(self)
+        self._courier.start()
+        _couriered[id(self)] = self
+        self._wait_for_errands(time.monotonic() + self._patience)
+
+    def _forget_errands(self) -> None:
+        self._unsent: dict[str, tuple[bool, int]] = {}  # counts: "set or add", number
+        self._unsent_opening = False
+        self._unsent_move: str | None = None
+        self._unasked: list[_Claim] = []
+        self._unreturned: list[_Claim] = []
+        self._waiting: list[threading.Event] = []
+        self._is_carrying = False
+
+    def _wait_for_errands(self, end: float) -> None:
+        """Wait until the courier has been to Redis, or the clock says `end`."""
+        done = threading.Event()
+        with self._mutex:
+            self._waiting.append(done)
+        self._courier.wake()
+        done.wait(max(0.0, end - time.monotonic()))
+
+    # What a breaker and its owner do. A write to a public name is carried to
+    # Redis; to a private one, which reads faster, it is not.
+
+    @property
+    def state(self) -> str:
+        """The state's name. Setting it moves the circuit of the fleet."""
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._move(_checked_state("state", state), by_hand=True)
+
+    @property
+    def counter(self) -> int:
+        """Failures in a row, in all processes, as far as they are known here."""
+        return self._fail_counter
+
+    @counter.setter
+    def counter(self, count: int) -> None:
+        self._count("fail_counter", count, absolute=True)
+
+    @property
+    def success_counter(self) -> int:
+        """Successful trials, in all processes."""
+        return self._success_counter
+
+    @success_counter.setter
+    def success_counter(self, count: int) -> None:
+        self._count("success_counter", count, absolute=True)
+
+    def increment_counter(self) -> None:
+        """Add one to `counter`."""
+        self._count("fail_counter", 1)
+
+    def reset_counter(self) -> None:
+        """Set `counter` to 0."""
+        self._count("fail_counter", 0, absolute=True)
+
+    def increment_success_counter(self) -> None:
+        """Add one to `success_counter`."""
+        self._count("success_counter", 1)
+
+    def reset_success_counter(self) -> None:
+        """Set `success_counter` to 0."""
+        self._count("success_counter", 0, absolute=True)
+
+    @property
+    def opened_at(self) -> datetime | None:
+        """The moment of the last opening: in Redis, by its clock and in whole
+        seconds. Setting it moves the opening."""
+        return self._moment
+
+    @opened_at.setter
+    def opened_at(self, moment: datetime | None) -> None:
+        with self._mutex:
+            self._opened_at = moment
+            self._unsent_opening = self._unsent_opening or not self._apart
+        self._courier.wake()
+
+    def trip(self, fail_max: float) -> None:
+        """Open in this process; in the fleet if the count lasts."""
+        with self._mutex:
+            self._state = STATE_OPEN
+            if self._away:
+                self._announce(STATE_OPEN)
+            else:
+                self._apart = True
+                self._doubt = time.monotonic() + self._refresh, fail_max
+        self._courier.wake()
+
+    def claim_trial(self, timeout: float) -> bool:
+        """Whether this process may run the trial that is due. Waits for the
+        answer of Redis for at most `patience` seconds; without one, it may."""
+        heard = threading.Event()
+        claim = self._ask(timeout, heard.set)
+        heard.wait(self._patience)
+        return self._conclude(claim)
+
+    async def claim_trial_async(self, timeout: float) -> bool:
+        """The same, for asyncio and trio without holding up the event loop."""
+        wait, hear = _waiter(self._patience)
+        claim = self._ask(timeout, hear)
+        try:
+            await wait()
+        except BaseException:
+            self._give_back(claim)
+            raise
+        return self._conclude(claim)
+
+    def release_trial(self) -> None:
+        """Give the claim back, when all that was said before has been sent."""
+        with self._mutex:
+            claim, self._claim = self._claim, None
+        if claim is not None:
+            self._give_back(claim)
+
+    def _move(self, state: str, by_hand: bool) -> None:
+        with self._mutex:
+            self._state = state
+            if state == STATE_HALF_OPEN and not by_hand:
+                return  # between the trial and its claim: Redis goes on saying open
+            if state == STATE_OPEN and not by_hand:
+                self._claim = None  # is left to lapse: no other trial before that
+            if self._apart and not by_hand:
+                self._apart = state != STATE_CLOSED
+                self._doubt = self._doubt if self._apart else None
+            else:
+                self._announce(state)
+        self._courier.wake()
+
+    def _announce(self, state: str) -> None:
+        self._apart, self._doubt = False, None
+        self._unsent_move = state
+        if state == STATE_OPEN:
+            self._unsent_opening = True
+
+    def _count(self, key: str, amount: int, absolute: bool = False) -> None:
+        with self._mutex:
+            name = "_" + key
+            before = 0 if absolute else getattr(self, name)
+            setattr(self, name, before + amount)
+            if self._counts_alone():
+                return
+            if not absolute:
+                absolute, unsent = self._unsent.get(key, (False, 0))
+                amount += unsent
+            self._unsent[key] = absolute, amount
+        self._courier.wake()
+
+    def _counts_alone(self) -> bool:
+        return self._away or (self._apart and self._doubt is None)
+
+    def _ask(self, timeout: float, hear: Callable[[], object]) -> _Claim:
+        claim = _Claim(timeout, hear)
+        with self._mutex:
+            if self._counts_alone():
+                claim.answer(True)
+            elif time.monotonic() - self._refused_at < _PAUSE:
+                claim.answer(False)
+            else:
+                self._unasked.append(claim)
+        self._courier.wake()
+        return claim
+
+    def _conclude(self, claim: _Claim) -> bool:
+        with self._mutex:
+            if claim.granted is False:
+                self._refused_at = time.monotonic()
+                return False
+            self._claim = claim  # if it was not heard of, it may be on its way
+            return True
+
+    def _give_back(self, claim: _Claim) -> None:
+        with self._mutex:
+            self._unreturned.append(claim)
+        self._courier.wake()
+
+    # What the courier does, in its own thread.
+
+    def _run_errands(self) -> float:
+        """Carry what there is to Redis and back. Returns the seconds after which
+        there will be something again."""
+        with self._mutex:
+            counts, self._unsent = self._unsent, {}
+            move, self._unsent_move = self._unsent_move, None
+            opening, self._unsent_opening = self._unsent_opening, False
+            asked, self._unasked = self._unasked, []
+            unreturned, self._unreturned = self._unreturned, []
+            waiting, self._waiting = self._waiting, []
+            self._is_carrying = True
+            opened = self._opened
+        start = time.monotonic()
+        try:
+            if move is not None and self._away:  # its counts were not kept
+                counts.setdefault("success_counter", (True, 0))
+                if move == STATE_CLOSED:
+                    counts.setdefault("fail_counter", (True, 0))
+            writes: list[tuple[Any, ...]] = [
+                ("SET" if absolute else "INCRBY", key, amount)
+                for key, (absolute, amount) in counts.items()
+            ]
+            state, opened_at = self._shared
+            if opening:
+                opened_at = self._link.moment_of(opened)
+                writes.append(
+                    ("SET", "opened_at", opened_at)
+                    if opened_at
+                    else ("DEL", "opened_at")
+                )
+            if move is not None:
+                state = move
+                writes.append(("SET", "state", state))
+            shared = state, opened_at if state == STATE_OPEN else None
+            writes += [claim.command for claim in asked]
+            picture = self._look(writes, shared, bool(asked or unreturned))
+            is_news = self._take_in(picture, shared)
+            for claim in asked:
+                claim.answer(picture.holder == claim.token and not is_news)
+                if claim.granted is False:
+                    unreturned.append(claim)
+                    if picture.lease == -1:  # nobody's: whoever holds one has a lease
+                        self._link.run(("PEXPIRE", "trial", claim.lease))
+            for claim in unreturned:
+                # With the time that the answer takes, it must not have lapsed.
+                if picture.holder == claim.token and claim.left() > self._patience:
+                    self._link.run(("DEL", "trial"))
+        except Exception as exc:
+            with self._mutex:
+                if self._unsent_move is None:
+                    self._unsent_move = move
+                self._unsent_opening = self._unsent_opening or opening
+            self._goes_away(f"{type(exc).__name__}: {exc}")
+            for claim in asked:
+                claim.answer(True)
+            return self._refresh
+        else:
+            if time.monotonic() - start <= 2 * self._refresh:
+                self._is_back()
+            return self._leisure()
+        finally:
+            self._is_carrying = False
+            for done in waiting:
+                done.set()
+
+    def _look(
+        self, writes: list[Any], shared: tuple[str, str | None], for_trial: bool
+    ) -> _Picture:
+        """Write, and read what Redis has then. What is missing or makes no sense
+        is put in order: a flush does not close the circuit."""
+        state, opened_at = shared
+        known: list[tuple[Any, ...]] = [("SET", "state", state)]
+        if opened_at is not None:
+            known.insert(0, ("SET", "opened_at", opened_at))
+        where_missing = [(*command, "NX") for command in known]
+        if self._away:  # a Redis that can be read may still refuse writes
+            writes = writes + where_missing
+        for _ in range(3):
+            replies = self._link.run(*writes, *_Picture.commands(for_trial))
+            picture = _Picture(replies[len(writes) :])
+            broken = picture.broken
+            for (_, key, *_), reply in zip(writes, replies):
+                if isinstance(reply, Exception):
+                    if not _is_about_a_value(reply):
+                        raise reply
+                    broken.add(key)
+            if not broken and picture.state is not None:
+                return picture
+            repairs: list[tuple[Any, ...]] = []
+            if "trial" in broken:
+                repairs.append(("DEL", "trial"))
+            for key in ("fail_counter", "success_counter"):
+                count = getattr(self, "_" + key)
+                if key in broken:
+                    repairs.append(("SET", key, count))
+                elif picture.state is None and not self._away:
+                    repairs.append(("SET", key, count, "NX"))
+            if "opened_at" in broken and opened_at is None:
+                repairs.append(("DEL", "opened_at"))
+            for command in known:
+                repairs.append(command if command[1] in broken else (*command, "NX"))
+            writes = repairs
+            if broken:
+                message = "%s Redis had no good value for %s; it has now"
+                logger.warning(message, self._link.prefix, ", ".join(sorted(broken)))
+        raise ValueError("Redis does not keep what it is given")
+
+    def _take_in(self, picture: _Picture, shared: tuple[str, str | None]) -> bool:
+        """Bring this process up to date. Returns whether the circuit has moved."""
+        state, opened_at = picture.circuit
+        is_news = self._unheard or picture.circuit != shared
+        if is_news and state == STATE_OPEN:
+            age = self._link.age_of(opened_at)
+        with self._mutex:
+            self._unheard = False
+            self._shared = picture.circuit
+            if is_news and self._unsent_move is None:
+                if state == STATE_OPEN:
+                    self._opened, self._moment = time.monotonic() - age, picture.moment
+                self._state = state
+                self._apart, self._doubt = False, None
+            elif self._doubt is not None and time.monotonic() >= self._doubt[0]:
+                limit, self._doubt = self._doubt[1], None
+                if picture.fail_counter >= limit:
+                    self._announce(STATE_OPEN)
+            if not (self._apart and self._doubt is None):
+                for key in ("fail_counter", "success_counter"):
+                    absolute, unsent = self._unsent.get(key, (False, 0))
+                    if not absolute:
+                        setattr(self, "_" + key, getattr(picture, key) + unsent)
+        return is_news
+
+    def _leisure(self) -> float:
+        with self._mutex:
+            if self._unsent_move or self._unasked or self._unreturned or self._unsent:
+                return 0.0
+            if self._doubt is None:
+                return self._refresh
+            return min(self._refresh, max(0.0, self._doubt[0] - time.monotonic()))
+
+    def _goes_away(self, why: str) -> None:
+        with self._mutex:
+            was_away, self._away = self._away, True
+            self._unsent = {}
+            unasked, self._unasked = self._unasked, []
+            if self._doubt is not None:
+                self._announce(STATE_OPEN)
+        for claim in unasked:
+            claim.answer(True)
+        if not was_away:
+            message = "%s Redis is away, each process goes by its own circuit (%s)"
+            logger.warning(message, self._link.prefix, why)
+
+    def _is_back(self) -> None:
+        with self._mutex:
+            was_away, self._away = self._away, False
+        if was_away:
+            logger.info("%s Redis is back", self._link.prefix)
+
+    # Forks and the end of the program.
+
+    def _renew(self) -> None:
+        """In the child of a fork, whose parent runs the errands that there are."""
+        self._mutex = threading.RLock()
+        self._forget_errands()
+        self._claim = None
+        self._link = _RedisLink(self._link.client, self._link.namespace)
+        self._courier = _Courier(self)
+        self._courier.start()
+
+
+class _Courier:
+    """Runs the errands of a `CircuitRedisStorage` in a thread of its own, until
+    the storage is gone. As some clients wait for ever, another thread notices
+    when Redis is silent."""
+
+    def __init__(self, storage: CircuitRedisStorage) -> None:
+        import queue  # takes a while, and is needed only here
+
+        self._storage = weakref.ref(storage, self._wake_for_the_last_time)
+        self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._nothing: type[Exception] = queue.Empty
+        self._is_signalled = False
+        self._lock = threading.Lock()
+        self._is_stopping = False
+        self._is_running = False
+        self._threads: list[threading.Thread] = []
+
+    def wake(self) -> None:
+        if not self._is_signalled:
+            self._is_signalled = True
+            self._signals.put(None)
+
+    def _wake_for_the_last_time(self, _: object) -> None:
+        self._signals.put(None)  # needs no lock, as this may run anywhere
+
+    def start(self) -> None:
+        """Begin, or go on after `stop`."""
+        with self._lock:
+            self._is_stopping = False
+            if self._is_running:
+                return
+            self._is_running = True
+        over = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, args=(over,), name=name, daemon=True)
+            for target, name in (
+                (self._carry, "pybreaker courier"),
+                (self._watch, "pybreaker courier's watch"),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, end: float) -> None:
+        """Let both threads end, and wait for that until the clock says `end`."""
+        with self._lock:
+            self._is_stopping = True
+        self._signals.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        for thread in self._threads:
+            # What join() waits for, the system may see a moment later.
+            task = f"/proc/self/task/{thread.native_id}"
+            while os.path.exists(task) and time.monotonic() < end:
+                time.sleep(0.0001)
+
+    def _carry(self, over: threading.Event) -> None:
+        delay, link = 0.0, None
+        while True:
+            try:
+                self._signals.get(timeout=delay)
+            except self._nothing:
+                pass
+            self._is_signalled = False
+            storage = self._storage()
+            with self._lock:
+                if storage is None or self._is_stopping:
+                    self._is_running = False
+                    break
+            link = storage._link
+            delay = storage._run_errands()
+            del storage
+        over.set()
+        if link is not None:
+            link.close()
+
+    def _watch(self, over: threading.Event) -> None:
+        period = 0.0
+        while not over.wait(period):
+            storage = self._storage()
+            if storage is None:
+                return
+            period = storage._refresh / 2
+            asked_at = storage._link.asked_at
+            if asked_at is not None:
+                silence = time.monotonic() - asked_at
+                if silence > 2 * storage._refresh:
+                    storage._goes_away(f"no answer for {silence:.1f} s")
+            del storage
+
+
+class _RedisLink:
+    """The way to Redis, for the courier's thread alone. Whatever the client is,
+    texts are str here, and what is awaited has been awaited."""
+
+    def __init__(self, client: Any, namespace: str | None) -> None:
+        methods = "pipeline", "execute_command", "time"
+        if isinstance(client, type) or not all(
+            callable(getattr(client, method, None)) for method in methods
+        ):
+            raise TypeError(
+                f"redis_object must be a client of redis-py or valkey-py, such as "
+                f"redis.Redis(), not {client!r}"
+            )
+        if namespace is not None and not isinstance(namespace, str):
+            raise TypeError(f"namespace must be a string or None, not {namespace!r}")
+        self.client = client
+        self.namespace = namespace
+        self.prefix = f"{namespace}:pybreaker:" if namespace else "pybreaker:"
+        self.asked_at: float | None = None  # while there is no answer
+        self._own: Any = None
+        self._loop: Any = None
+
+    def run(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Send commands, with their keys, in one go. Errors that Redis reports
+        are among the replies."""
+        pipe = self._connected().pipeline(transaction=False)
+        for command, key, *rest in commands:
+            pipe.execute_command(command, self.prefix + key, *rest)
+        replies = self._answer(pipe.execute, raise_on_error=False)
+        return [
+            r.decode("utf-8", "replace") if isinstance(r, bytes) else r for r in replies
+        ]
+
+    def time(self) -> float:
+        """Redis's own."""
+        now = self._answer(self._connected().time)
+        if isinstance(now, dict):  # each node's of a cluster
+            now = next(iter(now.values()))
+        return float(now[0]) + float(now[1]) / 1e6
+
+    def moment_of(self, opened: float) -> str | None:
+        """What to write for a moment of the monotonic clock: whole seconds,
+        rounded up, as older releases read no others."""
+        if opened == _LONG_AGO:
+            return None
+        return str(math.ceil(self.time() - (time.monotonic() - opened)))
+
+    def age_of(self, opened_at: str | None) -> float:
+        """Seconds since then. No opening lies in the future."""
+        return max(0.0, self.time() - int(opened_at)) if opened_at else math.inf
+
+    def close(self) -> None:
+        """Part from Redis, as far as it was not the client's own connection."""
+        own, loop = self._own, self._loop
+        self._own = self._loop = None
+        if loop is not None:
+            try:
+                loop.run_until_complete(getattr(own, "aclose", own.close)())
+                loop.run_until_complete(own.connection_pool.disconnect())
+            except Exception as exc:
+                logger.debug("%s the connection was lost: %r", self.prefix, exc)
+            finally:
+                loop.close()
+
+    def _connected(self) -> Any:
+        if not hasattr(type(self.client), "__aenter__"):
+            return self.client
+        if self._own is None:
+            # An asyncio client belongs to its loop, so this one is made like it.
+            import asyncio
+
+            pool = self.client.connection_pool
+            self._loop = asyncio.new_event_loop()
+            self._own = type(self.client)(
+                connection_pool=type(pool)(
+                    connection_class=pool.connection_class, **pool.connection_kwargs
+                )
+            )
+        return self._own
+
+    def _answer(self, ask: Callable[..., Any], **options: Any) -> Any:
+        self.asked_at = time.monotonic()
+        try:
+            answer = ask(**options)
+            if self._loop is not None:
+                answer = self._loop.run_until_complete(answer)
+            return answer
+        finally:
+            self.asked_at = None
+
+
+class _Picture:
+    """What there is in Redis under the keys of one circuit."""
+
+    @staticmethod
+    def commands(for_trial: bool) -> list[tuple[str, str]]:
+        keys = ["state", "fail_counter", "success_counter", "opened_at"]
+        commands = [("GET", key) for key in keys]
+        return commands + [("GET", "trial"), ("PTTL", "trial")] * for_trial
+
+    def __init__(self, replies: list[Any]) -> None:
+        self.broken: set[str] = set()  # keys under which there is nonsense
+        self.state = self._value("state", replies[0], _known_state)
+        self.fail_counter = self._value("fail_counter", replies[1], _count_from) or 0
+        self.success_counter = (
+            self._value("success_counter", replies[2], _count_from) or 0
+        )
+        self.moment = self._value("opened_at", replies[3], _moment_from)
+        opened_at = replies[3] if self.moment is not None else None
+        self.circuit: tuple[Any, str | None] = (
+            self.state,
+            opened_at if self.state == STATE_OPEN else None,
+        )
+        self.holder = self.lease = None
+        if replies[4:]:
+            self.holder = self._value("trial", replies[4], str)
+            self.lease = replies[5]
+
+    def _value(self, key: str, reply: Any, read: Callable[[str], _T]) -> _T | None:
+        if isinstance(reply, Exception) and not _is_about_a_value(reply):
+            raise reply
+        try:
+            return None if reply is None else read(reply)
+        except (TypeError, ValueError, OverflowError, OSError):
+            self.broken.add(key)
+            return None
+
+
+def _known_state(text: str) -> str:
+    return str(_checked_state("state", text))
+
+
+def _count_from(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise ValueError(text)
+    return count
+
+
+def _moment_from(text: str) -> datetime:
+    return datetime.fromtimestamp(int(text), timezone.utc)
+
+
+def _is_about_a_value(error: Exception) -> bool:
+    """Whether Redis complains of what lies under the key, and of nothing else."""
+    text = str(error)
+    return any(part in text for part in ("WRONGTYPE", "wrong kind", "not an integer"))
+
+
+class _Claim:
+    """A question to Redis: may this process run the trial?"""
+
+    def __init__(self, timeout: float, hear: Callable[[], object]) -> None:
+        self.token = os.urandom(16).hex()
+        self.lease = max(1, math.ceil(1000 * min(timeout, _LONGEST_LEASE)))
+        self.command = "SET", "trial", self.token, "NX", "PX", self.lease
+        self.granted: bool | None = None
+        self._hear = hear
+        self._end = time.monotonic() + self.lease / 1000
+
+    def answer(self, granted: bool) -> None:
+        if self.granted is None:
+            self.granted = granted
+            try:
+                self._hear()
+            except Exception as exc:  # the event loop of who asked is gone
+                logger.debug("nobody waits for the answer any more: %r", exc)
+
+    def left(self) -> float:
+        """Seconds until the claim lapses, at least."""
+        return self._end - time.monotonic()
+
+
+def _waiter(patience: float) -> Any:
+    """A coroutine function that waits on the event loop that runs here, for at
+    most `patience` seconds, and what ends the waiting, from any thread."""
+    trio, asyncio = sys.modules.get("trio"), sys.modules.get("asyncio")
+    try:
+        trio.lowlevel.current_task()  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        pass
+    else:
+        return _trio_waiter(trio, patience)
+    try:
+        loop = asyncio.get_running_loop()  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return _other_waiter(patience)
+    return _asyncio_waiter(loop, patience)
+
+
+def _asyncio_waiter(loop: Any, patience: float) -> Any:
+    future = loop.create_future()
+
+    def end() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    async def wait() -> None:
+        timer = loop.call_later(patience, end)
+        try:
+            await future
+        finally:
+            timer.cancel()
+
+    return wait, lambda: loop.call_soon_threadsafe(end)
+
+
+def _trio_waiter(trio: Any, patience: float) -> Any:
+    token, heard = trio.lowlevel.current_trio_token(), trio.Event()
+
+    async def wait() -> None:
+        with trio.move_on_after(patience):
+            await heard.wait()
+
+    return wait, lambda: token.run_sync_soon(heard.set)
+
+
+def _other_waiter(patience: float) -> Any:
+    heard = threading.Event()
+
+    async def wait() -> None:
+        heard.wait(patience)
+
+    return wait, heard.set
 
 
 class _Trial:
@@ -1698,6 +2436,12 @@ def _in(seconds: float) -> str:
     return "only by hand" if seconds == math.inf else f"in {float(seconds):.1f} s"
 
 
+def _checked_state(parameter: str, state: Any) -> Any:
+    if state not in (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN):
+        raise ValueError(f"{parameter} must be {_STATE_NAMES}, not {state!r}")
+    return state
+
+
 def _whole_number(
     parameter: str, value: Any, minimum: int, unlimited: float | None = None
 ) -> Any:
@@ -1723,6 +2467,13 @@ def _seconds(parameter: str, value: Any) -> Any:
     if value > sys.float_info.max and value != math.inf:
         raise ValueError(f"{parameter} is too long; use math.inf for no end: {value!r}")
     return value
+
+
+def _some_time(parameter: str, value: Any) -> Any:
+    seconds = _seconds(parameter, value)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{parameter} must be some seconds, not {value!r}")
+    return seconds
 
 
 def _integer(parameter: str, value: Any, what: str) -> int:
@@ -1808,6 +2559,8 @@ def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
 
 
 _LONG_AGO = -math.inf
+_PAUSE = 0.1  # seconds between claims, after one was refused
+_LONGEST_LEASE = 86_400.0  # seconds: whoever is killed cannot give the claim back
 _NOTHING: frozenset[str] = frozenset()
 
 # Methods of listeners that do nothing.
@@ -1839,10 +2592,41 @@ _breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = (
 )
 
 
+# The storages that have threads, for forks and for the end of the program.
+_couriered: weakref.WeakValueDictionary[int, CircuitRedisStorage] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def _before_fork() -> None:
+    # Python warns of a fork beside other threads, and so it should.
+    storages = list(_couriered.values())
+    for storage in storages:
+        storage._courier.stop(time.monotonic() + storage._patience)
+
+
+def _after_fork_in_parent() -> None:
+    for storage in list(_couriered.values()):
+        storage._courier.start()
+
+
 def _after_fork() -> None:
     for breaker in list(_breakers.values()):
         breaker._after_fork()
+    for storage in list(_couriered.values()):
+        storage._renew()
+
+
+def _at_exit() -> None:
+    for storage in list(_couriered.values()):
+        if storage._is_carrying or not storage._leisure():
+            storage._wait_for_errands(time.monotonic() + storage._patience)
 
 
 # Windows has no forks.
-getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_after_fork)
+getattr(os, "register_at_fork", lambda **_: None)(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork,
+)
+atexit.register(_at_exit)
