@@ -40,7 +40,6 @@ import socketserver
 import sys
 import threading
 import time
-import traceback
 import wsgiref.simple_server
 from datetime import datetime, timezone
 from functools import partial
@@ -72,67 +71,27 @@ logger = logging.getLogger("ops_console")
 class Watch:
     """A listener that remembers a breaker's last transitions, and why they were made.
 
-    A listener is not told why; what happens in the same thread at that moment
-    tells it. `before_call` and `success` are there only after a half-opening: with
-    them, every call of a closed circuit has to take the lock.
+    It hears of nothing else, so calls of a closed circuit need no lock for it.
     """
 
     def __init__(self, breaker):
         self.breaker = breaker
         self.transitions = ()  # the newest is the first
-        self._failure = None, ""  # the thread, and what went wrong in it
         self._asking = threading.local()  # its `who` moves the circuit by hand
         breaker.add_listener(self)
 
-    def failure(self, cb, exc):
-        text = traceback.format_exception_only(type(exc), exc)[-1].strip()
-        self._failure = threading.get_ident(), text[:300]
-
     def state_change(self, cb, old_state, new_state):
-        old, new = old_state.name, new_state.name
-        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        reason = self._reason(cb, old, new)
-        transition = {"at": moment, "from": old, "to": new, "reason": reason}
-        self.transitions = (transition, *self.transitions)[:TRANSITIONS]
-        self._failure = None, ""
-        self._mover = threading.get_ident()
-        if new == pybreaker.STATE_HALF_OPEN:
-            self.before_call, self.success = self._other_call, self._trial_success
-        elif new == pybreaker.STATE_OPEN:
-            self._hear_less()
-
-    def _reason(self, cb, old, new):
+        reason = new_state.reason[:300]  # it tells the exception, of whatever length
         who = getattr(self._asking, "who", None)
-        thread, failure = self._failure
-        if who is not None:
-            return f"by hand, from {who}"
-        if new == pybreaker.STATE_OPEN and thread == threading.get_ident():
-            if old == pybreaker.STATE_HALF_OPEN:
-                return f"the trial failed: {failure}"
-            if cb.fail_counter >= cb.fail_max:
-                return f"{cb.fail_counter} failures in a row: {failure}"
-        # For a trial it is half-opened when that has the place: others have to wait.
-        trial = cb.retry_after or not cb.reset_timeout
-        if new == pybreaker.STATE_HALF_OPEN and trial:
-            return "the timeout has passed"
-        return "by hand"
-
-    def _trial_success(self, cb):
-        # Told right after the closing, this is the success that closed the circuit.
-        if cb.current_state == pybreaker.STATE_CLOSED:
-            self._hear_less()
-            newest, *older = self.transitions
-            if self._mover == threading.get_ident() and newest["reason"] == "by hand":
-                newest = {**newest, "reason": "the trial succeeded"}
-                self.transitions = (newest, *older)
-
-    def _other_call(self, cb, func, *args, **kwargs):
-        if cb.current_state == pybreaker.STATE_CLOSED:  # so that was no trial's doing
-            self._hear_less()
-
-    def _hear_less(self):
-        for event in "before_call", "success":
-            vars(self).pop(event, None)
+        if who is not None and reason == "by hand":
+            reason = f"by hand, from {who}"
+        transition = {
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "from": old_state.name,
+            "to": new_state.name,
+            "reason": reason,
+        }
+        self.transitions = (transition, *self.transitions)[:TRANSITIONS]
 
     def picture(self):
         """All there is to show, as a dict for `json.dumps`."""

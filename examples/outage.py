@@ -164,25 +164,10 @@ class Timeline(pybreaker.CircuitBreakerListener):
     def __init__(self):
         self.began = time.monotonic()
         self.notes = queue.Queue()
-        self.last_failure = ""
-
-    def failure(self, cb, exc):
-        if isinstance(exc, urllib.error.HTTPError):
-            self.last_failure = f"HTTP status {exc.code}"
-        else:
-            cause = getattr(exc, "reason", exc)  # in a URLError
-            self.last_failure = getattr(cause, "strerror", None) or str(cause)
 
     def state_change(self, cb, old_state, new_state):
-        if new_state.name == pybreaker.STATE_CLOSED:
-            reason = "the trial succeeded"
-        elif new_state.name == pybreaker.STATE_HALF_OPEN:
-            reason = f"{cb.reset_timeout:g} s have passed, one call is the trial"
-        elif old_state.name == pybreaker.STATE_HALF_OPEN:
-            reason = f"the trial failed ({self.last_failure})"
-        else:
-            reason = f"{cb.fail_counter} failures in a row ({self.last_failure})"
-        self.notes.put(f"{self.now()}  > {new_state.name.upper()}: {reason}")
+        name, reason = new_state.name.upper(), new_state.reason
+        self.notes.put(f"{self.now()}  > {name}: {reason}")
 
     def now(self):
         return f"{time.monotonic() - self.began:5.2f} s"

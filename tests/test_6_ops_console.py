@@ -323,9 +323,9 @@ def test_transitions_are_told_with_their_reasons(client, weather, clock):
         (t["from"], t["to"], t["reason"])
         for t in reversed(client.get("/breakers/weather").json()["transitions"])
     ] == [
-        ("closed", "open", "5 failures in a row: ConnectionError: refused"),
+        ("closed", "open", "too many failures in a row: ConnectionError('refused')"),
         ("open", "half-open", "the timeout has passed"),
-        ("half-open", "open", "the trial failed: TimeoutError: too late"),
+        ("half-open", "open", "the trial failed: TimeoutError('too late')"),
         ("open", "half-open", "the timeout has passed"),
         ("half-open", "closed", "the trial succeeded"),
         ("closed", "half-open", "by hand, from 127.0.0.1"),
@@ -337,25 +337,14 @@ def test_transitions_are_told_with_their_reasons(client, weather, clock):
 
 
 def test_trip_is_told_with_the_failure_that_did_it(client, weather):
-    """And with the count, and when it was."""
+    """And with when it was."""
     for number in range(5):
         attempt(weather, raiser(OSError(f"failure {number}")))
     (transition,) = client.get("/breakers/weather").json()["transitions"]
-    assert transition["reason"] == "5 failures in a row: OSError: failure 4"
+    reason = "too many failures in a row: OSError('failure 4')"
+    assert transition["reason"] == reason
     assert transition["at"][:16] == weather.snapshot()["opened_at"][:16]
-    assert "5 failures in a row: OSError: failure 4" in client.live("weather").text
-
-
-def test_opening_by_hand_is_not_put_down_to_an_earlier_failure(client, weather):
-    """Though there was one, in the same thread."""
-    attempt(weather, raiser(OSError()))
-    weather.open()
-    weather.half_open()
-    weather.open()
-    reasons = [
-        t["reason"] for t in client.get("/breakers/weather").json()["transitions"]
-    ]
-    assert reasons == ["by hand"] * 3
+    assert reason in client.live("weather").text
 
 
 def test_hand_that_moved_the_circuit_is_forgotten_with_the_request(weather):
@@ -367,74 +356,29 @@ def test_hand_that_moved_the_circuit_is_forgotten_with_the_request(weather):
     assert reasons == ["by hand", "by hand, from somebody"]
 
 
-def test_half_opening_by_hand_is_told_as_such(client, weather, clock):
-    """Also when the timeout has passed, so that a call could have done it."""
-    weather.open()
-    clock.advance(60)
-    weather.half_open()
-    newest = client.get("/breakers/weather").json()["transitions"][0]
-    assert newest["reason"] == "by hand"
-
-
-def test_half_opening_by_a_call_is_told_as_such_without_a_timeout(client, weather):
-    """Where there is nothing to wait for."""
-    weather.reset_timeout = 0
-    weather.open()
-    weather.call(int)
-    transitions = client.get("/breakers/weather").json()["transitions"]
-    reasons = [transition["reason"] for transition in transitions]
-    assert reasons == ["the trial succeeded", "the timeout has passed", "by hand"]
-
-
-def test_closing_by_hand_is_not_put_down_to_a_later_success(weather):
-    """Which tells of a call that came after it."""
+def test_what_a_call_does_meanwhile_is_not_put_down_to_the_operator(client, weather):
+    """Not even what a call does in the thread of the request."""
     watch = ops_console.Watch(weather)
-    weather.half_open()
-    weather.close()
-    weather.call(int)
-    assert watch.transitions[0]["reason"] == "by hand"
+
+    class Caller:
+        """Calls as soon as the operator's request has half-opened the circuit."""
+
+        def state_change(self, cb, old_state, new_state):
+            if new_state.name == "half-open":
+                with cb.calling():
+                    pass
+
+    weather.add_listener(Caller())
+    watch.move("half_open", "somebody")
+    reasons = [transition["reason"] for transition in watch.transitions]
+    assert reasons[:2] == ["the trial succeeded", "by hand, from somebody"]
 
 
-def test_closing_by_hand_is_not_put_down_to_a_call_that_was_on_its_way(weather):
-    """Which ends in another thread, or in that of the request."""
-    watch = ops_console.Watch(weather)
-    weather.half_open()
-    block = weather.calling()
-    block.__enter__()
-    weather.close()
-    leaving = threading.Thread(target=block.__exit__, args=(None, None, None))
-    leaving.start()
-    leaving.join(PATIENCE)
-    assert watch.transitions[0]["reason"] == "by hand"
-    weather.half_open()
-    with weather.calling():
-        watch.move("close", "somebody")
-    assert watch.transitions[0]["reason"] == "by hand, from somebody"
-
-
-def test_every_call_is_listened_to_only_while_it_may_be_a_trial(weather, clock):
-    """It would cost each of them a lock."""
-    watch = ops_console.Watch(weather)
-    heard = [hasattr(watch, event) for event in ("before_call", "success")]
-    weather.half_open()
-    heard += [hasattr(watch, event) for event in ("before_call", "success")]
-    weather.call(int)
-    heard += [hasattr(watch, event) for event in ("before_call", "success")]
-    assert heard == [False, False, True, True, False, False]
-    weather.half_open()
-    weather.open()
-    assert not hasattr(watch, "success")
-
-
-def test_success_in_a_half_open_circuit_that_stays_so_explains_nothing(client, weather):
-    """Only the last of the trials that it needs closes it."""
-    weather.success_threshold = 2
-    weather.half_open()
-    weather.call(int)
-    assert len(client.get("/breakers/weather").json()["transitions"]) == 1
-    weather.call(int)
-    newest = client.get("/breakers/weather").json()["transitions"][0]
-    assert newest["reason"] == "the trial succeeded"
+def test_calls_take_no_lock_because_of_the_console(weather):
+    """All that it listens to is transitions."""
+    ops_console.Watch(weather)
+    weather._lock = None
+    assert weather.call(int) == 0
 
 
 def test_frame_reloads_itself_and_the_page_does_not(client):
@@ -1083,7 +1027,7 @@ def test_names_and_exceptions_are_escaped(serve):
     page = client.page()
     assert page.cards[0].name == HOSTILE
     live = client.live(HOSTILE)
-    assert " ".join(f"OSError: {HOSTILE}".split()) in live.text
+    assert repr(OSError(HOSTILE)) in live.text
     refused = client.press(page, HOSTILE, "Set", fail_max=HOSTILE)
     assert refused.cards[0].errors == {
         "fail_max": f"fail_max must be a whole number, not {HOSTILE!r}"
@@ -1097,14 +1041,13 @@ def test_exception_that_cannot_be_shown_does_no_harm(client, weather, clock):
     """The transition is told all the same."""
 
     class Unspeakable(Exception):
-        def __str__(self):
+        def __repr__(self):
             raise ValueError
 
     for _ in range(5):
         attempt(weather, raiser(Unspeakable()))
     (transition,) = client.get("/breakers/weather").json()["transitions"]
-    assert transition["reason"].startswith("5 failures in a row: ")
-    assert "Unspeakable" in transition["reason"]
+    assert transition["reason"] == "too many failures in a row: Unspeakable"
 
 
 def test_exception_of_many_words_is_cut_short(client, weather):
