@@ -20,7 +20,6 @@ import socketserver
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -166,8 +165,8 @@ class Timeline(pybreaker.CircuitBreakerListener):
         self.notes = queue.Queue()
 
     def state_change(self, cb, old_state, new_state):
-        name, reason = new_state.name.upper(), new_state.reason
-        self.notes.put(f"{self.now()}  > {name}: {reason}")
+        note = f"{self.now()}  > {new_state.name.upper()}: {new_state.reason}"
+        self.notes.put(note[:79])  # which has an exception's whole text at its end
 
     def now(self):
         return f"{time.monotonic() - self.began:5.2f} s"

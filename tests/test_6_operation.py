@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import datetime
 import json
@@ -94,6 +95,36 @@ def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
         breaker.call(fail)
     reasons = [text.split(": ")[2].split(" (")[0] for _, text in log()]
     assert reasons == ["too many failures in a row", "by hand"]
+
+
+def test_a_state_knows_why_it_began(clock, fail, boom):
+    """Listeners are told with it, and it is there to be looked up later."""
+    told = []
+
+    class Scribe:
+        def state_change(self, cb, old_state, new_state):
+            told.append((old_state.reason, new_state.reason))
+
+    breaker = CircuitBreaker(fail_max=2, reset_timeout=60, listeners=[Scribe()])
+    for call in fail, fail, fail, str:
+        with contextlib.suppress(boom, CircuitBreakerError):
+            breaker.call(call)
+        clock.advance(60)
+    breaker.open()
+    assert breaker.state.reason == "by hand"
+    breaker._state_storage.state = "closed"
+    assert breaker.state.reason == "found so in the storage"
+    eras = [
+        "new",
+        "too many failures in a row: Boom()",
+        "the timeout has passed",
+        "the trial failed: Boom()",
+        "the timeout has passed",
+        "the trial succeeded",
+        "by hand",
+        "found so in the storage",
+    ]
+    assert told == list(zip(eras, eras[1:]))
 
 
 def test_a_name_cannot_forge_a_line_in_the_log(log):

@@ -263,6 +263,7 @@ timeout: float = breaker.reset_timeout
 threshold: float = breaker.success_threshold
 state: CircuitBreakerState = breaker.state
 state_name: str = breaker.state.name
+state_reason: str = breaker.state.reason
 current: str = breaker.current_state
 assert_type(breaker.name, Optional[str])
 assert_type(breaker.retry_after, float)
