@@ -29,6 +29,7 @@ logged on the logger "ops_console", with the address that it came from.
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import http
 import json
@@ -45,7 +46,7 @@ from datetime import datetime, timezone
 from functools import partial
 from html import escape
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 try:
     import pybreaker
@@ -60,6 +61,7 @@ MOVES = ("open", "half_open", "close")
 SETTINGS = ("fail_counter", "fail_max", "reset_timeout")
 TRANSITIONS = 5  # that are remembered of each breaker
 REFRESH = 1  # seconds between two looks of the page
+PATIENCE = 10  # seconds that a client has to ask and to take the answer
 MAX_BODY = 16 * 1024  # bytes that a request may carry
 
 logger = logging.getLogger("ops_console")
@@ -77,6 +79,7 @@ class Watch:
     def __init__(self, breaker):
         self.breaker = breaker
         self.transitions = ()  # the newest is the first
+        self.changing = threading.Lock()  # by one operator at a time
         self._asking = threading.local()  # its `who` moves the circuit by hand
         breaker.add_listener(self)
 
@@ -332,14 +335,16 @@ class Console:
 
     def _move(self, environ, key, watch, move):
         who = _who(environ)
-        before = watch.breaker.current_state
-        watch.move(move, who)
+        with watch.changing:
+            before = watch.breaker.current_state
+            watch.move(move, who)
         logger.warning("%s: %r: %s, was %s", who, key, move, before)
 
     def _change(self, environ, key, watch, values):
         values = {name: values[name] for name in SETTINGS if name in values}
-        before = {name: getattr(watch.breaker, name) for name in values}
-        errors = watch.change(values)
+        with watch.changing:
+            before = {name: getattr(watch.breaker, name) for name in values}
+            errors = watch.change(values)
         for name, value in () if errors else values.items():
             logger.warning(
                 "%s: %r: %s = %r, was %r",
@@ -370,6 +375,8 @@ def _check_origin(environ):
 
 
 def _read(environ):
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        raise Refusal(411, "the length of the body must be in Content-Length")
     length = environ.get("CONTENT_LENGTH") or "0"
     if not (length.isascii() and length.isdigit()):
         raise Refusal(400, "Content-Length must be a number of bytes")
@@ -388,8 +395,19 @@ def _json(body):
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
+    def members(pairs):
+        if len(values := dict(pairs)) < len(pairs):
+            raise ValueError("a name is there twice")
+        return values
+
     try:
-        return json.loads(body.decode(), parse_constant=refuse)
+        return json.loads(
+            body.decode(),
+            parse_constant=refuse,
+            parse_int=partial(_parsed, int),
+            parse_float=partial(_parsed, float),
+            object_pairs_hook=members,
+        )
     except (ValueError, RecursionError) as exc:
         raise Refusal(400, f"the body is not JSON: {exc}") from None
 
@@ -398,20 +416,31 @@ def _fields(form):
     """The fields of a form, or of a query, by name."""
     try:
         form = form if isinstance(form, str) else form.decode("ascii")
-        fields = parse_qs(form, keep_blank_values=True, max_num_fields=20)
+        pairs = parse_qsl(form, keep_blank_values=True, max_num_fields=20)
     except ValueError:
         raise Refusal(400, "the fields cannot be read") from None
-    return {name: values[-1] for name, values in fields.items()}
+    if len(fields := dict(pairs)) < len(pairs):
+        raise Refusal(400, "a field is there twice")
+    return fields
 
 
 def _number(text):
     """What was typed as a number; or as it is, for the setter to refuse."""
     for kind in (int, float):
         try:
-            return kind(text)
+            return _parsed(kind, text)
         except ValueError:
             pass
     return text
+
+
+def _parsed(kind, text):
+    """The number, unless it is too large: a float would become infinite, and an int
+    of some thousand digits can be counted up until it cannot be shown any more."""
+    number = kind(text)
+    if len(text) > 1000 or (number in (math.inf, -math.inf) and re.search(r"\d", text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 def _who(environ):
@@ -577,17 +606,34 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     daemon_threads = True
 
+    def __init__(self, *args):
+        self._deadlines = {}  # of the connections
+        super().__init__(*args)
+
+    def process_request(self, request, client_address):
+        self._deadlines[request] = time.monotonic() + PATIENCE
+        super().process_request(request, client_address)
+
+    def service_actions(self):
+        """Called all the while. Nobody holds a thread by talking slowly."""
+        for request, deadline in self._deadlines.copy().items():
+            if time.monotonic() > deadline:
+                with contextlib.suppress(OSError):  # it has just been closed
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def close_request(self, request):
+        self._deadlines.pop(request, None)
+        super().close_request(request)
+
     def shutdown_request(self, request):
         # A connection that is closed with something unread is reset, and with it
         # goes the answer to a body that was too large to be read.
-        try:
+        with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
             request.settimeout(1)
             for _ in range(256):
                 if not request.recv(65536):
                     break
-        except OSError:
-            pass
         self.close_request(request)
 
     def handle_error(self, request, client_address):
@@ -595,7 +641,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
 
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
-    timeout = 10  # seconds that a client may be silent
+    timeout = PATIENCE
 
     def log_message(self, *args):
         """Changes are logged; who looks, and how often, is not."""

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -460,6 +461,8 @@ def test_field_that_was_left_alone_is_not_set(client, weather):
         ("fail_max", "-inf", -math.inf),
         ("fail_counter", "-1", -1),
         ("fail_counter", "inf", math.inf),
+        ("fail_max", "1e999", "1e999"),
+        ("fail_max", "9" * 4400, "9" * 4400),
         ("reset_timeout", "nan", math.nan),
         ("reset_timeout", "-0.1", -0.1),
         ("reset_timeout", '5 "<i>min', '5 "<i>min'),
@@ -783,6 +786,15 @@ BAD = {
     "no UTF-8 in JSON": ("PATCH", "/breakers/weather", b'{"fail_max": "\xff"}', 400),
     "NaN": ("PATCH", "/breakers/weather", '{"reset_timeout": NaN}', 400),
     "Infinity": ("PATCH", "/breakers/weather", '{"fail_max": Infinity}', 400),
+    "infinite": ("PATCH", "/breakers/weather", '{"fail_max": 1e999}', 400),
+    "thousand digits": (
+        "PATCH",
+        "/breakers/weather",
+        f'{{"fail_max": {10**1000}}}',
+        400,
+    ),
+    "twice": ("PATCH", "/breakers/weather", '{"fail_max": 0, "fail_max": 1}', 400),
+    "field twice": ("POST", "/", "breaker=weather&do=close&do=open", 400),
     "deep": ("PATCH", "/breakers/weather", "[" * 16000, 400),
     "no JSON for a move": ("POST", "/breakers/weather/open", "now", 400),
     "no text in fields": ("POST", "/", b"breaker=weather&do=open\xff", 400),
@@ -849,7 +861,7 @@ def test_wrong_method_is_answered_with_the_right_ones(client, path, allowed):
         ("Content-Length: 100\r\n", '{"fail_max": 1}', 400),
         ("Content-Length: 99999\r\n", '{"fail_max": 1}', 413),
         (f"Content-Length: {'9' * 5000}\r\n", '{"fail_max": 1}', 413),
-        ("Transfer-Encoding: chunked\r\n", 'f\r\n{"fail_max": 1}\r\n0\r\n\r\n', 400),
+        ("Transfer-Encoding: chunked\r\n", 'f\r\n{"fail_max": 1}\r\n0\r\n\r\n', 411),
     ],
 )
 def test_length_that_is_missing_or_wrong_is_refused(
@@ -873,6 +885,36 @@ def test_body_that_never_comes_ends_with_an_answer(client, weather, monkeypatch)
         assert client.get("/breakers/weather").status == 200
         assert link.recv(65536).startswith(b"HTTP/1.0 400 ")
     assert weather.current_state == "closed"
+
+
+def test_client_that_talks_slowly_is_cut_off(client, weather, monkeypatch):
+    """Even if it never is silent for long. Each would have a thread for ever."""
+    monkeypatch.setattr(ops_console.Handler, "timeout", None)
+    monkeypatch.setattr(ops_console, "PATIENCE", 0.2)
+    head = b"POST /breakers/weather/open HTTP/1.1\r\n"
+    with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
+        link.sendall(head)
+        assert link.recv(65536) == b""
+    assert client.get("/breakers/weather").json()["state"] == "closed"
+
+
+def test_of_a_client_that_was_answered_nothing_is_left(client, monkeypatch):
+    """Neither a connection nor the time at which it would be cut off."""
+    close_request, left, closed = (
+        ops_console.Server.close_request,
+        [],
+        threading.Event(),
+    )
+
+    def closing(server, request):
+        close_request(server, request)
+        left.append((request.fileno(), dict(server._deadlines)))
+        closed.set()
+
+    monkeypatch.setattr(ops_console.Server, "close_request", closing)
+    client.get("/")
+    assert closed.wait(PATIENCE)
+    assert left == [(-1, {})]
 
 
 @pytest.mark.parametrize("raw", [b"", b"\r\n\r\n", b"\x16\x03\x01\x00", b"GET\r\n\r\n"])
@@ -1090,6 +1132,38 @@ def logged(caplog):
         ]
 
     return logged
+
+
+def test_changes_of_two_operators_do_not_mix(serve, logged):
+    """One is done before the other begins, and so the log tells it."""
+
+    class Slow(CircuitBreaker):
+        """Its `fail_max` takes so long to be set that somebody else comes along."""
+
+        @property
+        def fail_max(self):
+            return self._fail_max
+
+        @fail_max.setter
+        def fail_max(self, fail_max):
+            self._fail_max = fail_max
+            if fail_max == 10:
+                other.start()
+                other.join(0.2)  # it would be done by now
+
+    breaker = Slow(name="slow")
+    client = serve(Console([breaker]))
+    ask = partial(client.patch, "/breakers/slow")
+    other = threading.Thread(target=ask, args=[{"fail_max": 20, "reset_timeout": 20}])
+    ask({"fail_max": 10, "reset_timeout": 10})
+    other.join(PATIENCE)
+    assert (breaker.fail_max, breaker.reset_timeout) == (20, 20)
+    assert sorted(logged()) == [
+        "127.0.0.1: 'slow': fail_max = 10, was 5",
+        "127.0.0.1: 'slow': fail_max = 20, was 10",
+        "127.0.0.1: 'slow': reset_timeout = 10, was 60",
+        "127.0.0.1: 'slow': reset_timeout = 20, was 10",
+    ]
 
 
 def test_every_change_is_logged_with_who_asked_and_what(client, logged):
