@@ -327,9 +327,11 @@ class Console:
             _card(root, key, watch, *(typed, errors) if key == of else ({}, {}))
             for key, watch in self.watches().items()
         ]
-        return _document(
-            "Circuit breakers", "<h1>Circuit breakers</h1>" + "".join(cards)
+        top = (
+            f"<h1>Circuit breakers</h1><p>The states keep up to date by themselves. "
+            f'For the fields, and after a restart, <a href="{root}/">reload</a>.</p>'
         )
+        return _document("Circuit breakers", top + "".join(cards))
 
     # Both change things here, and leave a trace.
 
@@ -516,11 +518,17 @@ def _status(picture):
         top = f"<p><b class=state>unknown</b> {escape(picture['error'])}</p>"
     else:
         state, limit = picture["state"], _or_infinity(picture["fail_max"])
+        trials = ""
+        if state == pybreaker.STATE_HALF_OPEN:
+            done, needed = picture["success_counter"], picture["success_threshold"]
+            trials = f", <b>{done}</b> of {needed} successes"
         top = f"""<p><b class="state {state}">{state}</b>
-<b>{picture["fail_counter"]}</b> of {limit} failures</p>
+<b>{picture["fail_counter"]}</b> of {limit} failures{trials}</p>
 <dl><dt>Last opened<dd>{_time(picture["opened_at"])}
 <dt>Next trial<dd>{_next_trial(picture)}</dl>"""
-    return f"<body class=status>{top}<ol>{history or '<li>No transition yet.'}</ol>"
+    return (
+        f"<body class=status>{top}<ol>{history or '<li>No transition seen yet.'}</ol>"
+    )
 
 
 def _time(moment):

@@ -275,6 +275,16 @@ def test_failures_are_told_with_how_many_open_the_circuit(client, weather):
     assert "3 of \N{INFINITY} failures" in client.live("weather").text
 
 
+def test_successes_are_told_with_how_many_close_the_circuit(client, weather):
+    """While they are what it waits for."""
+    weather.success_threshold = 3
+    assert "successes" not in client.live("weather").text
+    weather.half_open()
+    weather.call(int)
+    live = client.live("weather").text
+    assert "0 of 5 failures, 1 of 3 successes" in live
+
+
 def test_opening_is_told_with_its_time(client, weather):
     """In UTC, and "never" before there was one."""
     assert "Last opened never" in client.live("weather").text
