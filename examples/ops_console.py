@@ -157,7 +157,8 @@ class Console:
             self.add(breaker)
 
     def add(self, breaker):
-        """Show one more breaker. Those that are there already are not affected."""
+        """Show one more breaker, which then lives as long as the console. Those that
+        are there already are not affected."""
         self._watches += (Watch(breaker),)
 
     def watches(self):
