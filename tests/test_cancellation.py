@@ -307,17 +307,9 @@ def test_a_call_that_is_cancelled_at_any_await_decides_nothing(
 # What is closed in the body of a context manager closes the generator under it,
 # at its yield, and that is a success.
 CLOSED = [way for way in WAYS if way is not async_context_manager_over_it]
-NOT_CLOSED = pytest.mark.xfail(reason="takes a closed await for a closed generator")
-MISTAKEN = [decorated_iterable_coroutine, decorated_async_generator_between_items]
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, marks=NOT_CLOSED if way in MISTAKEN else (), id=way.__name__)
-        for way in CLOSED
-    ],
-)
+@pytest.mark.parametrize("way", CLOSED, ids=lambda way: way.__name__)
 @every_situation
 def test_a_coroutine_that_is_closed_at_any_await_decides_nothing(
     way, situation, clock, recorder

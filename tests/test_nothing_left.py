@@ -404,7 +404,6 @@ def test_trials_that_another_era_overtakes_grow_no_memory(move):
     assert_nothing_grows(repeat)
 
 
-@pytest.mark.xfail(reason="the context remembers the trials of breakers that are gone")
 @counts_references
 def test_unfinished_trials_of_breakers_that_are_gone_grow_no_memory():
     """Nobody will ever end them."""
