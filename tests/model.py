@@ -40,7 +40,7 @@ class Call:
 
     def __init__(self, era, trial=False, since=math.nan):
         self.era, self.trial, self.since = era, trial, since
-        self.granted = False
+        self.granted = self.claimed = False  # so that it runs; so that it releases
 
 
 class Model:
@@ -96,8 +96,11 @@ class Model:
     def may_begin(self, trial, granted, what):
         """It goes on only if the era is still the same, and the place its own."""
         self.look()
+        if granted and self.place is not None:
+            self.place.claimed = True  # even if another call holds it by now
+        elif granted:
+            self.released += 1
         if self.place is not trial:
-            self.released += granted and self.place is None
             return False
         if not granted:
             self.tell("rejected", what)
@@ -163,7 +166,7 @@ class Model:
     def give_back(self, trial):
         if trial is not None and trial is self.place:
             self.place = None
-            self.released += trial.granted
+            self.released += trial.claimed
 
     def gate(self, context):
         """`state.before_call`: neither takes the place nor tells of the call."""

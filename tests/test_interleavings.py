@@ -139,7 +139,7 @@ class Model:
     def vacate(self, trial):
         if trial and trial is self.place:
             self.place = None
-            if trial.begun:
+            if trial.claimed:
                 self.leased = False
 
     def admit(self, inner=False):
@@ -155,15 +155,19 @@ class Model:
             if wait:
                 self.tell("rejected")
                 return f"rejected for {wait}"
-            trial = self.place = types.SimpleNamespace(since=self.now, begun=False)
+            trial = self.place = types.SimpleNamespace(
+                since=self.now, begun=False, claimed=False
+            )
             yield
             granted = not (self.storage == "leased" and self.leased)
             if self.storage != "memory":
                 self.leased = True
                 yield
+            if granted and self.place:
+                self.place.claimed = True  # whoever's it is by now
+            elif granted:
+                self.leased = False
             if self.place is not trial:
-                if granted and not self.place:
-                    self.leased = False
                 continue
             if not granted:
                 self.tell("rejected")
