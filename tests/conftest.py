@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import types
 
 import pytest
 
 import pybreaker
 
-# These search for longer than there is time in plain tox, or still grow.
-# "tox -e deep" runs them.
-if not os.environ.get("PYBREAKER_DEEP"):
-    collect_ignore = [
-        "test_cancellation.py",
-        "test_faults.py",
-        "test_fork.py",
-        "test_interleavings.py",
-        "test_model.py",
-        "test_nothing_left.py",
-    ]
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how far the searches have come, whichever processes they ran in."""
+    found = {"schedules": [], "circuits": []}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if report.when == "call" and name in found:
+                    found[name].append(value)
+    if found["schedules"]:
+        scenarios, counts = zip(*found["schedules"])
+        terminalreporter.write_line(
+            f"explored {sum(counts)} schedules of {len(set(scenarios))} scenarios"
+        )
+    if found["circuits"]:
+        circuits, calls, trials = map(sum, zip(*found["circuits"]))
+        terminalreporter.write_line(
+            f"compared {circuits} circuits with the model: {calls} calls, {trials} "
+            f"trials"
+        )
 
 
 class Clock:

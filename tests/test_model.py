@@ -55,7 +55,7 @@ DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
 
 settings.register_profile(
     "model",
-    max_examples=120,
+    max_examples=30,
     stateful_step_count=50,
     deadline=None,
     database=None,
