@@ -197,6 +197,19 @@ def test_call_async_returns_a_coroutine():
     assert asyncio.run(coroutine) == 42
 
 
+@pytest.mark.parametrize("patched", ["breaker", "class"])
+def test_a_call_that_is_patched_in_is_seen_by_what_is_decorated_afterwards(patched):
+    """In older releases it was seen by what had been decorated before, too."""
+    breaker = CircuitBreaker()
+    before = breaker(lambda: "real")
+    target = breaker if patched == "breaker" else CircuitBreaker
+    with mock.patch.object(target, "call", return_value="patched"):
+        after = breaker(lambda: "real")
+        assert breaker.call(lambda: "real") == "patched"
+        assert after() == "patched"
+        assert before() == "real"
+
+
 def test_the_rejection_of_a_generator_comes_from_its_first_next():
     """In older releases from the call that made it."""
     breaker = CircuitBreaker()
