@@ -1932,11 +1932,14 @@ class _Courier:
         for thread in self._threads:
             thread.start()
 
-    def stop(self, end: float) -> None:
-        """Let both threads end, and wait for that until the clock says `end`."""
+    def stop(self) -> None:
+        """Let both threads end."""
         with self._lock:
             self._is_stopping = True
         self._signals.put(None)
+
+    def wait(self, end: float) -> None:
+        """Wait for their end, until the clock says `end`."""
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         for thread in self._threads:
@@ -2602,7 +2605,10 @@ def _before_fork() -> None:
     # Python warns of a fork beside other threads, and so it should.
     storages = list(_couriered.values())
     for storage in storages:
-        storage._courier.stop(time.monotonic() + storage._patience)
+        storage._courier.stop()
+    begin = time.monotonic()
+    for storage in storages:
+        storage._courier.wait(begin + storage._patience)
 
 
 def _after_fork_in_parent() -> None:
@@ -2618,9 +2624,10 @@ def _after_fork() -> None:
 
 
 def _at_exit() -> None:
+    begin = time.monotonic()
     for storage in list(_couriered.values()):
         if storage._is_carrying or not storage._leisure():
-            storage._wait_for_errands(time.monotonic() + storage._patience)
+            storage._wait_for_errands(begin + storage._patience)
 
 
 # Windows has no forks.
