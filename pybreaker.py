@@ -486,8 +486,11 @@ class CircuitBreaker:
                 parts.append(
                     f"{self.success_counter} of {self._success_threshold} successes"
                 )
-            if wait:
-                parts.append(f"next trial {_in(wait)}")
+            if state != STATE_CLOSED:
+                next_trial = (
+                    f"next trial {_in(wait)}" if wait else "next call is a trial"
+                )
+                parts.append(next_trial)
             parts.append(f"reset_timeout {self._reset_timeout} s")
         return f"<{type(self).__name__} {', '.join(parts)}>"
 
@@ -2247,9 +2250,11 @@ class _Cause:
         if self.exc is None:
             return self.why
         try:
-            return f"{self.why}: {self.exc!r}"
+            text = repr(self.exc)
         except Exception:  # the one that repr() raised
-            return f"{self.why}: {type(self.exc).__name__}"
+            text = type(self.exc).__name__
+        # On one line and not too long, as it is logged and kept.
+        return f"{self.why}: {' '.join(text[:300].split())}"
 
 
 class _Block:

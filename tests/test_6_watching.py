@@ -592,8 +592,27 @@ def test_repr_tells_an_operator_everything(clock, fail):
     assert "\n" not in text
 
 
+def test_a_reason_is_one_line_of_bearable_length():
+    """Whatever the repr of an exception is: it is logged, and kept for an era."""
+
+    class Babbling(Exception):
+        def __repr__(self):
+            return "first\nsecond " + 1000 * "x"
+
+    breaker = CircuitBreaker(fail_max=1, throw_new_error_on_trip=False)
+
+    def babble():
+        raise Babbling
+
+    with pytest.raises(Babbling):
+        breaker.call(babble)
+    reason = breaker.state.reason
+    assert reason.startswith("too many failures in a row: first second xxx")
+    assert len(reason) < 400
+
+
 def test_repr_tells_when_the_next_trial_is_due(clock):
-    """While calls are rejected, and only then."""
+    """Of an open circuit, and not of a closed one."""
     breaker = CircuitBreaker(reset_timeout=45)
     assert "trial" not in repr(breaker)
     breaker.open()
@@ -601,7 +620,7 @@ def test_repr_tells_when_the_next_trial_is_due(clock):
     assert "open" in repr(breaker)
     assert "next trial in 30.0 s" in repr(breaker)
     clock.advance(30)
-    assert "trial" not in repr(breaker)
+    assert "next call is a trial" in repr(breaker)
 
 
 def test_repr_of_a_circuit_that_waits_for_somebody(clock):
