@@ -11,6 +11,7 @@ import pickle
 import sqlite3
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from unittest import mock
@@ -888,6 +889,19 @@ def guard_a_coroutine(breaker, func):
     return asyncio.run(coroutine())
 
 
+def guard_an_iterable_coroutine(breaker, func):
+    @breaker
+    @types.coroutine
+    def coroutine():
+        return func()
+        yield  # never reached, but makes it a generator function
+
+    async def wait():
+        return await coroutine()
+
+    return asyncio.run(wait())
+
+
 def guard_an_async_generator(breaker, func):
     @breaker
     async def generator():
@@ -912,6 +926,7 @@ GUARDS = [
     guard_by_block,
     guard_a_generator,
     guard_a_coroutine,
+    guard_an_iterable_coroutine,
     guard_an_async_generator,
     guard_by_async_block,
 ]
@@ -1427,7 +1442,7 @@ def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
     for guard in GUARDS:
         breaker = CircuitBreaker(state_storage=Both("half-open"))
         assert guard(breaker, int) == 0
-    assert asked == ["sync"] * 3 + ["async"] * 3
+    assert asked == ["sync"] * 3 + ["async"] * 4
 
 
 # The storage in memory.
