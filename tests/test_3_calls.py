@@ -575,6 +575,27 @@ def test_a_call_within_a_trial_gives_no_place_back(clock):
     assert breaker.call(trial) == (True, 40)
 
 
+def test_a_timeout_of_0_leaves_a_trial_the_calls_within_it():
+    """Though others may take its place at once."""
+    breaker = CircuitBreaker(reset_timeout=0, success_threshold=2)
+    breaker.half_open()
+    assert breaker.call(breaker.call, int) == 0
+    assert breaker.success_counter == 1
+
+
+def test_a_call_within_a_trial_takes_its_place_when_the_timeout_is_over(clock):
+    """It does what any other call would do then; both are trials that succeed."""
+    breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
+    breaker.half_open()
+
+    def work():
+        clock.advance(60)
+        return breaker.call(int)
+
+    assert breaker.call(work) == 0
+    assert breaker.success_counter == 2
+
+
 def test_calls_within_calls_within_a_trial_belong_to_it(guard):
     """However deep they are."""
     breaker = CircuitBreaker(success_threshold=2)
