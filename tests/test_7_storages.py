@@ -299,9 +299,10 @@ def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
 
 
 def test_a_storage_has_a_name():
-    """What its class gave to super().__init__()."""
+    """What its class gave to super().__init__(), if it calls that."""
     assert PlainStorage().name == "plain"
     assert CircuitBreakerStorage("redis").name == "redis"
+    assert OldStorage().name == ""
 
 
 @pytest.mark.parametrize(
@@ -1081,10 +1082,13 @@ def test_one_of_several_breakers_gets_the_trial(guard, fleet):
 
 
 def test_a_refused_call_is_rejected_and_gives_the_place_back(guard, fleet, recorder):
-    """Nobody hears of a call, the circuit stays as it is, the next call asks."""
-    storage = FleetStorage(fleet, "closed")
+    """Listeners hear that, the circuit stays as it is, the next call asks."""
+    storage, listener = FleetStorage(fleet, "closed"), mock.Mock(spec=["rejected"])
     breaker = CircuitBreaker(
-        reset_timeout=60, state_storage=storage, listeners=[recorder], name="db"
+        reset_timeout=60,
+        state_storage=storage,
+        listeners=[recorder, listener],
+        name="db",
     )
     breaker.open()
     storage.opened_at -= MINUTE
@@ -1095,8 +1099,10 @@ def test_a_refused_call_is_rejected_and_gives_the_place_back(guard, fleet, recor
         guard(breaker, work)
     assert rejected.value.breaker is breaker
     assert "db" in str(rejected.value)
+    assert rejected.value.retry_after == 0.0
     work.assert_not_called()
     assert "before_call" not in recorder.names
+    assert listener.rejected.call_count == 1
     assert recorder.transitions == []
     assert (breaker.current_state, breaker.retry_after) == ("open", 0.0)
     assert fleet.holder == "somebody else"
