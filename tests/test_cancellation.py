@@ -12,10 +12,9 @@ import contextlib
 import types
 
 import pytest
+from support import PATIENCE, pairwise
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
-
-PATIENCE = 30.0  # seconds that a test waits before it gives up
 
 
 @types.coroutine
@@ -169,6 +168,8 @@ WAYS = [
 # Code that cannot await admits these, so that the claim is asked in one go.
 NOT_AWAITING = [block, call_of_a_lambda]
 
+ERRORS = [asyncio.CancelledError, KeyboardInterrupt]
+
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 
@@ -272,10 +273,7 @@ def assert_nothing_was_decided(breaker, recorder, began_as):
 # Coroutines and blocks: at every await.
 
 
-@every_way
-@every_situation
-@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt])
-@pytest.mark.parametrize("times", [1, 2])
+@pairwise(way=WAYS, situation=SITUATIONS, error=ERRORS, times=[1, 2])
 def test_a_call_that_is_cancelled_at_any_await_decides_nothing(
     way, situation, error, times, clock, recorder
 ):
@@ -326,9 +324,7 @@ def test_a_coroutine_that_is_closed_at_any_await_decides_nothing(
         assert_nothing_was_decided(breaker, recorder, began_as)
 
 
-@every_way
-@every_situation
-@pytest.mark.parametrize("how", ["throw", "close"])
+@pairwise(way=WAYS, situation=SITUATIONS, how=["throw", "close"])
 def test_a_call_that_is_cancelled_before_its_first_step_was_none(
     way, situation, how, clock, recorder
 ):
@@ -461,13 +457,11 @@ async def one_round():
     await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize(
-    "way", [*WAYS, call_async_of_a_task], ids=lambda way: way.__name__
+@pairwise(
+    way=[*WAYS, call_async_of_a_task],
+    situation=[closed, half_open, due],
+    slow={"at once": False, "slow claim": True},
 )
-@pytest.mark.parametrize(
-    "situation", [closed, half_open, due], ids=lambda s: s.__name__
-)
-@pytest.mark.parametrize("slow", [False, True], ids=["at once", "slow claim"])
 def test_a_task_that_is_cancelled_after_any_number_of_rounds_decides_nothing(
     way, situation, slow, clock, recorder
 ):
@@ -564,13 +558,12 @@ class AsyncGenerator:
     end = StopAsyncIteration
 
 
-every_generator = pytest.mark.parametrize(
-    "make", [Generator, AsyncGenerator], ids=["generator", "async generator"]
-)
-decorated_or_called = pytest.mark.parametrize(
-    "decorate", [True, False], ids=["decorated", "called"]
-)
-every_yield = pytest.mark.parametrize("yields", range(1, ITEMS + 1))
+GENERATORS = {
+    "make": {"generator": Generator, "async generator": AsyncGenerator},
+    "decorate": {"decorated": True, "called": False},
+    "situation": SITUATIONS,
+}
+YIELDS = range(1, ITEMS + 1)
 
 
 def begun(situation, clock, recorder, make, decorate, yields):
@@ -589,11 +582,7 @@ def assert_ended(generator):
         generator.next()
 
 
-@every_generator
-@decorated_or_called
-@every_situation
-@every_yield
-@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt])
+@pairwise(**GENERATORS, yields=YIELDS, error=ERRORS)
 def test_a_generator_that_is_cancelled_at_any_yield_decides_nothing(
     make, decorate, situation, yields, error, clock, recorder
 ):
@@ -606,11 +595,7 @@ def test_a_generator_that_is_cancelled_at_any_yield_decides_nothing(
     assert_nothing_was_decided(breaker, recorder, began_as)
 
 
-@every_generator
-@decorated_or_called
-@every_situation
-@every_yield
-@pytest.mark.parametrize("how", ["close", "throw"])
+@pairwise(**GENERATORS, yields=YIELDS, how=["close", "throw"])
 def test_a_generator_that_is_closed_at_any_yield_has_succeeded(
     make, decorate, situation, yields, how, clock, recorder
 ):
@@ -627,10 +612,7 @@ def test_a_generator_that_is_closed_at_any_yield_has_succeeded(
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
 
 
-@every_generator
-@decorated_or_called
-@every_situation
-@every_yield
+@pairwise(**GENERATORS, yields=YIELDS)
 def test_a_failure_that_is_thrown_in_at_any_yield_counts_once(
     make, decorate, situation, yields, clock, recorder
 ):
@@ -647,10 +629,7 @@ def test_a_failure_that_is_thrown_in_at_any_yield_counts_once(
     assert getattr(breaker._state_storage, "claimed", False) is False
 
 
-@every_generator
-@decorated_or_called
-@every_situation
-@every_yield
+@pairwise(**GENERATORS, yields=YIELDS)
 def test_what_a_generator_swallows_at_any_yield_decides_nothing_yet(
     make, decorate, situation, yields, clock, recorder
 ):
@@ -669,10 +648,7 @@ def test_what_a_generator_swallows_at_any_yield_decides_nothing_yet(
     assert breaker.current_state == "closed"
 
 
-@every_generator
-@decorated_or_called
-@every_situation
-@pytest.mark.parametrize("how", ["close", "throw"])
+@pairwise(**GENERATORS, how=["close", "throw"])
 def test_a_generator_that_is_cancelled_before_its_first_step_was_no_call(
     make, decorate, situation, how, clock, recorder
 ):
@@ -713,10 +689,12 @@ def steps_of_an_async_generator(agen, stop, ending):
     return None
 
 
-@decorated_or_called
-@every_situation
-@pytest.mark.parametrize("ending", ["by itself", "aclose", "athrow"])
-@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt])
+@pairwise(
+    decorate=GENERATORS["decorate"],
+    situation=SITUATIONS,
+    ending=["by itself", "aclose", "athrow"],
+    error=ERRORS,
+)
 def test_an_async_generator_that_is_cancelled_at_any_await_decides_nothing(
     decorate, situation, ending, error, clock, recorder
 ):

@@ -40,10 +40,10 @@ from datetime import datetime
 
 import pytest
 from scheduler import Decision, Scheduler, explore, sample
+from support import DEEP
 
 import pybreaker
 
-DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
 ALL = DEEP or os.environ.get("PYBREAKER_ORDERS") == "all"
 # Tracing turns PyPy's compiler off: a step takes twenty times as long.
 SLOW = platform.python_implementation() == "PyPy" and not ALL

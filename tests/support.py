@@ -1,0 +1,56 @@
+"""What tests that go through many cases share: how many, and how to run them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+# Set by "tox -e deep": there is time for everything.
+DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
+
+PATIENCE = 30.0  # seconds that a test waits before it gives up
+
+
+def drive(coroutine):
+    """Runs a coroutine that waits for nothing; that takes no event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("the coroutine waited for something")
+
+
+def pairwise(**parameters):
+    """Parametrizes a test with so many cases that any two values of any two
+    parameters meet in one of them; in "tox -e deep", with every case there is.
+
+    Values are in a list, or in a dict by what to call them.
+    """
+    columns = [
+        list(values.items())
+        if isinstance(values, dict)
+        else [(getattr(value, "__name__", str(value)), value) for value in values]
+        for values in parameters.values()
+    ]
+    rows = list(itertools.product(*(range(len(column)) for column in columns)))
+    cases = []
+    for row in rows if DEEP else _covering(rows):
+        names, values = zip(*(column[i] for column, i in zip(columns, row)))
+        cases.append(pytest.param(*values, id="-".join(names)))
+    return pytest.mark.parametrize(list(parameters), cases)
+
+
+def _covering(rows):
+    """So many of the rows that any two values are in one of them that are in one
+    of all the rows. First those that add the most."""
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    missing = set().union(*pairs.values())
+    most = max(map(len, pairs.values()))
+    for gain in range(most, 0, -1):
+        for row in rows:
+            new = pairs[row] & missing
+            if len(new) == gain:
+                missing -= new
+                yield row
