@@ -925,6 +925,99 @@ def test_when_a_closing_is_told_it_is_complete(how, clock, fail):
     assert listener.pictures["closed"][:5] == ("closed", "closed", 0, 0, 0.0)
 
 
+# Why an era began.
+
+
+class Reasons(CircuitBreakerListener):
+    """Remembers the reason of each move that it hears of."""
+
+    def __init__(self):
+        self.heard = []
+
+    def state_change(self, cb, old_state, new_state):
+        self.heard.append(new_state.reason)
+
+
+def test_each_era_says_why_it_began(clock, fail, boom):
+    """What happened, or that somebody did it by hand; the state keeps it."""
+    reasons = Reasons()
+    breaker = CircuitBreaker(2, 60, listeners=[reasons])
+    assert breaker.state.reason == "new"
+    with pytest.raises(boom):
+        breaker.call(fail)
+    for _ in range(2):
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(fail)
+        clock.advance(60)
+    assert breaker.state.reason == "the trial failed: Boom()"
+    breaker.call(int)
+    assert breaker.state.reason == "the trial succeeded"
+    assert reasons.heard == [
+        "too many failures in a row: Boom()",
+        "the timeout has passed",
+        "the trial failed: Boom()",
+        "the timeout has passed",
+        "the trial succeeded",
+    ]
+
+
+@pytest.mark.parametrize("name", ["closed", "open", "half-open"])
+def test_an_era_that_somebody_began_says_so(name):
+    """By the method or by the setter, from whichever state."""
+    reasons = Reasons()
+    breaker = CircuitBreaker(listeners=[reasons])
+    breaker.state = name
+    getattr(breaker, {"half-open": "half_open", "closed": "close"}.get(name, name))()
+    assert reasons.heard == ["by hand", "by hand"]
+    assert breaker.state.reason == "by hand"
+
+
+@pytest.mark.parametrize("name", ["open", "half-open"])
+def test_an_era_that_was_found_in_the_storage_says_so(name):
+    """Why somebody else began it cannot be known here."""
+    reasons = Reasons()
+    breaker = CircuitBreaker(listeners=[reasons])
+    breaker._state_storage.state = name
+    assert breaker.state.reason == "found so in the storage"
+    assert reasons.heard == ["found so in the storage"]
+
+
+def test_an_era_that_the_gate_began_says_that_the_timeout_has_passed(clock):
+    """As one that a call began."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.open()
+    clock.advance(60)
+    breaker.state.before_call(int)
+    assert breaker.state.reason == "the timeout has passed"
+
+
+def test_an_era_that_an_outcome_handed_over_began_says_what_it_was():
+    """By `on_failure` and `on_success`, as by a call."""
+    breaker = CircuitBreaker(1)
+    breaker.fail_counter = 1
+    with pytest.raises(CircuitBreakerError):
+        breaker.state.on_failure(OSError("down"))
+    assert breaker.state.reason == "too many failures in a row: OSError('down')"
+    breaker.half_open()
+    breaker.state.on_success()
+    assert breaker.state.reason == "the trial succeeded"
+
+
+def test_an_era_that_a_listener_began_is_by_hand(fail):
+    """It hears why the circuit opened; what it does about that is its own doing."""
+    reasons = Reasons()
+
+    class Closes(CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            if new_state.name == "open":
+                cb.close()
+
+    breaker = CircuitBreaker(1, listeners=[reasons, Closes()])
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    assert reasons.heard == ["too many failures in a row: Boom()", "by hand"]
+
+
 # The trip is decided after failure has been told.
 
 

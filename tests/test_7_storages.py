@@ -1324,6 +1324,130 @@ def test_a_listener_that_moves_the_circuit_takes_the_grant_back(guard, fleet):
     assert (breaker.current_state, fleet.holder) == ("open", None)
 
 
+@pytest.mark.parametrize("move", ["close", "open", "half_open"])
+def test_a_listener_that_is_added_while_a_claim_waits_hears_of_the_call(
+    guard, fleet, recorder, move
+):
+    """Nobody was there when it began, and the circuit has moved since; what it
+    has become by then is told, once."""
+
+    def meanwhile():
+        if len(storage.claims) == 1:
+            getattr(breaker, move)()
+            breaker.add_listener(recorder)
+
+    storage = FleetStorage(fleet, on_claim=meanwhile)
+    breaker = CircuitBreaker(state_storage=storage)
+    if move == "open":
+        with pytest.raises(CircuitBreakerError):
+            guard(breaker, int)
+        assert recorder.names == []  # which has no method for it
+    else:
+        assert guard(breaker, int) == 0
+        assert recorder.names[0] == "before_call"
+        assert recorder.names.count("before_call") == 1
+        assert recorder.names[-1] == "success"
+    assert breaker.current_state == ("open" if move == "open" else "closed")
+    assert (breaker._trial_in_place, fleet.holder) == (None, None)
+
+
+def test_the_gate_that_half_opens_during_a_claim_takes_the_place_from_it(
+    fleet, clock, recorder
+):
+    """The claim has taken a whole timeout: the circuit half-opens without it, and
+    the call claims anew, as one of that era."""
+
+    def gate():
+        if len(storage.claims) == 1:
+            clock.advance(60)
+            elsewhere(breaker.state.before_call, int)
+            assert breaker.retry_after == 0.0
+
+    storage = FleetStorage(fleet, "open", on_claim=gate)
+    breaker = CircuitBreaker(
+        reset_timeout=60, state_storage=storage, listeners=[recorder]
+    )
+    assert breaker.call(int) == 0
+    assert len(storage.claims) == 2
+    assert recorder.transitions == [("open", "half-open"), ("half-open", "closed")]
+    assert recorder.names.count("before_call") == 1
+    assert fleet.holder is None
+
+
+@pytest.mark.parametrize("end", ["returns", "fails", "is refused"])
+def test_a_grant_passes_to_the_call_that_holds_the_place(clock, end, fail, boom):
+    """Who asked for it hung until another call took the place over. That one gives
+    the grant back, once, however it ends, even if it was granted nothing itself."""
+    holds, go_on = threading.Event(), threading.Event()
+
+    class Slow(AskedStorage):
+        def claim_trial(self, timeout):
+            if threading.current_thread() is holder:
+                holds.set()
+                assert go_on.wait(10)
+                return end != "is refused"
+            clock.advance(60)
+            holder.start()
+            assert holds.wait(10)
+            return True
+
+    def take_over():
+        with contextlib.suppress(CircuitBreakerError, boom):
+            breaker.call(fail if end == "fails" else int)
+
+    storage = Slow("half-open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    holder = threading.Thread(target=take_over, daemon=True)
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert rejected.value.retry_after == 60
+    assert storage.asked == []
+    go_on.set()
+    holder.join(10)
+    assert [name for name, _ in storage.asked].count("release") == 1
+    if end == "is refused":
+        assert breaker.retry_after == 0.0
+    else:
+        assert breaker.current_state == ("open" if end == "fails" else "closed")
+
+
+@pytest.mark.parametrize(
+    "before, written, path",
+    [
+        ("open", "closed", ["open", "closed"]),
+        ("open", "half-open", ["open", "half-open", "closed"]),
+        ("open", "open", ["open", "half-open", "closed"]),
+        ("half-open", "closed", ["half-open", "closed"]),
+        ("half-open", "half-open", ["half-open", "closed"]),
+        ("half-open", "open", ["half-open", "open"]),
+    ],
+)
+def test_a_storage_that_others_write_while_a_claim_waits_is_followed(
+    guard, fleet, before, written, path, recorder
+):
+    """The call becomes what it would be if it came now; a state that is the same
+    as before is no move."""
+
+    def write():
+        if len(storage.claims) == 1:
+            storage.values["state"] = written
+            if written != before:
+                storage.values["opened_at"] = datetime.now(timezone.utc)
+
+    storage = FleetStorage(fleet, before, on_claim=write)
+    breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
+    if path[-1] == "open":
+        with pytest.raises(CircuitBreakerError):
+            guard(breaker, int)
+        assert recorder.names == ["state_change"]
+    else:
+        assert guard(breaker, int) == 0
+        assert recorder.names.count("before_call") == 1
+        assert recorder.names[-1] == "success"
+    assert recorder.transitions == list(zip(path, path[1:]))
+    assert fleet.holder is None
+
+
 def test_threads_that_meet_at_a_slow_claim_get_one_trial(fleet):
     """One breaker is granted it, and everybody else is rejected."""
     asked = threading.Barrier(3, timeout=10)
