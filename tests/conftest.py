@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import types
 
 import pytest
@@ -104,3 +106,86 @@ def fail():
 def boom():
     """The class that `fail` raises."""
     return Boom
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """Servers of the kinds that `fleet` names, each started when first asked for."""
+    with contextlib.ExitStack() as stack:
+        started = {}
+
+        def server(binary, **options):
+            import fleet
+
+            if binary not in started:
+                started[binary] = fleet.Server(getattr(fleet, binary)(), **options)
+                stack.callback(started[binary].end)
+            started[binary].clean()
+            return started[binary]
+
+        yield server
+
+
+# Both servers are asked for where they may differ, and in any case if there is time.
+SERVERS = ["valkey_server", "redis_server"]
+
+
+@pytest.fixture(params=SERVERS if os.environ.get("PYBREAKER_DEEP") else SERVERS[:1])
+def server(request, servers):
+    """A server that is as good as new."""
+    return servers(request.param)
+
+
+@pytest.fixture(params=SERVERS)
+def either_server(request, servers):
+    """Each of the servers."""
+    return servers(request.param)
+
+
+@pytest.fixture
+def namespace():
+    """One that no other test has."""
+    import fleet
+
+    return next(fleet.names)
+
+
+@pytest.fixture
+def proxies():
+    """Makes proxies, and ends them."""
+    import fleet
+
+    with contextlib.ExitStack() as stack:
+
+        def proxy(server):
+            made = fleet.Proxy(server.port)
+            stack.callback(made.end)
+            return made
+
+        yield proxy
+
+
+@pytest.fixture
+def service(tmp_path):
+    """Works until it is told not to."""
+    import fleet
+
+    return fleet.Service(tmp_path)
+
+
+@pytest.fixture
+def fleet_of(namespace, service):
+    """Starts workers on a port, all at once; returns them when they are ready."""
+    import fleet
+
+    with contextlib.ExitStack() as stack:
+
+        def start(port, number, **settings):
+            workers = []
+            for _ in range(number):
+                workers.append(fleet.Worker(port, namespace, service, **settings))
+                stack.callback(workers[-1].end)
+            fleet.ask_all(workers, "ready")
+            return workers
+
+        yield start

