@@ -226,6 +226,8 @@ class Proxy:
     def __init__(self, port):
         self.requests = 0  # that went through: what a client sent in one go
         self.delay = 0.0  # seconds that answers take longer
+        self.lost = 0  # answers that never arrived
+        self._losing = None
         self._target = port
         self._cut = False
         self._passing = threading.Event()
@@ -244,6 +246,11 @@ class Proxy:
     def swallow(self):
         """Nothing gets through, and nobody is told."""
         self._passing.clear()
+
+    def lose_answer_to(self, words):
+        """The next request with these bytes in it gets through, but the connection
+        breaks before the answer does."""
+        self._losing = words
 
     def heal(self):
         self._cut = False
@@ -271,12 +278,13 @@ class Proxy:
                 self._connections |= {near, far}
                 if self._cut:
                     self.cut()
+                doomed = []  # not empty if the next answer is to be lost
                 for ends in ((near, far), (far, near)):
                     threading.Thread(
-                        target=self._carry, args=(*ends, near), daemon=True
+                        target=self._carry, args=(*ends, near, doomed), daemon=True
                     ).start()
 
-    def _carry(self, source, target, near):
+    def _carry(self, source, target, near, doomed):
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(1 << 16)
@@ -285,6 +293,12 @@ class Proxy:
                     break
                 if source is near:
                     self.requests += 1
+                    if self._losing and self._losing in data:
+                        self._losing = None
+                        doomed.append(near)
+                elif doomed:
+                    self.lost += 1
+                    break
                 elif self.delay:
                     time.sleep(self.delay)
                 target.sendall(data)

@@ -1,0 +1,306 @@
+"""Faults of Redis, while calls run and the guarded service fails as well. Losing
+it is never worse than not having shared."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import fleet
+import pytest
+from fleet import about_redis, ask_all, until
+
+REFRESH = 0.1
+PATIENCE = 0.2
+FAULTS_LAST = 1.5  # seconds
+
+
+class Fault:
+    """Something that happens to Redis. `away` says whether it does not answer."""
+
+    away = True
+
+    def __init__(self, server, proxy, namespace):
+        self.server, self.proxy, self.namespace = server, proxy, namespace
+
+    def key(self, name):
+        return f"{self.namespace}:pybreaker:{name}"
+
+
+class Stopped(Fault):
+    def begin(self):
+        self.server.stop()
+
+    def end(self):
+        self.server.start()
+
+
+class Paused(Fault):
+    def begin(self):
+        self.server.pause()
+
+    def end(self):
+        self.server.resume()
+
+
+class Cut(Fault):
+    def begin(self):
+        self.proxy.cut()
+
+    def end(self):
+        self.proxy.heal()
+
+
+class Silent(Fault):
+    def begin(self):
+        self.proxy.swallow()
+
+    def end(self):
+        self.proxy.heal()
+
+
+class Slow(Fault):
+    """300 ms for each answer: longer than `patience`, and than two `refresh`."""
+
+    away = None  # which is for the storage to say
+
+    def begin(self):
+        self.proxy.delay = 0.3
+
+    def end(self):
+        self.proxy.delay = 0.0
+
+
+class OutOfMemory(Fault):
+    """It answers, but refuses to write."""
+
+    away = None
+
+    def begin(self):
+        self.server.refuse_writes()
+
+    def end(self):
+        self.server.accept_writes()
+
+
+class Flushed(Fault):
+    away = False
+
+    def begin(self):
+        for _ in range(10):
+            self.server.client.flushall()
+            time.sleep(0.05)
+
+    def end(self):
+        self.server.client.flushall()
+
+
+class Restarted(Fault):
+    """At once, and empty."""
+
+    away = None
+
+    def begin(self):
+        self.server.stop()
+        self.server.start()
+
+    def end(self):
+        """It is back already."""
+
+
+class WrongType(Fault):
+    """Somebody uses the same keys for something else."""
+
+    away = None
+
+    def begin(self):
+        for name in ("state", "fail_counter", "success_counter", "opened_at", "trial"):
+            self.server.client.delete(self.key(name))
+            self.server.client.rpush(self.key(name), "a list")
+
+    def end(self):
+        with contextlib.suppress(Exception):  # what there is now may be right
+            self.server.client.delete(*self.server.client.keys("*"))
+
+
+class Garbage(Fault):
+    away = None
+
+    def begin(self):
+        for name in ("state", "fail_counter", "success_counter", "opened_at"):
+            self.server.client.set(self.key(name), b"\xff\xfe garbage")
+
+    def end(self):
+        self.server.client.delete(*self.server.client.keys("*"))
+
+
+FAULTS = [
+    *(Stopped, Paused, Cut, Silent, Slow),
+    *(OutOfMemory, Flushed, Restarted, WrongType, Garbage),
+]
+
+
+def names_of(classes):
+    return [cls.__name__ for cls in classes]
+
+
+@pytest.fixture
+def scene(server, proxies, namespace, service, fleet_of):
+    """Two processes under load, behind a network that can fail."""
+
+    class Scene:
+        def __init__(self, fault):
+            self.proxy = proxies(server)
+            self.fault = fault(server, self.proxy, namespace)
+            self.workers = fleet_of(
+                self.proxy.port,
+                2,
+                breaker={"fail_max": 3, "reset_timeout": 0.5},
+                storage={"refresh": REFRESH, "patience": PATIENCE},
+            )
+            ask_all(self.workers, "load", threads=3)
+
+        def states(self):
+            return ask_all(self.workers, "state")
+
+        def all_are(self, state):
+            """Every process, and Redis."""
+            until(lambda: set(self.states()) == {state})
+            until(lambda: server.key(namespace, "state") == state)
+
+        def judge(self):
+            """What holds whatever the fault is."""
+            for report in ask_all(self.workers, "unload"):
+                assert report["strange"] == []
+                assert set(report["outcomes"]) <= {"ok", "Down", "CircuitBreakerError"}
+                assert report["outcomes"]["ok"]
+                # What the machine held up is not the breaker's; several waits of
+                # a thread for its turn may fall within one call.
+                allowed = PATIENCE + 0.1 + 3 * report["oversleeping"]
+                assert report["longest"] <= allowed, report
+            for worker in self.workers:
+                said = about_redis(worker)
+                if self.fault.away is None:
+                    # Where it is away it says so once, where not it says nothing.
+                    assert said in ([], ["WARNING", "INFO"])
+                else:
+                    assert said == ["WARNING", "INFO"] * self.fault.away, said
+
+    return Scene
+
+
+def said_that_it_is_away(workers):
+    return all("WARNING" in about_redis(worker) for worker in workers)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=names_of(FAULTS))
+def test_calls_go_on_while_redis_and_the_service_fail(scene, fault, service):
+    """The service fails and comes back while Redis is away; then Redis is back, and
+    the circuit opens and closes for both processes again."""
+    scene = scene(fault)
+    scene.all_are("closed")
+    scene.fault.begin()
+    if scene.fault.away:
+        until(lambda: said_that_it_is_away(scene.workers))
+    service.mode = "down"
+    until(lambda: "open" in scene.states())
+    time.sleep(FAULTS_LAST)
+    service.mode = "up"
+    until(lambda: scene.states() == ["closed", "closed"])
+    scene.fault.end()
+    if scene.fault.away:
+        until(lambda: all("INFO" in about_redis(worker) for worker in scene.workers))
+    scene.all_are("closed")
+    service.mode = "down"
+    scene.all_are("open")
+    service.mode = "up"
+    scene.all_are("closed")
+    scene.judge()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=names_of(FAULTS))
+def test_an_open_circuit_outlives_a_fault(scene, fault, service, namespace, server):
+    """It is open when Redis fails, and the service is still down when that is back."""
+    scene = scene(fault)
+    service.mode = "down"
+    scene.all_are("open")
+    scene.fault.begin()
+    time.sleep(FAULTS_LAST)
+    # Each may be running a trial of its own.
+    assert "closed" not in scene.states()
+    arrived = len(service.arrivals)
+    scene.fault.end()
+    if scene.fault.away:
+        until(lambda: all("INFO" in about_redis(worker) for worker in scene.workers))
+    until(lambda: server.key(namespace, "state") == "open")
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        assert "closed" not in scene.states()
+    # One trial for each timeout, and one that was due already.
+    assert len(service.arrivals) - arrived <= 4
+    service.mode = "up"
+    scene.all_are("closed")
+    scene.judge()
+
+
+def test_no_event_loop_stalls_while_redis_is_paused(server, service, fleet_of):
+    """Calls fail, circuits open, trials are asked for: all without a stop."""
+    (worker,) = fleet_of(
+        server.port,
+        1,
+        breaker={"fail_max": 3, "reset_timeout": 0.3},
+        storage={"refresh": REFRESH, "patience": PATIENCE},
+    )
+    quiet = worker.ask("stall", 1)
+    server.pause()
+    service.mode = "down"
+    stalled = worker.ask("stall", 2)
+    service.mode = "up"
+    stalled = max(stalled, worker.ask("stall", 1))
+    server.resume()
+    assert stalled < max(0.1, 3 * quiet)
+    assert len(service.arrivals) > 10
+
+
+def test_a_process_that_starts_while_redis_is_away_joins_the_fleet_later(
+    server, proxies, service, fleet_of, namespace
+):
+    """It says once that Redis is away, and once that it is back."""
+    proxy = proxies(server)
+    proxy.cut()
+    (late,) = fleet_of(proxy.port, 1, storage={"refresh": REFRESH})
+    (early,) = fleet_of(server.port, 1, storage={"refresh": REFRESH})
+    early.ask("do", "open")
+    until(lambda: server.key(namespace, "state") == "open")
+    assert late.ask("state") == "closed"
+    until(lambda: about_redis(late) == ["WARNING"])
+    proxy.heal()
+    until(lambda: late.ask("state") == "open")
+    until(lambda: about_redis(late) == ["WARNING", "INFO"])
+    assert about_redis(early) == []
+
+
+def test_a_server_that_comes_and_goes_is_told_of_each_time(
+    server, proxies, service, fleet_of
+):
+    """Two lines for each time that it is away."""
+    proxy = proxies(server)
+    (worker,) = fleet_of(proxy.port, 1, storage={"refresh": 0.05})
+    for times in (1, 2, 3):
+        proxy.cut()
+        until(lambda: len(about_redis(worker)) == 2 * times - 1)  # noqa: B023
+        proxy.heal()
+        until(lambda: about_redis(worker) == ["WARNING", "INFO"] * times)  # noqa: B023
+
+
+def test_the_lines_name_nothing_secret(server, fleet_of, proxies):
+    """Not the password that the client was given."""
+    proxy = proxies(server)
+    (worker,) = fleet_of(
+        proxy.port,
+        1,
+        storage={"refresh": 0.05},
+        options={"password": "s3cret", "username": "me"},
+    )
+    until(lambda: about_redis(worker))
+    assert "s3cret" not in str(worker.ask("log"))

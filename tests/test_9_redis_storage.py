@@ -1,0 +1,1309 @@
+"""A circuit that is shared through Redis, seen from one process: what is written,
+what is asked, and what calls wait for. Each breaker here stands for a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import fleet
+import pytest
+import redis
+from fleet import never, until
+
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
+
+KEYS = {"state", "fail_counter", "success_counter", "opened_at", "trial"}
+
+
+class Boom(Exception):
+    pass
+
+
+def boom():
+    raise Boom
+
+
+def fail(breaker, times=1):
+    """Calls that fail. Returns what the last one raised."""
+    for _ in range(times):
+        try:
+            breaker.call(boom)
+        except (Boom, CircuitBreakerError) as exc:
+            raised = exc
+    return raised
+
+
+def succeeds(breaker):
+    """Whether a call is admitted."""
+    try:
+        breaker.call(int)
+    except CircuitBreakerError:
+        return False
+    return True
+
+
+def is_due(breaker):
+    return breaker.current_state == "open" and breaker.retry_after == 0.0
+
+
+@pytest.fixture
+def storage_of(server, namespace):
+    """Makes storages that share a circuit, each with a client of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def make(refresh=0.05, patience=0.25, port=server.port, **settings):
+            client = redis.Redis(port=port)
+            stack.callback(client.close)
+            state = settings.pop("state", "closed")
+            settings.setdefault("namespace", namespace)
+            return CircuitRedisStorage(
+                state, client, refresh=refresh, patience=patience, **settings
+            )
+
+        yield make
+
+
+@pytest.fixture
+def breaker_of(storage_of):
+    """The same for breakers over such storages."""
+
+    def make(fail_max=3, reset_timeout=60, success_threshold=1, **settings):
+        return CircuitBreaker(
+            fail_max,
+            reset_timeout,
+            success_threshold=success_threshold,
+            state_storage=storage_of(**settings),
+        )
+
+    return make
+
+
+@pytest.fixture
+def key(server, namespace):
+    """What a key of the circuit holds."""
+    return lambda name: server.key(namespace, name)
+
+
+@pytest.fixture
+def write(server, namespace):
+    """Writes keys of the circuit, as some other process would."""
+
+    def write(**values):
+        for name, value in values.items():
+            server.client.set(f"{namespace}:pybreaker:{name}", value)
+
+    return write
+
+
+def server_time(server):
+    seconds, microseconds = server.client.time()
+    return seconds + microseconds / 1e6
+
+
+def requests_of(proxy, idle=0.2):
+    """How many there were, once there are no more."""
+    deadline = time.monotonic()
+    seen = -1
+    while seen != proxy.requests or time.monotonic() < deadline:
+        if seen != proxy.requests:
+            seen, deadline = proxy.requests, time.monotonic() + idle
+        time.sleep(0.01)
+    return seen
+
+
+@contextlib.contextmanager
+def trial_in(breaker):
+    """A call that runs while the block does. It succeeds, or raises what is put
+    into the list."""
+    running, leave, raises, outcomes = threading.Event(), threading.Event(), [], []
+
+    def work():
+        running.set()
+        assert leave.wait(fleet.PATIENCE)
+        if raises:
+            raise raises[0]
+
+    def call():
+        try:
+            outcomes.append(breaker.call(work))
+        except BaseException as exc:
+            outcomes.append(exc)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        until(lambda: running.is_set() or outcomes)
+        assert not outcomes, outcomes
+        yield raises
+    finally:
+        leave.set()
+        thread.join(fleet.PATIENCE)
+
+
+# Making one
+
+
+def test_settings_that_are_new_are_given_by_name(server):
+    """The others by position too, as in 1.4.1."""
+    client = redis.Redis(port=server.port)
+    with pytest.raises(TypeError):
+        CircuitRedisStorage("closed", client, None, "closed", False, 1.0)
+    CircuitRedisStorage("closed", client, None, "closed", False)
+    CircuitRedisStorage(
+        state="closed",
+        redis_object=client,
+        namespace="x",
+        fallback_circuit_state="open",
+        cluster_mode=True,
+        refresh=1,
+        patience=0.25,
+    )
+
+
+@pytest.mark.parametrize("state", ["opened", None, ""])
+def test_a_state_must_be_one_of_the_three(server, state):
+    client = redis.Redis(port=server.port)
+    with pytest.raises(ValueError, match="state must be"):
+        CircuitRedisStorage(state, client)
+    with pytest.raises(ValueError, match="fallback_circuit_state must be"):
+        CircuitRedisStorage("closed", client, fallback_circuit_state=state)
+
+
+@pytest.mark.parametrize("name", ["refresh", "patience"])
+def test_times_are_seconds(server, name):
+    """An error names what is wrong."""
+    client = redis.Redis(port=server.port)
+    for value in (-1, math.nan):
+        with pytest.raises(ValueError, match=name):
+            CircuitRedisStorage("closed", client, **{name: value})
+    with pytest.raises(TypeError, match=name):
+        CircuitRedisStorage("closed", client, **{name: "1"})
+
+
+def test_the_first_process_writes_the_state_that_it_was_given(storage_of, key):
+    """There is nothing yet for it to find."""
+    storage = storage_of(state="open")
+    assert storage.state == "open"
+    assert until(lambda: key("state")) == "open"
+
+
+@pytest.mark.parametrize("state", ["closed", "open", "half-open"])
+def test_a_new_process_starts_where_the_fleet_is(storage_of, write, key, state):
+    """It is not the state that it was given, which is for an empty Redis."""
+    write(state=state, fail_counter=2, success_counter=1, opened_at=int(time.time()))
+    storage = storage_of(refresh=60, state="closed" if state == "open" else "open")
+    assert storage.state == state
+    assert storage.counter == 2
+    assert storage.success_counter == 1
+    assert key("state") == state
+
+
+@pytest.mark.parametrize("fallback", ["closed", "open", "half-open"])
+def test_a_process_that_finds_no_redis_starts_where_it_was_told(fallback, storage_of):
+    """It raises nothing, and does not wait."""
+    began = time.monotonic()
+    storage = storage_of(
+        port=fleet.free_port(), fallback_circuit_state=fallback, patience=0.25
+    )
+    assert time.monotonic() - began < 2.0
+    assert storage.state == fallback
+
+
+def test_a_process_waits_for_the_first_answer_only_so_long(server, storage_of):
+    """Longer than it takes with Redis there, shorter than that is away."""
+    began = time.monotonic()
+    assert storage_of(patience=20).state == "closed"
+    assert time.monotonic() - began < 10
+    server.pause()
+    began = time.monotonic()
+    assert storage_of(patience=0.3, fallback_circuit_state="open").state == "open"
+    assert 0.25 < time.monotonic() - began < 2.0
+    server.resume()
+
+
+def test_a_fallback_is_not_announced(proxies, server, storage_of, write, key):
+    """It is no news: a process that comes to hear from Redis follows that."""
+    write(state="closed")
+    proxy = proxies(server)
+    proxy.cut()
+    storage = storage_of(port=proxy.port, fallback_circuit_state="open")
+    assert storage.state == "open"
+    proxy.heal()
+    until(lambda: storage.state == "closed")
+    assert key("state") == "closed"
+
+
+# What is written
+
+
+def test_keys_are_those_of_the_original(server, namespace, breaker_of, key):
+    """And one more, for the trial. All are strings that it understands."""
+    breaker = breaker_of(fail_max=2, reset_timeout=0.05, success_threshold=2)
+    fail(breaker, 2)
+    until(lambda: key("state") == "open")
+    until(lambda: is_due(breaker))
+    fail(breaker)
+    breaker.half_open()
+    until(lambda: succeeds(breaker) and key("success_counter") == "1")
+    keys = server.client.keys("*")
+    assert {key.rpartition(":")[0] for key in keys} == {f"{namespace}:pybreaker"}
+    assert KEYS - {"trial"} <= {key.rpartition(":")[2] for key in keys} <= KEYS
+    assert key("state") in ("closed", "open", "half-open")
+    for name in ("fail_counter", "success_counter", "opened_at"):
+        assert re.fullmatch(r"\d+", key(name)), name
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_keys_without_a_namespace(server, storage_of, nothing):
+    """They have none in their names."""
+    storage = storage_of(namespace=nothing)
+    storage.increment_counter()
+    until(lambda: server.client.get("pybreaker:fail_counter") == "1")
+    assert server.client.get("pybreaker:state") == "closed"
+    assert {key.split(":")[0] for key in server.client.keys("*")} == {"pybreaker"}
+
+
+def test_an_opening_is_written_in_whole_seconds_rounded_up(breaker_of, server, key):
+    """Those of the server's clock."""
+    breaker = breaker_of()
+    before = server_time(server)
+    breaker.open()
+    opened_at = int(until(lambda: key("opened_at")))
+    assert before <= opened_at < server_time(server) + 1
+
+
+def test_commands_have_one_key_and_no_script(server, namespace, breaker_of, key):
+    """So a cluster needs no hash tags, and a server no permission for Lua."""
+    with server.watched() as commands:
+        breaker = breaker_of(fail_max=2, reset_timeout=0.1)
+        fail(breaker)
+        succeeds(breaker)
+        fail(breaker, 2)
+        until(lambda: key("state") == "open")
+        until(lambda: is_due(breaker))
+        fail(breaker)
+        until(lambda: succeeds(breaker))
+        for move in (breaker.open, breaker.half_open, breaker.close):
+            move()
+        until(lambda: key("state") == "closed")
+    ours = [words for words in commands if f"{namespace}:" in " ".join(words)]
+    assert ours
+    for words in ours:
+        assert sum(word.startswith(f"{namespace}:") for word in words) == 1, words
+    assert not {words[0].upper() for words in commands} & {
+        *("EVAL", "EVALSHA", "FCALL", "SCRIPT", "FUNCTION"),
+        *("SUBSCRIBE", "PSUBSCRIBE", "PUBLISH"),
+    }
+
+
+# What calls cost
+
+
+def test_calls_make_no_round_trips(server, proxies, breaker_of, key):
+    """Those that succeed make none at all, nor do those that are rejected."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port, refresh=60)
+    before = requests_of(proxy)
+    for _ in range(500):
+        breaker.call(int)
+    assert requests_of(proxy) == before
+    breaker.open()
+    until(lambda: key("state") == "open")
+    before = requests_of(proxy)
+    for _ in range(500):
+        assert not succeeds(breaker)
+    assert requests_of(proxy) == before
+
+
+def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
+    """Whatever they change: that is carried after them."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port, fail_max=8)
+    proxy.delay = 1.0
+    began = time.monotonic()
+    fail(breaker, 3)
+    breaker.call(int)
+    assert isinstance(fail(breaker, 8), CircuitBreakerError)
+    assert not succeeds(breaker)
+    breaker.close()
+    breaker.call(int)
+    breaker.open()
+    breaker.snapshot(), repr(breaker)
+    assert time.monotonic() - began < 0.9
+    until(lambda: key("state") == "open")
+
+
+def test_a_quiet_process_looks_once_for_each_refresh(server, proxies, storage_of):
+    """In one round trip, or at most two."""
+    proxy = proxies(server)
+    storage = storage_of(port=proxy.port, refresh=0.2)
+    before = requests_of(proxy, idle=0.1)
+    time.sleep(2)
+    assert 5 <= proxy.requests - before <= 22
+    assert storage.state == "closed"
+
+
+# Counting
+
+
+def test_a_failure_counts_at_once_and_is_added_in_redis(breaker_of, key):
+    """To those of others."""
+    mine, theirs = breaker_of(refresh=60), breaker_of(refresh=60)
+    fail(mine)
+    assert mine.fail_counter == 1
+    until(lambda: key("fail_counter") == "1")
+    assert theirs.fail_counter == 0
+    fail(theirs)
+    until(lambda: key("fail_counter") == "2")
+    until(lambda: theirs.fail_counter == 2)  # the reply says so
+    assert mine.fail_counter == 1
+
+
+def test_failures_of_others_are_known_after_a_refresh(breaker_of):
+    """The count that is compared with fail_max is the fleet's."""
+    mine, theirs = breaker_of(fail_max=3), breaker_of(fail_max=3)
+    fail(theirs, 2)
+    until(lambda: mine.fail_counter == 2)
+    assert isinstance(fail(mine), CircuitBreakerError)
+
+
+def test_many_failures_in_many_threads_are_all_counted(breaker_of, key):
+    """Each once."""
+    breakers = [breaker_of(fail_max=1000) for _ in range(4)]
+    threads = [
+        threading.Thread(target=fail, args=(breaker, 50))
+        for breaker in breakers
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(fleet.PATIENCE)
+    until(lambda: key("fail_counter") == "400")
+    for breaker in breakers:
+        until(lambda: breaker.fail_counter == 400)  # noqa: B023
+    never(lambda: key("fail_counter") != "400", within=0.2)
+
+
+def test_a_success_resets_the_failures_that_it_knows_of(breaker_of, key):
+    """Here at once, elsewhere within a refresh."""
+    mine, theirs = breaker_of(), breaker_of()
+    fail(theirs)
+    fail(mine)
+    until(lambda: mine.fail_counter == theirs.fail_counter == 2)
+    mine.call(int)
+    assert mine.fail_counter == 0
+    until(lambda: key("fail_counter") == "0")
+    until(lambda: theirs.fail_counter == 0)
+
+
+def test_a_success_leaves_failures_alone_that_it_does_not_know_of(breaker_of, key):
+    """It looks only at what is known here, which costs nothing."""
+    mine, theirs = breaker_of(refresh=60), breaker_of(refresh=60)
+    fail(theirs, 2)
+    until(lambda: key("fail_counter") == "2")
+    mine.call(int)
+    never(lambda: key("fail_counter") != "2", within=0.2)
+
+
+def test_a_count_that_is_set_is_set_for_all(breaker_of, key):
+    """By hand, so it is announced."""
+    mine, theirs = breaker_of(), breaker_of()
+    mine.fail_counter = 2
+    assert mine.fail_counter == 2
+    until(lambda: key("fail_counter") == "2")
+    until(lambda: theirs.fail_counter == 2)
+
+
+def test_a_breaker_that_only_observes_counts_too(breaker_of, key):
+    breaker = breaker_of(fail_max=math.inf)
+    fail(breaker, 20)
+    until(lambda: key("fail_counter") == "20")
+    assert breaker.current_state == "closed"
+
+
+# Opening
+
+
+def test_the_last_failure_opens_its_process_at_once_and_the_fleet_later(
+    breaker_of, key
+):
+    """After one to two times `refresh`, in which a success may object."""
+    mine, theirs = breaker_of(refresh=0.6), breaker_of(refresh=0.6)
+    began = time.monotonic()
+    assert isinstance(fail(mine, 3), CircuitBreakerError)
+    assert mine.current_state == "open"
+    assert not succeeds(mine)
+    assert theirs.current_state == "closed"
+    never(lambda: key("state") == "open", within=0.5 - (time.monotonic() - began))
+    until(lambda: key("state") == "open", timeout=1.2 + 1)
+    until(lambda: theirs.current_state == "open", timeout=0.6 + 1)
+    assert not succeeds(theirs)
+
+
+def test_a_success_elsewhere_keeps_the_fleet_closed(breaker_of, key):
+    """The failures were one host's: only that one stays open, for its timeout."""
+    mine = breaker_of(refresh=0.4, reset_timeout=1.5)
+    theirs = breaker_of(refresh=0.02)
+    fail(mine, 3)
+    until(lambda: theirs.fail_counter == 3)
+    assert theirs.call(int) == 0
+    until(lambda: key("fail_counter") == "0")
+    never(
+        lambda: key("state") != "closed" or theirs.current_state != "closed",
+        within=1.2,
+    )
+    assert mine.current_state == "open"
+    until(lambda: succeeds(mine))
+    assert mine.current_state == "closed"
+    assert key("state") == "closed"
+
+
+def test_a_local_opening_is_left_by_a_trial_that_is_local(breaker_of, key):
+    """A failed one opens the same process again, and no other."""
+    mine = breaker_of(refresh=0.1, reset_timeout=0.5)
+    theirs = breaker_of(refresh=0.02)
+    fail(mine, 3)
+    until(lambda: theirs.fail_counter == 3)
+    theirs.call(int)
+    until(lambda: is_due(mine))
+    fail(mine)
+    assert mine.current_state == "open"
+    end = time.monotonic() + 0.4
+    while time.monotonic() < end:
+        theirs.call(int)
+        assert key("state") == "closed"
+        time.sleep(0.005)
+    until(lambda: succeeds(mine))
+    assert key("state") == "closed"
+
+
+def test_an_opening_is_told_once_in_each_process(breaker_of, recorder):
+    """The fleet's, which follows, is the same one."""
+    breaker = breaker_of(refresh=0.1)
+    breaker.add_listener(recorder)
+    fail(breaker, 3)
+    time.sleep(0.4)
+    assert breaker.state.name == "open"
+    assert recorder.transitions == [("closed", "open")]
+
+
+# By hand
+
+
+@pytest.mark.parametrize(
+    "move, state", [("open", "open"), ("half_open", "half-open"), ("close", "closed")]
+)
+@pytest.mark.parametrize("before", ["open", "half_open", "close"])
+def test_moves_by_hand_are_announced_at_once(breaker_of, key, move, before, state):
+    """Not at the next refresh; others hear of them at theirs."""
+    mine, theirs = breaker_of(refresh=60), breaker_of()
+    getattr(mine, before)()
+    getattr(mine, move)()
+    until(lambda: key("state") == state, timeout=5)
+    until(lambda: theirs.current_state == state)
+    if move == "close":
+        assert key("fail_counter") in (None, "0")
+
+
+def test_of_moves_by_hand_the_last_one_wins(breaker_of, key):
+    """Wherever it was made."""
+    mine, theirs = breaker_of(), breaker_of()
+    for _ in range(5):
+        mine.open()
+        until(lambda: theirs.current_state == "open")
+        theirs.close()
+        until(lambda: mine.current_state == "closed")
+    for move in (mine.half_open, mine.close, mine.open, mine.close, mine.open):
+        move()
+    until(lambda: theirs.current_state == "open")
+    never(lambda: theirs.current_state != "open" or key("state") != "open", within=0.2)
+
+
+def test_what_others_do_by_hand_is_told_here(breaker_of, recorder):
+    """At the first look after it."""
+    mine, theirs = breaker_of(), breaker_of()
+    mine.add_listener(recorder)
+    theirs.open()
+    until(lambda: mine.state.name == "open")
+    theirs.close()
+    until(lambda: mine.state.name == "closed")
+    assert recorder.transitions == [("closed", "open"), ("open", "closed")]
+
+
+# The trial
+
+
+@pytest.fixture
+def due_of(breaker_of, key, write, server):
+    """Makes breakers that have found the fleet open, and its trial due."""
+
+    def make(reset_timeout=2, number=2, **settings):
+        write(state="open", fail_counter=3, opened_at=int(server_time(server)) - 60)
+        breakers = [
+            breaker_of(reset_timeout=reset_timeout, **settings) for _ in range(number)
+        ]
+        assert all(map(is_due, breakers))
+        return breakers
+
+    return make
+
+
+def test_a_trial_is_claimed_for_all_of_the_fleet(server, due_of, namespace, key):
+    """With one command, whose lease is the timeout. Redis goes on saying `open`."""
+    mine, theirs = due_of()
+    with server.watched() as commands, trial_in(mine):
+        assert mine.current_state == "half-open"
+        assert key("state") == "open"
+        assert 1000 < server.client.pttl(f"{namespace}:pybreaker:trial") <= 2000
+        assert key("trial")
+        for _ in range(3):
+            with pytest.raises(CircuitBreakerError) as caught:
+                theirs.call(boom)
+            assert caught.value.breaker is theirs
+        assert theirs.current_state == "open"
+    (claim, *_) = (words for words in commands if "NX" in map(str.upper, words))
+    assert claim[0].upper() == "SET"
+    assert claim[1] == f"{namespace}:pybreaker:trial"
+    options = [word.upper() for word in claim[3:]]
+    assert sorted(options) == ["2000", "NX", "PX"]
+    until(lambda: key("state") == "closed")
+    until(lambda: theirs.current_state == "closed")
+
+
+def test_a_trial_that_succeeds_is_released_after_the_state_is_written(
+    server, due_of, namespace, key
+):
+    """In the other order another trial could come between."""
+    mine, _ = due_of(number=2)
+    with server.watched() as commands:
+        assert mine.call(int) == 0
+        until(lambda: key("state") == "closed" and key("trial") is None)
+    state, trial = f"{namespace}:pybreaker:state", f"{namespace}:pybreaker:trial"
+    closed = commands.index(["SET", state, "closed"])
+    (released,) = (
+        number
+        for number, words in enumerate(commands)
+        if words[0].upper() in ("DEL", "UNLINK", "GETDEL") and trial in words
+    )
+    assert closed < released
+    assert key("fail_counter") == "0"
+
+
+def test_a_trial_that_fails_leaves_its_claim_to_lapse(server, due_of, namespace, key):
+    """So there is one trial for each timeout even where a view is stale."""
+    mine, theirs = due_of(reset_timeout=1.2)
+    opened_at = key("opened_at")
+    assert isinstance(fail(mine), CircuitBreakerError)
+    until(lambda: key("opened_at") != opened_at)
+    assert key("state") == "open"
+    ended = time.monotonic()
+    while server.client.pttl(f"{namespace}:pybreaker:trial") > 50:
+        assert not succeeds(mine)
+        assert not succeeds(theirs)
+        time.sleep(0.005)
+    assert time.monotonic() - ended > 0.5
+    until(lambda: succeeds(theirs))
+    until(lambda: mine.current_state == "closed")
+
+
+def test_a_trial_that_is_abandoned_is_released(due_of, key):
+    """Others may run the next one at once."""
+    mine, theirs = due_of(reset_timeout=60)
+    with trial_in(mine) as raises:
+        raises.append(KeyboardInterrupt())
+    until(lambda: key("trial") is None)
+    assert key("state") == "open"
+    until(lambda: succeeds(theirs))
+    until(lambda: mine.current_state == "closed")
+
+
+def test_only_ones_own_claim_is_released(server, due_of, write, key):
+    """One that lapsed may be another's by now."""
+    mine, _ = due_of()
+    with trial_in(mine):
+        write(trial="somebody else's")
+    until(lambda: key("state") == "closed")
+    never(lambda: key("trial") != "somebody else's", within=0.3)
+
+
+def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
+    server, due_of, write, key
+):
+    """However many calls it rejects in the meantime."""
+    (breaker,) = due_of(number=1, refresh=60)
+    write(trial="somebody else's")
+    with server.watched() as commands:
+        end, rejected = time.monotonic() + 1.0, 0
+        while time.monotonic() < end:
+            assert not succeeds(breaker)
+            rejected += 1
+    asked = sum("NX" in map(str.upper, words) for words in commands)
+    assert rejected > 20
+    assert 3 <= asked <= 11
+    server.client.delete(
+        *(k for k in server.client.keys("*") if k.endswith(":pybreaker:trial"))
+    )
+    until(lambda: succeeds(breaker), timeout=2)
+
+
+def test_a_refused_call_is_rejected_as_any_other(due_of, write, recorder):
+    """With the phrase that code in the field matches, and it is told."""
+    (breaker,) = due_of(number=1)
+    breaker.add_listener(recorder)
+    write(trial="somebody else's")
+    with pytest.raises(CircuitBreakerError, match="circuit breaker still open"):
+        breaker.call(boom)
+    assert recorder.events == []  # it has no method for rejections
+    assert breaker.current_state == "open"
+
+
+def test_a_claim_whose_answer_was_lost_is_known_as_ones_own(
+    server, proxies, due_of, namespace, key
+):
+    """The client asks again, and is refused because of itself."""
+    proxy = proxies(server)
+    (breaker,) = due_of(number=1, refresh=60, patience=5, port=proxy.port)
+    proxy.lose_answer_to(b"NX")
+    with server.watched() as commands:
+        assert breaker.call(int) == 0
+        until(lambda: key("state") == "closed")
+        until(lambda: key("trial") is None)
+    assert proxy.lost == 1
+    assert sum("NX" in map(str.upper, words) for words in commands) >= 1
+
+
+def test_a_claim_is_given_back_where_the_trial_is_not_due_any_more(
+    server, due_of, write, key
+):
+    """Another process was faster: its trial has failed and its claim is gone."""
+    (breaker,) = due_of(number=1, refresh=60, reset_timeout=30)
+    write(opened_at=int(server_time(server)))
+    assert not succeeds(breaker)
+    until(lambda: key("trial") is None)
+    assert key("state") == "open"
+    assert 25 < breaker.retry_after <= 30
+
+
+def test_a_claim_is_given_back_where_the_circuit_is_closed_meanwhile(
+    due_of, write, key
+):
+    """The call goes through, as any other now."""
+    (breaker,) = due_of(number=1, refresh=60)
+    write(state="closed", fail_counter=0)
+    until(lambda: succeeds(breaker))
+    assert breaker.current_state == "closed"
+    until(lambda: key("trial") is None)
+
+
+def test_without_an_answer_in_time_a_trial_is_granted(server, due_of):
+    """A process that cannot ask is a breaker of its own."""
+    (breaker,) = due_of(number=1, patience=0.3, refresh=60)
+    server.pause()
+    began = time.monotonic()
+    assert breaker.call(int) == 0
+    assert 0.2 < time.monotonic() - began < 1.0
+    assert breaker.current_state == "closed"
+
+
+def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
+    """They are rejected at once, and can look at the breaker."""
+    (breaker,) = due_of(number=1, patience=1.0, refresh=60)
+    server.pause()
+    done = []
+    thread = threading.Thread(target=lambda: done.append(breaker.call(int)))
+    thread.start()
+    until(lambda: breaker.retry_after > 0)
+    began = time.monotonic()
+    for _ in range(20):
+        if not done:
+            assert not succeeds(breaker) or done
+            breaker.snapshot(), repr(breaker), breaker.current_state
+    assert time.monotonic() - began < 0.8
+    thread.join(fleet.PATIENCE)
+    assert done == [0]
+
+
+def test_no_event_loop_stalls_while_a_trial_is_asked_for(server, due_of):
+    """Async admission awaits the answer."""
+    (breaker,) = due_of(number=1, patience=0.5, refresh=60)
+    server.pause()
+
+    async def main():
+        async def work():
+            return "done"
+
+        call = asyncio.ensure_future(breaker.call_async(work))
+        steps = 0
+        while not call.done():
+            await asyncio.sleep(0.01)
+            steps += 1
+        return await call, steps
+
+    began = time.monotonic()
+    result, steps = asyncio.run(main())
+    assert result == "done"
+    assert 0.4 < time.monotonic() - began < 1.5
+    assert steps > 10
+
+
+def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_none(
+    server, due_of, key
+):
+    """What is granted to nobody is given back."""
+    (breaker,) = due_of(number=1, patience=0.5, refresh=0.2, reset_timeout=60)
+    server.pause()
+
+    async def work():
+        raise AssertionError("not to be run")
+
+    async def main():
+        call = asyncio.ensure_future(breaker.call_async(work))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    server.resume()
+    until(lambda: succeeds(breaker))
+    until(lambda: key("state") == "closed")
+    until(lambda: key("trial") is None)
+
+
+def test_many_tasks_and_threads_ask_for_one_trial_only(due_of):
+    """In each process the place is taken before Redis is asked."""
+    breakers = due_of(number=3, reset_timeout=60)
+    ran, leave = [], threading.Event()
+
+    def work():
+        ran.append(1)
+        assert leave.wait(fleet.PATIENCE)
+
+    def call(breaker):
+        with contextlib.suppress(CircuitBreakerError):
+            breaker.call(work)
+
+    threads = [
+        threading.Thread(target=call, args=(breaker,)) for breaker in breakers * 4
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: sum(thread.is_alive() for thread in threads) == 1 and ran)
+    leave.set()
+    for thread in threads:
+        thread.join(fleet.PATIENCE)
+    assert ran == [1]
+
+
+def test_trials_of_two_processes_make_up_the_threshold(due_of, key):
+    """Their successes are counted in Redis, which says `open` until the last."""
+    mine, theirs = due_of(success_threshold=2)
+    assert mine.call(int) == 0
+    until(lambda: key("success_counter") == "1" and key("trial") is None)
+    assert key("state") == "open"
+    until(lambda: succeeds(theirs))
+    assert theirs.current_state == "closed"
+    until(lambda: key("state") == "closed")
+    until(lambda: mine.current_state == "closed")
+    until(lambda: key("success_counter") == "0")
+
+
+def test_a_failed_trial_starts_the_threshold_anew(due_of, key):
+    """As in one process."""
+    mine, theirs = due_of(success_threshold=2, reset_timeout=0.3)
+    assert mine.call(int) == 0
+    until(lambda: key("success_counter") == "1")
+    until(lambda: isinstance(fail(theirs), CircuitBreakerError) and not is_due(theirs))
+    until(lambda: key("success_counter") == "0")
+    until(lambda: theirs.current_state == mine.current_state == "open")
+    until(lambda: succeeds(mine))
+    assert mine.current_state == "half-open"
+
+
+@pytest.mark.parametrize("reset_timeout", [0, 1e-9, 1e15, math.inf])
+def test_a_timeout_may_be_of_any_length(breaker_of, key, caplog, reset_timeout):
+    """A lease is whole milliseconds, from one to what Redis can take."""
+    mine = breaker_of(reset_timeout=reset_timeout)
+    theirs = breaker_of(reset_timeout=reset_timeout)
+    mine.half_open()
+    until(lambda: theirs.current_state == "half-open")
+    if reset_timeout > 1:
+        with trial_in(mine):
+            assert not succeeds(theirs)
+    else:
+        until(lambda: succeeds(mine))
+    until(lambda: theirs.current_state == "closed")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    assert "away" not in caplog.text
+
+
+def test_a_circuit_that_was_half_opened_by_hand_has_one_trial(breaker_of, key):
+    """Which any process may run."""
+    mine, theirs = breaker_of(), breaker_of()
+    mine.half_open()
+    until(lambda: theirs.current_state == "half-open")
+    with trial_in(theirs) as raises:
+        assert not succeeds(mine)
+        raises.append(Boom())
+    assert theirs.current_state == "open"
+    until(lambda: key("state") == "open")
+    until(lambda: mine.current_state == "open")
+
+
+# Time
+
+
+def test_the_age_of_an_opening_is_by_the_clock_of_redis(server, breaker_of, write):
+    """What it says now, less when the circuit was opened."""
+    write(state="open", opened_at=int(server_time(server)) - 20)
+    assert 38 < breaker_of(reset_timeout=60).retry_after < 41
+
+
+def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
+    """And then time goes on: the circuit opens no later for each look."""
+    write(state="open", opened_at=int(server_time(server)) + 1000)
+    breaker = breaker_of(reset_timeout=60, refresh=0.02)
+    first = breaker.retry_after
+    assert 55 < first <= 60
+    until(lambda: breaker.retry_after < first - 0.5, timeout=10)
+
+
+def test_the_rounding_does_not_make_the_own_timeout_longer(breaker_of):
+    """The process that opened the circuit knows better than Redis."""
+    breaker = breaker_of(fail_max=1, reset_timeout=0.2, refresh=0.02)
+    for _ in range(3):
+        fail(breaker)
+        began = time.monotonic()
+        until(lambda: succeeds(breaker), timeout=0.9)
+        assert time.monotonic() - began > 0.15
+
+
+def test_the_clock_of_the_host_plays_no_part(breaker_of, monkeypatch, key, server):
+    """Not in what is written, nor in what is read."""
+    breaker = breaker_of(reset_timeout=60)
+    true_time, true_datetime = time.time, pybreaker.datetime
+
+    class Late(true_datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return true_datetime.fromtimestamp(true_time() - 500, tz)
+
+    monkeypatch.setattr(time, "time", lambda: true_time() - 500)
+    monkeypatch.setattr(pybreaker, "datetime", Late)
+    breaker.open()
+    opened_at = int(until(lambda: key("opened_at")))
+    assert abs(opened_at - server_time(server)) < 5
+    time.sleep(0.2)
+    assert 55 < breaker.retry_after <= 60
+    assert 55 < breaker_of(reset_timeout=60).retry_after <= 60
+
+
+@pytest.mark.parametrize("garbage", ["", "soon", "1.5e9", "-1", "nan", "9" * 40])
+def test_an_opening_that_makes_no_sense_does_no_harm(breaker_of, write, garbage):
+    write(state="open", opened_at=garbage)
+    breaker = breaker_of(reset_timeout=0.5)
+    breaker.snapshot(), repr(breaker)
+    until(lambda: succeeds(breaker))
+
+
+# Redis away
+
+
+@pytest.fixture
+def said(caplog):
+    """What was logged of Redis, as levels."""
+    caplog.set_level(logging.INFO, "pybreaker")
+
+    def said():
+        records = [r for r in caplog.records if "fail_counter" not in r.getMessage()]
+        assert {record.name for record in records} <= {"pybreaker"}
+        return [record.levelname for record in records]
+
+    return said
+
+
+@pytest.mark.parametrize("how", ["cut", "swallow"])
+def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
+    server, proxies, breaker_of, said, how
+):
+    """Whether it refuses or is silent; calls go on as if each process were alone."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port, fail_max=3)
+    getattr(proxy, how)()
+    until(lambda: said() == ["WARNING"])
+    fail(breaker, 2)
+    assert breaker.call(int) == 0
+    assert breaker.fail_counter == 0
+    assert isinstance(fail(breaker, 3), CircuitBreakerError)
+    assert not succeeds(breaker)
+    never(lambda: said() != ["WARNING"], within=0.5)
+    proxy.heal()
+    until(lambda: said() == ["WARNING", "INFO"])
+    never(lambda: said() != ["WARNING", "INFO"], within=0.3)
+
+
+def test_moves_wait_for_redis(server, proxies, breaker_of, said, key):
+    """The last one is announced when it is back."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port)
+    until(lambda: key("state") == "closed")
+    proxy.cut()
+    until(lambda: said() == ["WARNING"])
+    breaker.half_open()
+    breaker.open()
+    assert key("state") == "closed"
+    proxy.heal()
+    until(lambda: key("state") == "open")
+    assert breaker.current_state == "open"
+
+
+def test_counts_stay_local_while_redis_is_away(server, proxies, breaker_of, said, key):
+    """They are old by the time that it is back."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port, fail_max=10)
+    fail(breaker)
+    until(lambda: key("fail_counter") == "1")
+    proxy.cut()
+    until(lambda: said() == ["WARNING"])
+    fail(breaker, 5)
+    assert breaker.fail_counter == 6
+    proxy.heal()
+    until(lambda: said() == ["WARNING", "INFO"])
+    never(lambda: key("fail_counter") != "1", within=0.3)
+
+
+def test_what_others_did_meanwhile_is_known_when_redis_is_back(
+    server, proxies, breaker_of, said, key
+):
+    proxy = proxies(server)
+    mine, theirs = breaker_of(port=proxy.port), breaker_of()
+    proxy.cut()
+    until(lambda: said() == ["WARNING"])
+    theirs.open()
+    until(lambda: key("state") == "open")
+    assert mine.current_state == "closed"
+    proxy.heal()
+    until(lambda: mine.current_state == "open")
+
+
+# Data lost
+
+
+@pytest.mark.parametrize("state", ["closed", "open", "half-open"])
+def test_a_flush_changes_no_state(server, breaker_of, key, state):
+    """Who has it puts it back."""
+    mine, theirs = breaker_of(), breaker_of()
+    mine.state = state
+    until(lambda: key("state") == theirs.current_state == state)
+    opened_at = key("opened_at")
+    server.client.flushall()
+    until(lambda: key("state") == state)
+    if state == "open":
+        until(lambda: key("opened_at"))
+        assert abs(int(key("opened_at")) - int(opened_at)) <= 1
+    for breaker in (mine, theirs):
+        assert breaker.current_state == state
+
+
+def test_a_flush_does_not_make_a_timeout_longer(server, breaker_of, key):
+    """What is put back is when the circuit was opened, not when it was flushed."""
+    breaker = breaker_of(reset_timeout=60)
+    breaker.open()
+    until(lambda: key("state") == "open")
+    written = server_time(server) - 30
+    server.client.set(
+        next(k for k in server.client.keys("*") if k.endswith("opened_at")),
+        int(written),
+    )
+    until(lambda: breaker.retry_after < 40)
+    server.client.flushall()
+    until(lambda: key("opened_at"))
+    assert abs(int(key("opened_at")) - written) <= 3
+    assert breaker.retry_after < 40
+
+
+# Lifecycle
+
+
+def test_a_storage_that_is_collected_ends_its_thread(breaker_of):
+    """It has one, which keeps nobody alive: no process, and no storage."""
+    before = set(threading.enumerate())
+    breaker = breaker_of(refresh=60)
+    fail(breaker)
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 1
+    assert all(thread.daemon for thread in threads)
+    del breaker
+    until(lambda: gc.collect() is not None and not threads & set(threading.enumerate()))
+
+
+def test_a_storage_can_be_collected_while_redis_is_silent(
+    server, proxies, breaker_of, said
+):
+    """The thread ends when it has given up."""
+    proxy = proxies(server)
+    before = set(threading.enumerate())
+    breaker = breaker_of(port=proxy.port)
+    near = {
+        thread for thread in threading.enumerate() if "_carry" not in str(thread.name)
+    } - before
+    proxy.swallow()
+    until(lambda: said() == ["WARNING"])
+    fail(breaker)
+    del breaker
+    until(lambda: gc.collect() is not None and not near & set(threading.enumerate()))
+
+
+PRELUDE = """
+import gc, os, signal, sys, threading, time, warnings
+import redis
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
+
+signal.alarm(20)  # what hangs is killed
+port, namespace = int(sys.argv[1]), sys.argv[2]
+
+def boom():
+    raise ZeroDivisionError
+
+def fail(breaker):
+    try:
+        breaker.call(boom)
+    except (ZeroDivisionError, CircuitBreakerError):
+        pass
+
+def breaker_of(fail_max=100, reset_timeout=60, **settings):
+    client = redis.Redis(port=port)
+    storage = CircuitRedisStorage("closed", client, namespace=namespace, **settings)
+    return CircuitBreaker(fail_max, reset_timeout, state_storage=storage)
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "too late"
+        time.sleep(0.005)
+
+def fork(child):
+    "Runs child() in a forked process and waits until that has ended well."
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        try:
+            child()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, f"the child ended with status {status}"
+"""
+
+
+@pytest.fixture
+def run(server, namespace):
+    """Runs a program in a process of its own, every warning an error. Returns
+    what it printed."""
+
+    def run(program, port=server.port):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-W", "error", "-c"),
+                PRELUDE + textwrap.dedent(program),
+                *(str(port), namespace),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            timeout=fleet.PATIENCE,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit()", "del breaker; gc.collect()"])
+def test_what_was_not_sent_is_sent_at_a_normal_exit(run, key, end):
+    """However soon it comes."""
+    run(f"""
+        breaker = breaker_of(refresh=60)
+        fail(breaker)
+        fail(breaker)
+        breaker.open()
+        {end}
+    """)
+    assert key("state") == "open"
+    assert key("fail_counter") == "2"
+
+
+def test_an_exit_waits_no_longer_than_its_patience(server, proxies, namespace):
+    """For a server that does not answer."""
+    proxy = proxies(server)
+    program = """
+breaker = breaker_of(refresh=60, patience=0.5)
+print("ready", flush=True)
+sys.stdin.readline()
+breaker.open()
+print(time.monotonic(), flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + program, str(proxy.port), namespace],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        proxy.swallow()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        ended = float(process.stdout.readline())
+        assert process.wait(fleet.PATIENCE) == 0
+        assert time.monotonic() - ended < 0.5 + 1.5
+        assert "Traceback" not in process.stderr.read()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+@needs_fork
+def test_a_forked_child_shares_the_circuit(run, key):
+    """It and its parent each go on with a courier of their own."""
+    run("""
+        breaker = breaker_of(refresh=0.05)
+        fail(breaker)
+        until(lambda: breaker._state_storage.counter == 1)
+
+        def child():
+            fail(breaker)
+            until(lambda: breaker.fail_counter == 2)
+            other = breaker_of(refresh=0.05)
+            until(lambda: other.fail_counter == 2)
+            breaker.open()
+            until(lambda: other.current_state == "open")
+
+        fork(child)
+        until(lambda: breaker.current_state == "open")
+    """)
+
+
+@needs_fork
+def test_a_fork_warns_of_no_thread(run):
+    """Since 3.12 Python warns where a process forks that has several. The courier
+    is not there at that moment, and is there again after it."""
+    run("""
+        warnings.simplefilter("error")
+        breaker = breaker_of(refresh=0.05)
+        for _ in range(5):
+            fail(breaker)
+            fork(lambda: fail(breaker))
+        other = breaker_of(refresh=0.05)
+        breaker.open()
+        until(lambda: other.current_state == "open")
+    """)
+
+
+@needs_fork
+def test_what_was_not_sent_before_a_fork_is_sent_once(run, key):
+    """By the parent: the child's are the child's."""
+    run("""
+        breaker = breaker_of(refresh=0.05)
+        def child():
+            fail(breaker)
+            until(lambda: breaker_of().fail_counter >= 11)
+            time.sleep(0.2)
+        for _ in range(10):
+            fail(breaker)
+        fork(child)
+        time.sleep(0.2)
+    """)
+    assert key("fail_counter") == "11"
+
+
+@needs_fork
+@pytest.mark.parametrize("trouble", ["swallow", "cut"])
+def test_a_fork_does_not_wait_for_redis(run, server, proxies, trouble):
+    """Longer than its patience, where that is away."""
+    proxy = proxies(server)
+    timer = threading.Timer(1.0, getattr(proxy, trouble))
+    timer.start()
+    run(
+        """
+        import logging
+        logging.disable()
+        breaker = breaker_of(refresh=0.1, patience=0.25)
+        time.sleep(1.5)
+        fail(breaker)
+        began = time.monotonic()
+        pid = os.fork()
+        took = time.monotonic() - began
+        if pid == 0:
+            began = time.monotonic()
+            fail(breaker)
+            assert breaker.call(int) == 0
+            assert time.monotonic() - began < 0.5
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert took < 0.75, took
+        """,
+        port=proxy.port,
+    )
+    timer.join()
+
+
+@needs_fork
+def test_a_child_may_be_forked_while_calls_fail_in_threads(run):
+    """No lock of the courier stays behind locked."""
+    run("""
+        warnings.simplefilter("ignore", DeprecationWarning)  # of these threads
+        breaker = breaker_of(refresh=0.01)
+        over = threading.Event()
+
+        def work():
+            while not over.is_set():
+                fail(breaker)
+                time.sleep(0.0005)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+
+        def child():
+            before = breaker.fail_counter
+            breaker.close()
+            breaker.open()
+            other = breaker_of(refresh=0.01)
+            until(lambda: other.current_state == "open")
+            breaker.close()
+
+        for _ in range(10):
+            fork(child)
+        over.set()
+        for thread in threads:
+            thread.join()
+    """)
+
+
+def test_the_module_imports_no_client(run):
+    """It takes one as it comes."""
+    code = "import sys, pybreaker; print([m for m in sys.modules if m == 'redis'])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True
+    )
+    assert done.stdout.strip() == b"[]"
