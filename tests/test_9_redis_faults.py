@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import time
 
-import fleet
 import pytest
 from fleet import about_redis, ask_all, until
 
