@@ -103,7 +103,7 @@ class Server:
 
     def __init__(self, binary, cluster=False):
         self._folder = tempfile.mkdtemp()
-        self._binary = binary
+        self.binary = binary
         self._cluster = cluster
         self._process = None
         self._clients = []
@@ -128,7 +128,7 @@ class Server:
             options["cluster-enabled"] = "yes"
             options["cluster-port"] = free_port()
         words = [word for key, value in options.items() for word in (f"--{key}", value)]
-        self._process = subprocess.Popen([self._binary, *map(str, words)])
+        self._process = subprocess.Popen([self.binary, *map(str, words)])
         until(lambda: self._process.poll() is not None or self._answers(), pause=0.01)
         if self._process.poll() is not None:
             raise RuntimeError(Path(self._folder, "log").read_text())

@@ -234,6 +234,15 @@ class Commands:
         """Is answered once all is made, with the seconds that the storage took."""
         return self._construction
 
+    def version(self):
+        """Of the library, where that is an installed one."""
+        from importlib import metadata
+
+        return metadata.version("pybreaker")
+
+    def client_version(self):
+        return sys.modules[type(self._client).__module__.partition(".")[0]].__version__
+
     def call(self, what="ask", times=1):
         """The outcomes of so many calls."""
         load = Load(self._breaker, threads=0, what=what)
@@ -300,6 +309,10 @@ class Commands:
 
     def state(self):
         return self._breaker.current_state
+
+    def look(self):
+        """The state, found in the storage, and told if it has changed."""
+        return self._breaker.state.name
 
     def see(self, *names):
         return [getattr(self._breaker, name) for name in names]

@@ -1,0 +1,362 @@
+"""Every client object that may be given to the storage, against each server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import fleet
+import pytest
+import redis
+import redis.asyncio
+import valkey
+import valkey.asyncio
+from fleet import ask_all, installed, until
+
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
+
+
+def boom():
+    raise ZeroDivisionError
+
+
+def calls_are_shared(mine, theirs):
+    """All that a client is needed for: failures, an opening, a trial, a closing."""
+    for breaker in (mine, theirs):
+        with pytest.raises(ZeroDivisionError):
+            breaker.call(boom)
+    until(lambda: mine.fail_counter == theirs.fail_counter == 2)
+    with pytest.raises(CircuitBreakerError) as caught:
+        mine.call(boom)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    until(lambda: theirs.current_state == "open")
+    until(lambda: theirs.retry_after == 0.0)
+
+    def work():
+        with pytest.raises(CircuitBreakerError):
+            mine.call(boom)
+        return "done"
+
+    assert theirs.call(work) == "done"
+    until(lambda: mine.current_state == "closed")
+    mine.half_open()
+    until(lambda: theirs.current_state == "half-open")
+    theirs.open()
+    until(lambda: mine.current_state == "open")
+    mine.close()
+    until(lambda: theirs.current_state == "closed")
+
+
+@pytest.fixture
+def share(namespace):
+    """Two breakers, each with a client of its own that `make` makes, share calls."""
+
+    def share(make, **settings):
+        breakers = []
+        for _ in range(2):
+            storage = CircuitRedisStorage(
+                "closed", make(), namespace, refresh=0.05, **settings
+            )
+            # A second, as Redis keeps openings in whole ones.
+            breakers.append(CircuitBreaker(3, 0.2, state_storage=storage))
+        calls_are_shared(*breakers)
+
+    return share
+
+
+@pytest.fixture
+def closing():
+    """Closes clients when the test is over."""
+    with contextlib.ExitStack() as stack:
+
+        def closing(client):
+            stack.callback(client.close)
+            return client
+
+        yield closing
+
+
+@pytest.mark.parametrize("module", [redis, valkey], ids=["redis-py", "valkey-py"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decode_responses": True},
+        {"decode_responses": True, "encoding": "latin-1"},
+        {"protocol": 3},
+        {"single_connection_client": True},
+        {"socket_timeout": 5, "retry_on_timeout": True, "health_check_interval": 1},
+    ],
+    ids=lambda options: "+".join(options) or "as it is",
+)
+def test_a_client_may_have_any_options(either_server, share, closing, module, options):
+    """What it returns may be bytes or text."""
+    client = module.Redis if module is redis else module.Valkey
+    share(lambda: closing(client(port=either_server.port, **options)))
+
+
+@pytest.mark.parametrize("module", [redis, valkey], ids=["redis-py", "valkey-py"])
+def test_a_client_may_be_made_from_a_url_or_share_a_pool(
+    server, share, closing, module
+):
+    """As Django's and Flask's usual clients are."""
+    client = module.Redis if module is redis else module.Valkey
+    scheme = "redis" if module is redis else "valkey"
+    url = f"{scheme}://127.0.0.1:{server.port}/1"
+    share(lambda: closing(client.from_url(url)))
+    assert server.client.keys("*") == []  # they are in the other database
+    pool = module.ConnectionPool(port=server.port, max_connections=3)
+    share(lambda: closing(client(connection_pool=pool)))
+    pool.disconnect()
+
+
+def test_a_client_may_speak_through_a_unix_socket(tmp_path, servers, closing, share):
+    """Where the server offers one."""
+    if not hasattr(socket, "AF_UNIX"):
+        pytest.skip("needs Unix sockets")
+    path = str(tmp_path / "s")
+    server = servers("valkey_server")
+    process = subprocess.Popen(
+        [server.binary, "--port", "0", "--unixsocket", path, "--save", ""],
+        stdout=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
+    try:
+        until(lambda: os.path.exists(path))
+        share(lambda: closing(redis.Redis(unix_socket_path=path)))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    "client",
+    [redis.asyncio.Redis, valkey.asyncio.Valkey],
+    ids=["redis-py", "valkey-py"],
+)
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_client_may_be_for_asyncio(either_server, share, client, decode):
+    """Without a loop of its own running anywhere."""
+    port = either_server.port
+    share(lambda: client(port=port, decode_responses=decode))
+
+
+@pytest.mark.parametrize(
+    "client",
+    [redis.asyncio.Redis, valkey.asyncio.Valkey],
+    ids=["redis-py", "valkey-py"],
+)
+def test_the_loop_of_an_asyncio_client_is_left_alone(server, namespace, client):
+    """It goes on being used there, before, between and after; the storage opens no
+    connection in that loop and uses none of the client's."""
+
+    async def main():
+        mine = client(port=server.port)
+        await mine.set("mine", "1")
+        storage = CircuitRedisStorage("closed", mine, namespace, refresh=0.02)
+        breaker = CircuitBreaker(2, 0.2, state_storage=storage)
+        tasks = asyncio.all_tasks()
+        outcomes = []
+
+        async def fail():
+            await mine.incr("mine")
+            raise ZeroDivisionError
+
+        async def succeed():
+            return await mine.incr("mine")
+
+        for func in [fail] * 3 + [succeed] * 50:
+            try:
+                outcomes.append(type(await breaker.call_async(func)))
+            except Exception as exc:
+                outcomes.append(type(exc))
+            await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == tasks
+        assert set(outcomes) == {ZeroDivisionError, CircuitBreakerError, int}
+        assert breaker.current_state == "closed"
+        assert int(await mine.get("mine")) > 3
+        await mine.aclose()
+
+    asyncio.run(main())
+    until(lambda: server.key(namespace, "state") == "closed")
+
+
+def test_an_asyncio_client_may_be_used_by_plain_calls(server, namespace):
+    """From threads that have no loop, while a loop runs elsewhere, and after it."""
+
+    async def main():
+        client = redis.asyncio.Redis(port=server.port)
+        storage = CircuitRedisStorage("closed", client, namespace, refresh=0.02)
+        breaker = CircuitBreaker(1, 0.2, state_storage=storage)
+
+        def work():
+            with pytest.raises(CircuitBreakerError):
+                breaker.call(boom)
+            until(lambda: breaker.retry_after == 0.0)
+            return breaker.call(int)
+
+        assert await asyncio.to_thread(work) == 0
+        return breaker
+
+    breaker = asyncio.run(main())
+    breaker.open()
+    until(lambda: server.key(namespace, "state") == "open")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One server that has all of a cluster's slots."""
+    server = fleet.Server(fleet.valkey_server(), cluster=True)
+    yield server
+    server.end()
+
+
+@pytest.mark.parametrize("module", [redis, valkey], ids=["redis-py", "valkey-py"])
+@pytest.mark.parametrize("cluster_mode", [False, True])
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_client_may_be_a_clusters(
+    cluster, share, closing, module, cluster_mode, decode
+):
+    """The keys need no hash tags, as no command has more than one."""
+    client = module.RedisCluster if module is redis else module.ValkeyCluster
+
+    def make():
+        return closing(
+            client(host="127.0.0.1", port=cluster.port, decode_responses=decode)
+        )
+
+    share(make, cluster_mode=cluster_mode)
+
+
+def test_cluster_mode_is_accepted_for_a_client_that_is_no_clusters(
+    server, share, closing
+):
+    """It has no meaning here, but code in the field says it."""
+    share(lambda: closing(redis.Redis(port=server.port)), cluster_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["redis", "redis.asyncio", "redis.cluster"])
+def test_redis_py_may_be_as_old_as_5(kind, server, cluster, fleet_of, namespace):
+    """Other tests have the newest there is for this Python."""
+    old = installed("redis==5.0.*")
+    port = cluster.port if kind == "redis.cluster" else server.port
+    workers = fleet_of(
+        port,
+        2,
+        path=[old],
+        client=kind,
+        breaker={"fail_max": 3, "reset_timeout": 0.5},
+        storage={"refresh": 0.05},
+    )
+    assert {version[:4] for version in ask_all(workers, "client_version")} == {"5.0."}
+    mine, theirs = workers
+    mine.ask("call", "fail", times=3)
+    until(lambda: theirs.ask("state") == "open")
+    until(lambda: theirs.ask("call", "ok")["outcomes"] == {"ok": 1})
+    until(lambda: ask_all(workers, "state") == ["closed", "closed"])
+    theirs.ask("do", "open")
+    until(lambda: mine.ask("state") == "open")
+    assert fleet.about_redis(mine) == fleet.about_redis(theirs) == []
+
+
+class NoClient:
+    """Has a method or two of a client's."""
+
+    def get(self, key):
+        return None
+
+    def set(self, key, value):
+        return True
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        None,
+        "redis://127.0.0.1",
+        6379,
+        {"state": "closed"},
+        object(),
+        NoClient(),
+        redis.Redis,
+        redis,
+        redis.asyncio.Redis,
+        redis.ConnectionPool(),
+    ],
+    ids=repr,
+)
+def test_something_else_is_refused_with_word_of_what_is_needed(thing):
+    """At once, and before any thread is started for it."""
+    with pytest.raises(TypeError, match="redis_object") as caught:
+        CircuitRedisStorage("closed", thing)
+    assert "Redis" in str(caught.value)
+
+
+def test_a_client_of_ones_own_class_will_do(server, share, closing):
+    """Instrumented ones are subclasses."""
+    commands = []
+
+    class Counted(redis.Redis):
+        def execute_command(self, *args, **options):
+            commands.append(args)
+            return super().execute_command(*args, **options)
+
+    share(lambda: closing(Counted(port=server.port)))
+
+
+def test_the_client_is_the_programs_to_close(server, namespace):
+    """That does no harm: it opens again, as those clients do."""
+    client = redis.Redis(port=server.port)
+    storage = CircuitRedisStorage("closed", client, namespace, refresh=0.05)
+    storage.increment_counter()
+    until(lambda: server.key(namespace, "fail_counter") == "1")
+    client.close()
+    storage.increment_counter()
+    until(lambda: server.key(namespace, "fail_counter") == "2")
+    client.close()
+
+
+def test_the_module_needs_no_client_that_is_not_used(tmp_path):
+    """With neither package there is, all the rest of the module works."""
+    program = """
+import sys
+sys.modules["redis"] = sys.modules["valkey"] = None  # importing them fails
+import pybreaker
+breaker = pybreaker.CircuitBreaker()
+assert breaker.call(int) == 0
+try:
+    pybreaker.CircuitRedisStorage("closed", object())
+except TypeError as exc:
+    assert "Redis" in str(exc)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=60)
+
+
+def test_a_busy_pool_holds_no_call_up(server, namespace):
+    """Where all of the client's connections are in use, the circuit is not shared
+    for a while, and that is all."""
+    pool = redis.BlockingConnectionPool(
+        port=server.port, max_connections=1, timeout=None
+    )
+    client = redis.Redis(connection_pool=pool)
+    storage = CircuitRedisStorage("closed", client, namespace, refresh=0.05)
+    breaker = CircuitBreaker(1000, state_storage=storage)
+    taken = pool.get_connection() if _needs_no_name(pool) else pool.get_connection("_")
+    began = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(ZeroDivisionError):
+            breaker.call(boom)
+    assert time.monotonic() - began < 0.5
+    pool.release(taken)
+    until(lambda: server.key(namespace, "fail_counter") not in (None, "0"))
+    client.close()
+
+
+def _needs_no_name(pool):
+    return int(redis.__version__.split(".")[0]) >= 6
