@@ -90,7 +90,7 @@ def closing():
         {"decode_responses": True, "encoding": "latin-1"},
         {"protocol": 3},
         {"single_connection_client": True},
-        {"socket_timeout": 5, "retry_on_timeout": True, "health_check_interval": 1},
+        {"socket_timeout": 5, "health_check_interval": 1},
     ],
     ids=lambda options: "+".join(options) or "as it is",
 )
@@ -288,7 +288,7 @@ class NoClient:
         redis.asyncio.Redis,
         redis.ConnectionPool(),
     ],
-    ids=repr,
+    ids=lambda thing: type(thing).__name__,
 )
 def test_something_else_is_refused_with_word_of_what_is_needed(thing):
     """At once, and before any thread is started for it."""
