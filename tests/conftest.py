@@ -173,17 +173,35 @@ def service(tmp_path):
     return fleet.Service(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def nurseries():
+    """By the folders in front of the path of their workers."""
+    import fleet
+
+    with contextlib.ExitStack() as stack:
+        started = {}
+
+        def nursery(path):
+            if path not in started:
+                started[path] = fleet.Nursery(path)
+                stack.callback(started[path].end)
+            return started[path]
+
+        yield nursery
+
+
 @pytest.fixture
-def fleet_of(namespace, service):
+def fleet_of(namespace, service, nurseries):
     """Starts workers on a port, all at once; returns them when they are ready."""
     import fleet
 
     with contextlib.ExitStack() as stack:
 
-        def start(port, number, **settings):
+        def start(port, number, path=(), **settings):
+            settings.update(port=port, namespace=namespace, service=str(service.folder))
             workers = []
             for _ in range(number):
-                workers.append(fleet.Worker(port, namespace, service, **settings))
+                workers.append(fleet.Worker(nurseries(tuple(path)), **settings))
                 stack.callback(workers[-1].end)
             fleet.ask_all(workers, "ready")
             return workers

@@ -26,7 +26,7 @@ import pybreaker
 
 HERE = Path(__file__).resolve().parent
 DEEP = bool(os.environ.get("PYBREAKER_DEEP"))
-PATIENCE = 30.0  # seconds that anybody waits before a test is given up
+PATIENCE = 60.0 if DEEP else 30.0  # seconds that anybody waits for a test
 
 names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
 
@@ -371,40 +371,58 @@ class Service:
         return most
 
 
+class Nursery:
+    """Starts workers. Those of one nursery have the same packages."""
+
+    def __init__(self, path):
+        ours = Path(pybreaker.__file__).parent
+        path = os.pathsep.join([*path, str(ours), *filter(None, sys.path)])
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "fleet_nursery.py")],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, settings):
+        self._process.stdin.write(json.dumps(settings) + "\n")
+        self._process.stdin.flush()
+
+    def end(self):
+        self._process.stdin.close()
+        self._process.wait(PATIENCE)
+
+
 class Worker:
     """A process with one breaker, which does what it is told."""
 
-    def __init__(self, port, namespace, service, **settings):
+    def __init__(self, nursery, **settings):
         """`settings` are those that fleet_worker.py knows."""
-        settings = {
-            "port": port,
-            "namespace": namespace,
-            "service": str(service.folder),
-            "path": [],
-            **settings,
-        }
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "fleet_worker.py"), json.dumps(settings)],
-            env={**os.environ, "PYTHONPATH": _path_of_ours()},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.pid = self._process.pid
+        self._errors = tempfile.NamedTemporaryFile("r")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(PATIENCE)
+            settings["test"] = listener.getsockname()[1]
+            settings["errors"] = self._errors.name
+            nursery.start(settings)
+            self._connection, _ = listener.accept()
+        self._connection.settimeout(None)
+        self._lines = self._connection.makefile("r")
         self._answers = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._killed = False
+        self.pid = int(self._lines.readline())
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self):
-        for line in self._process.stdout:
-            self._answers.put(json.loads(line))
-        self._answers.put({"traceback": "the worker has ended"})
+        with contextlib.suppress(ConnectionError):
+            for line in self._lines:
+                self._answers.put(json.loads(line))
+        self._answers.put({"traceback": "the worker has ended: "})
 
     def tell(self, command, *args, **kwargs):
         """Have it do something; `answer` waits until it is done."""
-        self._process.stdin.write(json.dumps([command, args, kwargs]) + "\n")
-        self._process.stdin.flush()
+        line = json.dumps([command, args, kwargs]) + "\n"
+        self._connection.sendall(line.encode())
 
     def answer(self):
         answer = self._answers.get(timeout=PATIENCE)
@@ -422,37 +440,31 @@ class Worker:
         return self._errors.read()
 
     def kill(self):
-        self._process.kill()
-        self._process.wait()
+        self._killed = True
+        os.kill(self.pid, signal.SIGKILL)
+        self._reader.join(PATIENCE)
 
     def leave(self):
-        """End it as a program ends; returns its exit status and the seconds."""
+        """End it as a program ends; returns the seconds that it takes."""
         began = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            status = self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+        self._reader.join(PATIENCE)
+        if self._reader.is_alive():
             self.kill()
-            raise
-        return status, time.monotonic() - began
+            raise AssertionError("the worker does not end")
+        return time.monotonic() - began
 
     def end(self):
         """End it, in any case. One that was not killed must have been content."""
-        killed = self._process.poll() == -signal.SIGKILL
         try:
-            status = self._process.returncode if killed else self.leave()[0]
-            errors = self.errors()
+            if not self._killed:
+                self.leave()
+            assert self.errors() == ""
         finally:
-            self._process.stdout.close()
+            self._lines.close()
+            self._connection.close()
             self._errors.close()
-        assert killed or (status, errors) == (0, "")
-
-
-def _path_of_ours():
-    return os.pathsep.join(
-        [str(Path(pybreaker.__file__).parent), *filter(None, sys.path)]
-    )
 
 
 def ask_all(workers, command, *args, **kwargs):
@@ -472,6 +484,9 @@ def exceptions(reports):
 
 def about_redis(worker):
     """The levels of what a worker has logged, its transitions left out."""
-    return [
-        level for level, message in worker.ask("log") if "fail_counter" not in message
-    ]
+    return [line[0] for line in said_of_redis(worker)]
+
+
+def said_of_redis(worker):
+    log = worker.ask("log")
+    return [line for line in log if "fail_counter " not in line[1]]

@@ -1,14 +1,14 @@
 """A process of the fleet: makes a breaker over a storage and does what it is told.
 
-Started by `fleet.Worker`, with its settings as JSON in its argument. Each line on
-stdin is a JSON list of a command, its arguments and its keyword arguments; each
-is answered with a line of JSON on stdout. It ends with its stdin.
+Each line on stdin is a JSON list of a command, its arguments and its keyword
+arguments, and is answered with a line of JSON on stdout. It ends with its stdin.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -18,7 +18,8 @@ import time
 import traceback
 from pathlib import Path
 
-SETTINGS = json.loads(sys.argv[1])
+SETTINGS = {}
+pybreaker = None  # is imported when the settings are known
 
 
 def shift_clock(seconds):
@@ -41,28 +42,17 @@ def shift_clock(seconds):
     module.datetime = Datetime
 
 
-if SETTINGS.get("clock"):
-    shift_clock(SETTINGS["clock"])
-
-sys.path[:0] = SETTINGS["path"]  # 1.4.1, or a certain redis-py
-
-import pybreaker  # noqa: E402
-
-
 class Down(Exception):
     """What the service raises."""
 
 
-FOLDER = Path(SETTINGS["service"])
-
-
 def mode():
-    return (FOLDER / "mode").read_text()
+    return Path(SETTINGS["service"], "mode").read_text()
 
 
 def note(what):
     line = f"{time.monotonic()} {os.getpid()} {what}\n"
-    with open(FOLDER / "log", "a") as log:
+    with open(Path(SETTINGS["service"], "log"), "a") as log:
         log.write(line)  # in one piece, as it is short
 
 
@@ -133,19 +123,30 @@ def make_client():
 
 
 class Records(logging.Handler):
+    """Remembers what is logged, and when it was."""
+
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def emit(self, record):
-        self.seen.append([record.levelname, record.getMessage()])
+        self.seen.append([record.levelname, record.getMessage(), time.monotonic()])
 
 
-class Changes(pybreaker.CircuitBreakerListener):
-    """Remembers the moves of the circuit, and when they were."""
+class Changes:
+    """A listener that remembers the moves of the circuit, and when they were."""
 
     def __init__(self):
         self.seen = []
+
+    def before_call(self, cb, func, *args, **kwargs):
+        pass
+
+    def success(self, cb):
+        pass
+
+    def failure(self, cb, exc):
+        pass
 
     def state_change(self, cb, old_state, new_state):
         self.seen.append([time.monotonic(), old_state.name, new_state.name])
@@ -330,7 +331,12 @@ class Commands:
         return self._changes.seen
 
 
-def main():
+def main(settings):
+    global pybreaker
+    SETTINGS.update(settings)
+    if settings.get("clock"):
+        shift_clock(settings["clock"])
+    pybreaker = importlib.import_module("pybreaker")
     commands = Commands()
     for line in sys.stdin:
         name, args, kwargs = json.loads(line)
@@ -339,7 +345,3 @@ def main():
         except Exception:
             answer = {"traceback": traceback.format_exc()}
         print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,11 +7,11 @@ import contextlib
 import time
 
 import pytest
-from fleet import about_redis, ask_all, until
+from fleet import DEEP, about_redis, ask_all, said_of_redis, until
 
 REFRESH = 0.1
 PATIENCE = 0.2
-FAULTS_LAST = 1.5  # seconds
+FAULTS_LAST = 2.0 if DEEP else 0.7  # seconds
 
 
 class Fault:
@@ -139,8 +139,8 @@ FAULTS = [
 ]
 
 
-def names_of(classes):
-    return [cls.__name__ for cls in classes]
+# Those that differ most, for what takes long.
+FEW = FAULTS if DEEP else [Stopped, Paused, Flushed]
 
 
 @pytest.fixture
@@ -172,18 +172,17 @@ def scene(server, proxies, namespace, service, fleet_of):
             for report in ask_all(self.workers, "unload"):
                 assert report["strange"] == []
                 assert set(report["outcomes"]) <= {"ok", "Down", "CircuitBreakerError"}
-                assert report["outcomes"]["ok"]
                 # What the machine held up is not the breaker's; several waits of
                 # a thread for its turn may fall within one call.
                 allowed = PATIENCE + 0.1 + 3 * report["oversleeping"]
                 assert report["longest"] <= allowed, report
             for worker in self.workers:
-                said = about_redis(worker)
+                said, log = about_redis(worker), said_of_redis(worker)
                 if self.fault.away is None:
-                    # Where it is away it says so once, where not it says nothing.
-                    assert said in ([], ["WARNING", "INFO"])
+                    # That it is away, or that a value was wrong, or nothing.
+                    assert said in ([], ["WARNING"], ["WARNING", "INFO"]), log
                 else:
-                    assert said == ["WARNING", "INFO"] * self.fault.away, said
+                    assert said == ["WARNING", "INFO"] * self.fault.away, log
 
     return Scene
 
@@ -192,7 +191,7 @@ def said_that_it_is_away(workers):
     return all("WARNING" in about_redis(worker) for worker in workers)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=names_of(FAULTS))
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_calls_go_on_while_redis_and_the_service_fail(scene, fault, service):
     """The service fails and comes back while Redis is away; then Redis is back, and
     the circuit opens and closes for both processes again."""
@@ -217,10 +216,11 @@ def test_calls_go_on_while_redis_and_the_service_fail(scene, fault, service):
     scene.judge()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=names_of(FAULTS))
+@pytest.mark.parametrize("fault", FEW, ids=lambda fault: fault.__name__)
 def test_an_open_circuit_outlives_a_fault(scene, fault, service, namespace, server):
     """It is open when Redis fails, and the service is still down when that is back."""
     scene = scene(fault)
+    scene.all_are("closed")
     service.mode = "down"
     scene.all_are("open")
     scene.fault.begin()
