@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import pybreaker
@@ -75,6 +76,15 @@ def test_needs_nothing_but_python():
     requires = metadata.requires("pybreaker") or []
     assert [line for line in requires if "extra ==" not in line] == []
     assert metadata.metadata("pybreaker")["Requires-Python"] == ">=3.9"
+
+
+def test_an_extra_brings_a_client_for_redis():
+    """``pip install pybreaker[redis]``"""
+    assert metadata.metadata("pybreaker").get_all("Provides-Extra") == ["redis"]
+    (needed,) = map(Requirement, metadata.requires("pybreaker"))
+    assert (needed.name, str(needed.specifier)) == ("redis", ">=5")
+    assert needed.marker.evaluate({"extra": "redis"})
+    assert not needed.marker.evaluate({"extra": ""})
 
 
 # Wheel and sdist
