@@ -1699,17 +1699,17 @@ class CircuitRedisStorage(CircuitMemoryStorage):
         with self._mutex:
             if self._counts_alone():
                 claim.answer(True)
-            elif time.monotonic() - self._refused_at < _PAUSE:
+                return claim
+            if time.monotonic() - self._refused_at < _PAUSE:
                 claim.answer(False)
-            else:
-                self._unasked.append(claim)
+                return claim
+            self._unasked.append(claim)
         self._courier.wake()
         return claim
 
     def _conclude(self, claim: _Claim) -> bool:
         with self._mutex:
             if claim.granted is False:
-                self._refused_at = time.monotonic()
                 return False
             self._claim = claim  # if it was not heard of, it may be on its way
             return True
@@ -1759,7 +1759,10 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             picture = self._look(writes, shared, bool(asked or unreturned))
             is_news = self._take_in(picture, shared)
             for claim in asked:
-                claim.answer(picture.holder == claim.token and not is_news)
+                granted = picture.holder == claim.token and not is_news
+                if not granted:
+                    self._refused_at = time.monotonic()
+                claim.answer(granted)
                 if claim.granted is False:
                     unreturned.append(claim)
                     if picture.lease == -1:  # nobody's: whoever holds one has a lease
