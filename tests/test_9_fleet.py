@@ -8,7 +8,7 @@ import time
 import pytest
 from fleet import DEEP, about_redis, ask_all, exceptions, installed, never, until
 
-REFRESH = 0.1
+REFRESH = 0.25
 TIMEOUTS = [0.5, 1, 2, 5] if DEEP else [0.5, 1]
 ONLY = {"ok", "Down", "CircuitBreakerError"}  # how a call may end
 

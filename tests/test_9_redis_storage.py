@@ -665,6 +665,7 @@ def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
     asked = sum("NX" in map(str.upper, words) for words in commands)
     assert rejected > 20
     assert 3 <= asked <= 11
+    assert len(commands) <= 12 * (asked + 1)
     server.client.delete(f"{namespace}:pybreaker:trial")
     until(lambda: succeeds(breaker), timeout=2)
 
