@@ -686,11 +686,10 @@ class CircuitBreaker:
         Returns the state that admits the call and, if it is a trial, the trial.
         That takes the place at once, but begins when the storage grants it.
         """
-        state, storage = self._state, self._circuit_storage
-        if storage._open_book and storage.state == state.name:
+        state, heard = self._state, self._heard
+        if state._visible.state == state.name:
             # What is decided here changes nothing, so it needs no lock.
-            heard = self._heard
-            if state._has_shortcut:
+            if state.name == STATE_CLOSED:
                 if "before_call" not in heard and self._nobody_hears("before_call"):
                     return state, None
             elif "rejected" not in heard and self._nobody_hears("rejected"):
@@ -845,9 +844,11 @@ class CircuitBreaker:
             if (
                 not failed
                 and "success" not in self._heard
-                and self._has_nothing_to_settle(state)
+                and state._visible.state == state.name == STATE_CLOSED
+                and not state._visible.counter
+                and self._nobody_hears("success")
             ):
-                return
+                return  # this success changes nothing, so it needs no lock
             with self._lock:
                 if storage.state != self._state.name:
                     self._look()
@@ -868,17 +869,6 @@ class CircuitBreaker:
                 self._vacate(trial)
             if self._unlogged:
                 self._log_what_happened()
-
-    def _has_nothing_to_settle(self, state: CircuitBreakerState) -> bool:
-        """Whether a success would change nothing, as seen without the lock."""
-        storage = self._circuit_storage
-        return (
-            state._has_shortcut
-            and storage._open_book
-            and storage.state == state.name
-            and not storage.counter
-            and self._nobody_hears("success")
-        )
 
     def _inc_counter(self) -> None:
         # With the lock held. Code in the field puts its own in this one's place.
@@ -904,7 +894,7 @@ class CircuitBreaker:
         # A storage that fails here will be found moved at the next look.
         count = self._circuit_storage.counter
         self._state = new
-        old._shortcut = _NO_SHORTCUT
+        old._shortcut = _HIDDEN
         self._find_shortcut()
         if trial is not None and not (cause.by_trial and trial.begun):
             self._vacate(trial)
@@ -946,12 +936,11 @@ class CircuitBreaker:
     def _find_shortcut(self) -> None:
         """Let calls pass without the lock where a closed state and no listener
         leave no question but what the storage says, which can be seen."""
-        clear = (
-            self._state._has_shortcut
-            and self._told_listeners == ()
-            and self._circuit_storage._open_book
-        )
-        self._state._shortcut = self._circuit_storage if clear else _NO_SHORTCUT
+        state, storage = self._state, self._circuit_storage
+        visible = state._is_plain and storage._open_book
+        state._visible = storage if visible else _HIDDEN
+        clear = state._admits_all and self._told_listeners == ()
+        state._shortcut = state._visible if clear else _HIDDEN
         # Spares calls that have somebody to tell the search for somebody.
         heard = (e for e in _EVENTS if not self._nobody_hears(e))
         self._heard = frozenset(heard) if self._told_listeners else _NOTHING
@@ -1041,10 +1030,18 @@ class CircuitBreakerState:
     circuit by hand; older releases left no other way to guard a coroutine.
     """
 
-    __slots__ = ("_breaker", "name", "reason", "_shortcut", "__dict__", "__weakref__")
+    __slots__ = (
+        "_breaker",
+        "name",
+        "reason",
+        "_visible",
+        "_shortcut",
+        "__dict__",
+        "__weakref__",
+    )
 
     _admits_all = False
-    _has_shortcut = False  # for calls that neither count nor have to be told
+    _is_plain = False  # and does no more than is written here
     _rejection = ""  # that a rejected call is told
 
     def __init__(self, cb: CircuitBreaker, name: str) -> None:
@@ -1052,11 +1049,14 @@ class CircuitBreakerState:
         self.name: str = name
         self.reason: str = "new"
         """Why the era began, in words: ``'by hand'``, or what happened."""
-        self._shortcut: Any = _NO_SHORTCUT
+        # The storage, or its stand-in where it takes the lock to read it.
+        self._visible: Any = _HIDDEN
+        # The same, for calls that neither count nor have to be told.
+        self._shortcut: Any = _HIDDEN
 
     def __init_subclass__(cls) -> None:
         # A subclass may do more than its base, so it does not inherit this.
-        cls._has_shortcut = vars(cls).get("_has_shortcut", False)
+        cls._is_plain = vars(cls).get("_is_plain", False)
 
     def __str__(self) -> str:
         return self.name
@@ -1153,7 +1153,7 @@ class CircuitClosedState(CircuitBreakerState):
     __slots__ = ()
 
     _admits_all = True
-    _has_shortcut = True
+    _is_plain = True
 
     def __init__(
         self,
@@ -1195,6 +1195,7 @@ class CircuitOpenState(CircuitBreakerState):
 
     __slots__ = ()
 
+    _is_plain = True
     _rejection = _REJECTED
 
     def __init__(
@@ -1224,6 +1225,7 @@ class CircuitHalfOpenState(CircuitBreakerState):
 
     __slots__ = ()
 
+    _is_plain = True
     _rejection = f"{_REJECTED}: a trial call is running"
 
     def __init__(
@@ -2580,9 +2582,10 @@ _DEAF = frozenset(getattr(CircuitBreakerListener, event) for event in _EVENTS)
 _STATE_NAMES = f"{STATE_CLOSED!r}, {STATE_OPEN!r} or {STATE_HALF_OPEN!r}"
 _PLAIN_CALL = CircuitBreaker.call
 
-# Has failures to forget, so that no call passes it by.
-_NO_SHORTCUT = CircuitMemoryStorage(STATE_OPEN)
-_NO_SHORTCUT.counter = 1
+# In no state and with failures to forget, so that no call passes it by.
+_HIDDEN = CircuitMemoryStorage(STATE_OPEN)
+_HIDDEN.state = "hidden"
+_HIDDEN.counter = 1
 
 _UNGUARDED: Any = _Unguarded()
 
