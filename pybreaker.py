@@ -989,14 +989,12 @@ class CircuitBreaker:
     def _nobody_hears(self, event: str) -> bool:
         """Whether telling the listeners of the event would do nothing. Asked
         anew for each, as a method may be patched while its listener is here."""
-        for listener in self._told_listeners:
-            try:
-                method = getattr(listener, event, None)
-                if method is not None:
-                    if getattr(method, "__func__", None) not in _DEAF:
-                        return False
-            except Exception:
-                return False  # _tell() will log it
+        try:
+            for listener in self._told_listeners:
+                if getattr(listener, event, _DEAF_METHOD).__func__ not in _DEAF:
+                    return False
+        except Exception:  # it has no such method as we know: _tell() finds out
+            return False
         return True
 
     def _breaker_error(self, message: str, wait: float) -> CircuitBreakerError:
@@ -2578,6 +2576,7 @@ _NOTHING: frozenset[str] = frozenset()
 
 # Methods of listeners that do nothing.
 _DEAF = frozenset(getattr(CircuitBreakerListener, event) for event in _EVENTS)
+_DEAF_METHOD: Any = CircuitBreakerListener().success
 
 _STATE_NAMES = f"{STATE_CLOSED!r}, {STATE_OPEN!r} or {STATE_HALF_OPEN!r}"
 _PLAIN_CALL = CircuitBreaker.call
