@@ -692,7 +692,7 @@ class CircuitBreaker:
             if state.name == STATE_CLOSED:
                 if "before_call" not in heard and self._nobody_hears("before_call"):
                     return state, None
-            elif "rejected" not in heard and self._nobody_hears("rejected"):
+            elif not self._told_listeners or self._nobody_hears("rejected"):
                 wait = state._wait()
                 if wait > 0.0 and not (
                     self._trial_in_place and self._is_within_trial()
@@ -1454,7 +1454,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
         elapsed = time.monotonic() - self._opened
         # A clock that has jumped by decades is another one (freezegun's starts
         # in 1970); then all that can be compared is the moment.
-        return elapsed if abs(elapsed) < 1e9 else _age(self._moment)
+        return elapsed if -1e9 < elapsed < 1e9 else _age(self._moment)
 
     def _open_now(self) -> None:
         if self._open_book:  # in one step for those who read without the lock
