@@ -270,11 +270,10 @@ class CircuitBreaker:
             self._settle(state, trial, exc)
             raise
         try:
-            lazy = type(result) in _CODES_OF_RESULTS
-        except TypeError:  # a class that cannot be hashed
-            lazy = False
-        if lazy:
-            return self._guard_result(result, (state, trial))  # type: ignore[no-any-return]
+            if type(result) in _CODES_OF_RESULTS:
+                return self._guard_result(result, (state, trial))  # type: ignore[no-any-return]
+        except TypeError:
+            pass  # a class that cannot be hashed, so it is none of these
         if state._shortcut._fail_counter:
             self._settle(state, trial)
         return result
@@ -577,11 +576,10 @@ class CircuitBreaker:
             # Looking the class up was measured to be faster than comparing it
             # with each of the three.
             try:
-                lazy = type(result) in _CODES_OF_RESULTS
-            except TypeError:  # a class that cannot be hashed
-                lazy = False
-            if lazy:
-                return self._guard_result(result, (state, trial))
+                if type(result) in _CODES_OF_RESULTS:
+                    return self._guard_result(result, (state, trial))
+            except TypeError:
+                pass  # a class that cannot be hashed, so it is none of these
             if state._shortcut._fail_counter:
                 self._settle(state, trial)
             return result
@@ -689,7 +687,7 @@ class CircuitBreaker:
         That takes the place at once, but begins when the storage grants it.
         """
         state, heard = self._state, self._heard
-        if state._visible.state == state.name:
+        if state._visible._state == state.name:
             # What is decided here changes nothing, so it needs no lock.
             if state.name == STATE_CLOSED:
                 if "before_call" not in heard and self._nobody_hears("before_call"):
@@ -846,8 +844,8 @@ class CircuitBreaker:
             if (
                 not failed
                 and "success" not in self._heard
-                and state._visible.state == state.name == STATE_CLOSED
-                and not state._visible.counter
+                and state._visible._state == state.name == STATE_CLOSED
+                and not state._visible._fail_counter
                 and self._nobody_hears("success")
             ):
                 return  # this success changes nothing, so it needs no lock
