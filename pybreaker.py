@@ -689,7 +689,7 @@ class CircuitBreaker:
         state, heard = self._state, self._heard
         if state._visible._state == state.name:
             # What is decided here changes nothing, so it needs no lock.
-            if state.name == STATE_CLOSED:
+            if state._admits_all:
                 if "before_call" not in heard and self._nobody_hears("before_call"):
                     return state, None
             elif not self._told_listeners or self._nobody_hears("rejected"):
@@ -844,7 +844,8 @@ class CircuitBreaker:
             if (
                 not failed
                 and "success" not in self._heard
-                and state._visible._state == state.name == STATE_CLOSED
+                and state._admits_all
+                and state._visible._state == state.name
                 and not state._visible._fail_counter
                 and self._nobody_hears("success")
             ):
@@ -854,7 +855,8 @@ class CircuitBreaker:
                     self._look()
                 if exc is None or not failed:
                     if state is self._state:
-                        state._succeeded()
+                        # A subclass may have its own; ours takes the lock again.
+                        state._succeeded() if state._is_plain else state.on_success()
                     self._tell("success", (self,))
                 else:
                     if state is self._state:
@@ -862,7 +864,7 @@ class CircuitBreaker:
                     if self._told_listeners:
                         self._tell("failure", (self, exc))
                     if state is self._state:
-                        state._failed(exc)
+                        state._failed(exc) if state._is_plain else state.on_failure(exc)
         finally:
             exc = None  # if it is raised, its traceback holds this frame
             if trial is not None:
@@ -1138,7 +1140,8 @@ class CircuitBreakerState:
     def _trip(self, exc: BaseException, message: str, cause: _Cause) -> NoReturn:
         breaker = self._breaker
         try:
-            if breaker._because(cause, breaker.open):
+            # Older subclasses have an open() that returns nothing.
+            if breaker._because(cause, breaker.open) is not False:
                 raise breaker._breaker_error(message, breaker._state._wait()) from exc
             raise exc
         finally:

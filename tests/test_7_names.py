@@ -1513,3 +1513,42 @@ def test_the_error_of_a_trip_into_a_mocked_state_can_be_read(fail):
         with pytest.raises(CircuitBreakerError, match="threshold reached") as info:
             breaker.call(fail)
     assert "next trial in" in str(info.value)
+
+
+def test_a_state_class_in_the_place_of_one_hears_how_guarded_calls_end(
+    monkeypatch, fail, boom
+):
+    """Its on_success and on_failure are what decides."""
+    heard = []
+
+    class WatchedState(pybreaker.CircuitClosedState):
+        def on_success(self):
+            heard.append("success")
+            super().on_success()
+
+        def on_failure(self, exc):
+            heard.append(exc)
+            super().on_failure(exc)
+
+    monkeypatch.setattr(pybreaker, "CircuitClosedState", WatchedState)
+    breaker = CircuitBreaker(fail_max=2)
+    with pytest.raises(boom) as failed:
+        breaker.call(fail)
+    breaker.call(int)
+    assert heard == [failed.value, "success"]
+    assert breaker.fail_counter == 0
+    breaker.fail_max = 1
+    with pytest.raises(CircuitBreakerError):
+        breaker(fail)()
+    assert len(heard) == 3
+
+
+def test_an_open_method_that_returns_nothing_lets_the_trip_raise_its_error(fail):
+    """Such are those of subclasses that are older than throw_new_error_on_trip."""
+
+    class Old(CircuitBreaker):
+        def open(self):
+            super().open()
+
+    with pytest.raises(CircuitBreakerError):
+        Old(fail_max=1).call(fail)
