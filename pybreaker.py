@@ -1410,9 +1410,6 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
     _state: str
     _fail_counter: int
     _success_counter: int
-    state: str
-    counter: int
-    success_counter: int
 
     def __init__(self, state: str) -> None:
         self._state = _checked_state("state", state)
@@ -1475,9 +1472,12 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
             setattr(self, name, value)
 
 
-CircuitMemoryStorage.state = CircuitMemoryStorage._state
-CircuitMemoryStorage.counter = CircuitMemoryStorage._fail_counter
-CircuitMemoryStorage.success_counter = CircuitMemoryStorage._success_counter
+for _public, _slot in (
+    ("state", "_state"),
+    ("counter", "_fail_counter"),
+    ("success_counter", "_success_counter"),
+):
+    setattr(CircuitMemoryStorage, _public, vars(CircuitMemoryStorage)[_slot])
 
 
 class CircuitRedisStorage(CircuitMemoryStorage):
@@ -1838,8 +1838,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
         """Bring this process up to date. Returns whether the circuit has moved."""
         state, opened_at = picture.circuit
         is_news = self._unheard or picture.circuit != shared
-        if is_news and state == STATE_OPEN:
-            age = self._link.age_of(opened_at)
+        age = self._link.age_of(opened_at) if is_news and state == STATE_OPEN else 0.0
         with self._mutex:
             self._unheard = False
             self._shared = picture.circuit
@@ -2110,7 +2109,7 @@ class _Picture:
             self.holder = self._value("trial", replies[4], str)
             self.lease = replies[5]
 
-    def _value(self, key: str, reply: Any, read: Callable[[str], _T]) -> _T | None:
+    def _value(self, key: str, reply: Any, read: Callable[[Any], _T]) -> _T | None:
         if isinstance(reply, Exception) and not _is_about_a_value(reply):
             raise reply
         try:
@@ -2586,8 +2585,8 @@ _PLAIN_CALL = CircuitBreaker.call
 
 # In no state and with failures to forget, so that no call passes it by.
 _HIDDEN = CircuitMemoryStorage(STATE_OPEN)
-_HIDDEN.state = "hidden"
-_HIDDEN.counter = 1
+_HIDDEN._state = "hidden"
+_HIDDEN._fail_counter = 1
 
 _UNGUARDED: Any = _Unguarded()
 
