@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
+import sys
 
 import pytest
 
@@ -20,6 +22,12 @@ def drive(coroutine):
     except StopIteration as stop:
         return stop.value
     raise AssertionError("the coroutine waited for something")
+
+
+def let_go():
+    """Finalizers run, where references are not counted, of what nobody holds."""
+    if sys.implementation.name != "cpython":
+        gc.collect()
 
 
 def pairwise(**parameters):

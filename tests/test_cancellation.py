@@ -12,7 +12,7 @@ import contextlib
 import types
 
 import pytest
-from support import PATIENCE, pairwise
+from support import PATIENCE, let_go, pairwise
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
@@ -321,6 +321,8 @@ def test_a_coroutine_that_is_closed_at_any_await_decides_nothing(
         coroutine = way(breaker, Work(cleanup=False))
         advance(coroutine, awaits)
         coroutine.close()
+        del coroutine  # an async generator in it ends with it
+        let_go()
         assert_nothing_was_decided(breaker, recorder, began_as)
 
 
@@ -378,6 +380,8 @@ def test_a_trial_that_was_admitted_and_never_ran_gives_its_place_back_with_time(
     else:
         with pytest.raises(asyncio.CancelledError):
             made.throw(asyncio.CancelledError())
+    del made
+    let_go()
     clock.advance(9)
     assert breaker.retry_after == 1.0
     clock.advance(1)
