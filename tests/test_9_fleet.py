@@ -34,7 +34,7 @@ def all_are(workers, state):
 def open_all(workers, service):
     """The service goes down under load, until all know."""
     service.mode = "down"
-    ask_all(workers, "load", threads=2)
+    ask_all(workers, "load", threads=2, pause=0.03)
     until(lambda: all_are(workers, "open"))
     return time.monotonic()
 
@@ -47,8 +47,13 @@ def closes_for_all(workers, service, server, namespace):
     until(lambda: all("ok" in r["outcomes"] for r in ask_all(workers, "report")))
     reports = ask_all(workers, "unload")
     assert exceptions(reports) <= ONLY, reports
-    for worker in workers:
-        assert about_redis(worker) == []
+    for worker, report in zip(workers, reports):
+        nobody_missed_redis(worker, report)
+
+
+def nobody_missed_redis(worker, report):
+    """A process that the machine has held up may have waited in vain for it."""
+    assert about_redis(worker) == [] or report["oversleeping"] > REFRESH / 2
 
 
 @pytest.mark.parametrize("timeout", TIMEOUTS)
@@ -214,7 +219,7 @@ def test_half_a_fleet_may_be_of_the_old_release(mixed, service, server, namespac
     each; ours leave their keys as they want them."""
     ours, theirs = mixed
     both = ours + theirs
-    ask_all(both, "load", threads=2)
+    ask_all(both, "load", threads=2, pause=0.03)
     time.sleep(0.3)
     for _ in range(2):
         service.mode = "down"
@@ -228,8 +233,8 @@ def test_half_a_fleet_may_be_of_the_old_release(mixed, service, server, namespac
         until(lambda: server.key(namespace, "fail_counter") == "0")
     reports = ask_all(both, "unload")
     assert exceptions(reports) <= ONLY, reports
-    for worker in ours:
-        assert about_redis(worker) == []
+    for worker, report in zip(ours, reports):
+        nobody_missed_redis(worker, report)
 
 
 def test_old_and_new_count_together(mixed, service, server, namespace):
