@@ -2064,6 +2064,8 @@ class _RedisLink:
 
             pool = self.client.connection_pool
             self._loop = asyncio.new_event_loop()
+            # Python 3.9's locks look for it when they are made.
+            asyncio.set_event_loop(self._loop)
             self._own = type(self.client)(
                 connection_pool=type(pool)(
                     connection_class=pool.connection_class, **pool.connection_kwargs
