@@ -95,11 +95,11 @@ class Model:
 
     def may_begin(self, trial, granted, what):
         """It goes on only if the era is still the same, and the place its own."""
-        self.look()
         if granted and self.place is not None:
             self.place.claimed = True  # even if another call holds it by now
         elif granted:
             self.released += 1
+        self.look()
         if self.place is not trial:
             return False
         if not granted:

@@ -25,9 +25,11 @@ def drive(coroutine):
 
 
 def let_go():
-    """Finalizers run, where references are not counted, of what nobody holds."""
+    """Finalizers run, where references are not counted, of what nobody holds, and
+    of what these let go."""
     if sys.implementation.name != "cpython":
-        gc.collect()
+        for _ in range(3):
+            gc.collect()
 
 
 def pairwise(**parameters):

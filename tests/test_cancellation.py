@@ -321,8 +321,9 @@ def test_a_coroutine_that_is_closed_at_any_await_decides_nothing(
         coroutine = way(breaker, Work(cleanup=False))
         advance(coroutine, awaits)
         coroutine.close()
-        del coroutine  # an async generator in it ends with it
-        let_go()
+        del coroutine
+        if "async_generator" in way.__name__:  # which ends when nobody holds it
+            let_go()
         assert_nothing_was_decided(breaker, recorder, began_as)
 
 
