@@ -207,3 +207,4 @@ def fleet_of(namespace, service, nurseries):
             return workers
 
         yield start
+        service.mode = "up"  # so that none hangs

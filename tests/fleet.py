@@ -235,7 +235,7 @@ class Proxy:
         self._connections = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._go(self._accept)
 
     def cut(self):
         """Nothing gets through, and everybody sees it."""
@@ -264,6 +264,9 @@ class Proxy:
         self.cut()
         self._passing.set()
 
+    def _go(self, work, *args):
+        threading.Thread(target=work, args=args, name="proxy", daemon=True).start()
+
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
@@ -280,9 +283,7 @@ class Proxy:
                     self.cut()
                 doomed = []  # not empty if the next answer is to be lost
                 for ends in ((near, far), (far, near)):
-                    threading.Thread(
-                        target=self._carry, args=(*ends, near, doomed), daemon=True
-                    ).start()
+                    self._go(self._carry, *ends, near, doomed)
 
     def _carry(self, source, target, near, doomed):
         with contextlib.suppress(OSError):

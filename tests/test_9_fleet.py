@@ -87,28 +87,28 @@ def test_one_trial_goes_out_for_each_timeout(
 
 
 def assert_gaps(trials, timeout):
-    """They are at least the timeout apart, the time for the claim itself aside:
-    from Redis's answer until the service sees the call."""
+    """They are the timeout apart: nearly, as some time passes between Redis's
+    answer and the moment that the service sees the call."""
     for earlier, later in zip(trials, trials[1:]):
-        assert later.at - earlier.at > timeout - 0.15, trials
+        assert later.at - earlier.at > 0.6 * timeout, trials
 
 
 def test_a_trial_that_is_cancelled_is_followed_by_another_at_once(
     workers, service, server, namespace
 ):
     """One at a time, however: the claim is released first."""
-    four = workers(4, reset_timeout=0.5)
+    four = workers(4, reset_timeout=1.5)
     began = open_all(four, service)
     ask_all(four, "unload")
     time.sleep(0.05)
     service.mode = "hanging"
     for worker in four:
-        worker.tell("call_async_until", "closed", timeout=0.3, pause=0.02)
+        worker.tell("call_async_until", "closed", timeout=0.2, pause=0.02)
     until(lambda: len(service.since(began + 0.05)) >= 5)
     assert service.most_at_once(began + 0.05) == 1
     trials = service.since(began + 0.05)
     # Faster than one for each timeout would be.
-    assert trials[4].at - trials[0].at < 4 * 0.5 + 1.0
+    assert trials[4].at - trials[0].at < 4 * 1.5
     service.mode = "up"
     outcomes = [worker.answer() for worker in four]
     assert sum(outcome.get("TimeoutError", 0) for outcome in outcomes) >= 4
@@ -155,19 +155,23 @@ def test_the_fleet_opens_after_few_failures(workers, service):
 
 def test_an_idle_process_learns_of_an_opening_within_two_refreshes(workers):
     """And of any move by hand within one."""
-    refresh, slack = 0.5, 0.35
+    refresh = 0.5
     idle, busy = workers(2, fail_max=3, reset_timeout=30, storage={"refresh": refresh})
+
+    # Which sees how late the machine makes them.
+    ask_all([idle, busy], "load", threads=0)
 
     def seconds_until_it_knows(state):
         until(lambda: idle.ask("look") == state)
         (moved, *_), (found, *_) = busy.ask("changes")[-1], idle.ask("changes")[-1]
-        return found - moved
+        reports = ask_all([idle, busy], "report")
+        return found - moved - 5 * max(r["oversleeping"] for r in reports)
 
     for move, state in (("open", "open"), ("close", "closed")):
         busy.ask("do", move)
-        assert seconds_until_it_knows(state) < refresh + slack
+        assert seconds_until_it_knows(state) < refresh + 0.3
     busy.ask("call", "fail", times=3)
-    assert seconds_until_it_knows("open") < 2 * refresh + slack
+    assert seconds_until_it_knows("open") < 2 * refresh + 0.3
 
 
 def test_a_bad_host_shuts_nobody_else_out(workers, service):

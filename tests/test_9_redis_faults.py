@@ -14,6 +14,9 @@ PATIENCE = 0.2
 FAULTS_LAST = 2.0 if DEEP else 0.7  # seconds
 
 
+COUNTS_AND_STATE = ("state", "fail_counter", "success_counter", "opened_at")
+
+
 class Fault:
     """Something that happens to Redis. `away` says whether it does not answer."""
 
@@ -113,9 +116,10 @@ class WrongType(Fault):
     away = None
 
     def begin(self):
-        for name in ("state", "fail_counter", "success_counter", "opened_at", "trial"):
-            self.server.client.delete(self.key(name))
-            self.server.client.rpush(self.key(name), "a list")
+        with self.server.client.pipeline() as at_once:
+            for name in (*COUNTS_AND_STATE, "trial"):
+                at_once.delete(self.key(name)).rpush(self.key(name), "a list")
+            at_once.execute()
 
     def end(self):
         with contextlib.suppress(Exception):  # what there is now may be right
@@ -126,8 +130,8 @@ class Garbage(Fault):
     away = None
 
     def begin(self):
-        for name in ("state", "fail_counter", "success_counter", "opened_at"):
-            self.server.client.set(self.key(name), b"\xff\xfe garbage")
+        garbage = b"\xff\xfe garbage"
+        self.server.client.mset({self.key(name): garbage for name in COUNTS_AND_STATE})
 
     def end(self):
         self.server.client.delete(*self.server.client.keys("*"))
