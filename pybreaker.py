@@ -1822,7 +1822,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
                 count = getattr(self, "_" + key)
                 if key in broken:
                     repairs.append(("SET", key, count))
-                elif picture.state is None and not self._away:
+                elif picture.state is None and not (self._away or self._unheard):
                     repairs.append(("SET", key, count, "NX"))
             if "opened_at" in broken and opened_at is None:
                 repairs.append(("DEL", "opened_at"))
