@@ -1196,14 +1196,14 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_shares_the_circuit(run, key):
     """It and its parent each go on with a courier of their own."""
     run("""
-        breaker = breaker_of(refresh=0.05)
+        breaker = breaker_of(refresh=0.3)
         fail(breaker)
         until(lambda: breaker._state_storage.counter == 1)
 
         def child():
             fail(breaker)
             until(lambda: breaker.fail_counter == 2)
-            other = breaker_of(refresh=0.05)
+            other = breaker_of(refresh=0.3)
             until(lambda: other.fail_counter == 2)
             breaker.open()
             until(lambda: other.current_state == "open")
@@ -1219,11 +1219,11 @@ def test_a_fork_warns_of_no_thread(run):
     is not there at that moment, and is there again after it."""
     run("""
         warnings.simplefilter("error")
-        breaker = breaker_of(refresh=0.05)
+        breaker = breaker_of(refresh=0.3)
         for _ in range(5):
             fail(breaker)
             fork(lambda: fail(breaker))
-        other = breaker_of(refresh=0.05)
+        other = breaker_of(refresh=0.3)
         breaker.open()
         until(lambda: other.current_state == "open")
     """)
@@ -1233,7 +1233,7 @@ def test_a_fork_warns_of_no_thread(run):
 def test_what_was_not_sent_before_a_fork_is_sent_once(run, key):
     """By the parent: the child's are the child's."""
     run("""
-        breaker = breaker_of(refresh=0.05)
+        breaker = breaker_of(refresh=0.3)
         def child():
             fail(breaker)
             until(lambda: breaker.fail_counter == 11)
