@@ -1030,16 +1030,6 @@ class CircuitBreakerState:
     circuit by hand; older releases left no other way to guard a coroutine.
     """
 
-    __slots__ = (
-        "_breaker",
-        "name",
-        "reason",
-        "_visible",
-        "_shortcut",
-        "__dict__",
-        "__weakref__",
-    )
-
     _admits_all = False
     _is_plain = False  # and does no more than is written here
     _rejection = ""  # that a rejected call is told
@@ -1151,8 +1141,6 @@ class CircuitBreakerState:
 class CircuitClosedState(CircuitBreakerState):
     """Calls pass, and failures in a row are counted."""
 
-    __slots__ = ()
-
     _admits_all = True
     _is_plain = True
 
@@ -1194,8 +1182,6 @@ class CircuitOpenState(CircuitBreakerState):
     """Calls are rejected until the timeout has passed. No call that ends now
     was admitted in this era, so none counts."""
 
-    __slots__ = ()
-
     _is_plain = True
     _rejection = _REJECTED
 
@@ -1223,8 +1209,6 @@ class CircuitOpenState(CircuitBreakerState):
 
 class CircuitHalfOpenState(CircuitBreakerState):
     """One call at a time, the trial, finds out whether the trouble is over."""
-
-    __slots__ = ()
 
     _is_plain = True
     _rejection = f"{_REJECTED}: a trial call is running"
