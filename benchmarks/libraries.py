@@ -4,6 +4,8 @@ A worker makes one object of a library's class, which imports the library. What
 the library has no way to do is None.
 """
 
+import asyncio
+import functools
 from datetime import timedelta
 
 NEVER = 10**9  # failures in a row that nobody waits for
@@ -19,6 +21,9 @@ class Library:
 
     empty_listener = None
     """A listener with methods of its own that do nothing."""
+
+    client = None
+    """What is installed beside it to share circuits; None if it is not asked to."""
 
     def fresh(self, name):
         """A breaker that nobody has changed anything about."""
@@ -37,6 +42,15 @@ class Library:
     def call(self, breaker):
         return breaker.call
 
+    def shared(self, url, name, fail_max, timeout):
+        """A decorator. Whoever calls what it made, in any process, goes by the one
+        circuit of this name, which opens after so many failures in a row."""
+        raise NotImplementedError
+
+    async def shared_by_coroutines(self, url, name, fail_max, timeout):
+        """The same for coroutine functions."""
+        raise NotImplementedError
+
 
 class PyBreaker(Library):
     """The ``pybreaker.py`` above this directory."""
@@ -44,6 +58,7 @@ class PyBreaker(Library):
     title = "this library"
     requirement = distribution = None
     module = "pybreaker"
+    client = "redis"
 
     def __init__(self):
         import pybreaker
@@ -72,6 +87,18 @@ class PyBreaker(Library):
     def breaker(self, fail_max=NEVER, listeners=(), exclude=()):
         return self.Breaker(fail_max, HOUR, listeners=listeners, exclude=exclude)
 
+    def shared(self, url, name, fail_max, timeout):
+        import redis
+
+        from pybreaker import STATE_CLOSED, CircuitRedisStorage
+
+        client = redis.Redis.from_url(url)
+        storage = CircuitRedisStorage(STATE_CLOSED, client, namespace=name)
+        return self.Breaker(fail_max, timeout, state_storage=storage)
+
+    async def shared_by_coroutines(self, url, name, fail_max, timeout):
+        return self.shared(url, name, fail_max, timeout)
+
 
 class PyBreaker141(PyBreaker):
     title = "pybreaker"
@@ -79,6 +106,20 @@ class PyBreaker141(PyBreaker):
     distribution = "pybreaker"
 
     decorated_coroutine_function = None
+
+    async def shared_by_coroutines(self, url, name, fail_max, timeout):
+        """Around an await there can be a block, which is not asynchronous."""
+        breaker = self.shared(url, name, fail_max, timeout)
+
+        def decorate(func):
+            @functools.wraps(func)
+            async def guarded(*args):
+                with breaker.calling():
+                    return await func(*args)
+
+            return guarded
+
+        return decorate
 
 
 class CircuitBreaker(Library):
@@ -131,6 +172,7 @@ class Purgatory(Library):
     function."""
 
     title = requirement = distribution = module = "purgatory"
+    client = "purgatory[redis]"
 
     call = None
 
@@ -161,12 +203,40 @@ class Purgatory(Library):
     def empty_listener(self, name, event, payload):
         pass
 
+    def shared(self, url, name, fail_max, timeout):
+        """Runs an event loop for each call: with its ``SyncRedisUnitOfWork``, calls
+        raise TypeError."""
+        loop = asyncio.new_event_loop()
+        run = loop.run_until_complete
+        decorate = run(self.shared_by_coroutines(url, name, fail_max, timeout))
+
+        def decorate_function(func):
+            @decorate
+            async def guarded_later(*args):
+                return func(*args)
+
+            @functools.wraps(func)
+            def guarded(*args):
+                return run(guarded_later(*args))
+
+            return guarded
+
+        return decorate_function
+
+    async def shared_by_coroutines(self, url, name, fail_max, timeout):
+        from purgatory import AsyncRedisUnitOfWork
+
+        factory = self.AsyncFactory(fail_max, timeout, uow=AsyncRedisUnitOfWork(url))
+        await factory.initialize()
+        return factory(name)
+
 
 class Interlock(Library):
     """Opens by the rate of failures, once there were so many calls."""
 
     title = requirement = distribution = "interlock-cb"
     module = "interlock"
+    client = "interlock-cb[redis]"
 
     def __init__(self):
         import interlock
@@ -201,6 +271,31 @@ class Interlock(Library):
             ),
             listener=listeners[0] if listeners else None,
         )
+
+    def shared(self, url, name, fail_max, timeout):
+        import redis
+        from interlock.integrations.redis import RedisStorage
+
+        storage = RedisStorage(redis.Redis.from_url(url))
+        return self.stored(storage, name, fail_max, timeout)
+
+    async def shared_by_coroutines(self, url, name, fail_max, timeout):
+        import redis.asyncio
+        from interlock.integrations.redis import AsyncRedisStorage
+
+        storage = AsyncRedisStorage(redis.asyncio.Redis.from_url(url))
+        return self.stored(storage, name, fail_max, timeout)
+
+    def stored(self, storage, name, fail_max, timeout):
+        """Opens after failures in a row: when a window of so many has no success."""
+        config = self.Config(
+            failure_rate_threshold=1.0,
+            minimum_number_of_calls=fail_max,
+            window_size=min(fail_max, 100),
+            permitted_calls_in_half_open=1,
+            wait_duration_in_open=timeout,
+        )
+        return self.Breaker(name=name, config=config, storage=storage)
 
 
 LIBRARIES = {

