@@ -459,6 +459,7 @@ def report(figures, environments, loads):
     )
     yield ""
     yield filled(
-        f"Measured on {machine()}, load average {loads}; Valkey {ours['server']}; {versions}."
+        f"Measured on {machine()}, load average {loads}; "
+        f"Valkey {ours['server']}; {versions}."
     )
     yield from ("", END)
