@@ -33,10 +33,12 @@ def parse(source):
     return publish_doctree(source, settings_overrides=settings)
 
 
-# Comments that stand around the table which benchmarks/readme.py copies.
+# Comments that stand around the tables which benchmarks/readme.py copies.
 MARKS = (
     "The table of the benchmark begins.",
     "The table of the benchmark ends.",
+    "The fleet's table of the benchmark begins.",
+    "The fleet's table of the benchmark ends.",
 )
 
 
