@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import types
 
 import pytest
@@ -313,6 +314,9 @@ def test_a_coroutine_that_is_closed_at_any_await_decides_nothing(
     way, situation, clock, recorder
 ):
     """As an event loop does that goes away before its tasks have ended."""
+    if sys.implementation.name == "pypy" and "slow" in situation.__name__:
+        if "async_generator" in way.__name__:
+            pytest.skip("PyPy leaves async generators that wait where they are")
     for awaits in range(1, number_of_awaits(way, situation, clock, cleanup=False) + 1):
         breaker = situation(clock)
         began_as = breaker.current_state
