@@ -62,7 +62,9 @@ def test_one_trial_goes_out_for_each_timeout(
 ):
     """From eight processes under load, to a service that is getting up. A trial
     whose process is killed, or which hangs, is followed by one after its lease."""
-    eight = workers(8, reset_timeout=timeout)
+    # A machine that is busy with eight must not seem to have lost Redis.
+    patient = {"refresh": 0.5, "patience": 2}
+    eight = workers(8, reset_timeout=timeout, storage=patient)
     began = open_all(eight, service)
     # Calls that were under way when the last one heard of it.
     time.sleep(0.1)
@@ -97,7 +99,8 @@ def test_a_trial_that_is_cancelled_is_followed_by_another_at_once(
     workers, service, server, namespace
 ):
     """One at a time, however: the claim is released first."""
-    four = workers(4, reset_timeout=1.5)
+    patient = {"refresh": 0.5, "patience": 0.5}
+    four = workers(4, reset_timeout=1.5, storage=patient)
     began = open_all(four, service)
     ask_all(four, "unload")
     time.sleep(0.05)
