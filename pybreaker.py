@@ -736,26 +736,28 @@ class CircuitBreaker:
     ) -> _Admission:
         """Ask the storage for the trial: outside the lock, as it may take time."""
         try:
-            granted = self._circuit_storage.claim_trial(self._reset_timeout)
-            begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+            try:
+                granted = self._circuit_storage.claim_trial(self._reset_timeout)
+                begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+            finally:
+                self._log_what_happened()
         except BaseException:
             self._vacate(trial)
             raise
-        finally:
-            self._log_what_happened()
         return (begun, trial) if begun else self._admit(func, args, kwargs)
 
     async def _claim_async(
         self, state: Any, trial: _Trial, func: Any, args: Any, kwargs: Any
     ) -> _Admission:
         try:
-            granted = await self._circuit_storage.claim_trial_async(self._reset_timeout)
-            begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+            try:
+                granted = await self._circuit_storage.claim_trial_async(self._reset_timeout)
+                begun = self._begin_trial(state, trial, granted, func, args, kwargs)
+            finally:
+                self._log_what_happened()
         except BaseException:
             self._vacate(trial)
             raise
-        finally:
-            self._log_what_happened()
         return (begun, trial) if begun else await self._admit_async(func, args, kwargs)
 
     def _begin_trial(

@@ -1335,7 +1335,6 @@ def test_a_log_handler_may_use_the_breaker_itself(handler, clock, guard):
     assert "closed, was open" in second
 
 
-@pytest.mark.xfail(reason="the place comes back with time only")
 def test_an_interruption_in_a_log_handler_reaches_the_caller(guard, handler, clock):
     """As anywhere else; the move that it was about stands, the place is free."""
     armed = [KeyboardInterrupt()]
