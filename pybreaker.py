@@ -735,9 +735,10 @@ class CircuitBreaker:
         self, state: Any, trial: _Trial, func: Any, args: Any, kwargs: Any
     ) -> _Admission:
         """Ask the storage for the trial: outside the lock, as it may take time."""
+        storage = self._circuit_storage
         try:
             try:
-                granted = self._circuit_storage.claim_trial(self._reset_timeout)
+                granted = storage.claim_trial(self._reset_timeout)
                 begun = self._begin_trial(state, trial, granted, func, args, kwargs)
             finally:
                 self._log_what_happened()
@@ -749,9 +750,10 @@ class CircuitBreaker:
     async def _claim_async(
         self, state: Any, trial: _Trial, func: Any, args: Any, kwargs: Any
     ) -> _Admission:
+        storage = self._circuit_storage
         try:
             try:
-                granted = await self._circuit_storage.claim_trial_async(self._reset_timeout)
+                granted = await storage.claim_trial_async(self._reset_timeout)
                 begun = self._begin_trial(state, trial, granted, func, args, kwargs)
             finally:
                 self._log_what_happened()
@@ -1757,8 +1759,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
                     if picture.lease == -1:  # nobody's: whoever holds one has a lease
                         self._link.run(("PEXPIRE", "trial", claim.lease))
             for claim in unreturned:
-                # With the time that the answer takes, it must not have lapsed.
-                if picture.holder == claim.token and claim.left() > self._patience:
+                if picture.holder == claim.token and claim.is_safe():
                     self._link.run(("DEL", "trial"))
         except Exception as exc:
             with self._mutex:
@@ -2147,9 +2148,11 @@ class _Claim:
             except Exception as exc:  # the event loop of who asked is gone
                 logger.debug("nobody waits for the answer any more: %r", exc)
 
-    def left(self) -> float:
-        """Seconds until the claim lapses, at least."""
-        return self._end - time.monotonic()
+    def is_safe(self) -> bool:
+        """Whether it will not lapse, and be another's, before Redis is told that
+        it is given back."""
+        left = self._end - time.monotonic()
+        return left > min(_SAFE, self.lease / 4000)
 
 
 def _waiter(patience: float) -> Any:
@@ -2561,6 +2564,7 @@ def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
 
 _LONG_AGO = -math.inf
 _PAUSE = 0.1  # seconds between claims, after one was refused
+_SAFE = 0.25  # seconds that a word to Redis is hardly ever under way
 _LONGEST_LEASE = 86_400.0  # seconds: whoever is killed cannot give the claim back
 _NOTHING: frozenset[str] = frozenset()
 

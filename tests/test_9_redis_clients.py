@@ -61,7 +61,7 @@ def share(namespace):
         breakers = []
         for _ in range(2):
             storage = CircuitRedisStorage(
-                "closed", make(), namespace, refresh=0.05, **settings
+                "closed", make(), namespace, refresh=0.25, **settings
             )
             breakers.append(CircuitBreaker(3, 0.2, state_storage=storage))
         calls_are_shared(*breakers)
