@@ -1724,7 +1724,10 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             waiting, self._waiting = self._waiting, []
             self._is_carrying = True
             opened = self._opened
-        start = time.monotonic()
+            # It takes a look that begins after that time, with all that was counted.
+            start = time.monotonic()
+            is_due = self._doubt is not None and start >= self._doubt[0]
+            doubt = self._doubt if is_due else None
         try:
             if move is not None and self._away:  # its counts were not kept
                 counts.setdefault("success_counter", (True, 0))
@@ -1748,7 +1751,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             shared = state, opened_at if state == STATE_OPEN else None
             writes += [claim.command for claim in asked]
             picture = self._look(writes, shared, bool(asked or unreturned))
-            is_news = self._take_in(picture, shared)
+            is_news = self._take_in(picture, shared, doubt)
             for claim in asked:
                 granted = picture.holder == claim.token and not is_news
                 if not granted:
@@ -1821,7 +1824,12 @@ class CircuitRedisStorage(CircuitMemoryStorage):
                 logger.warning(message, self._link.prefix, ", ".join(sorted(broken)))
         raise ValueError("Redis does not keep what it is given")
 
-    def _take_in(self, picture: _Picture, shared: tuple[str, str | None]) -> bool:
+    def _take_in(
+        self,
+        picture: _Picture,
+        shared: tuple[str, str | None],
+        doubt: tuple[float, float] | None,
+    ) -> bool:
         """Bring this process up to date. Returns whether the circuit has moved."""
         state, opened_at = picture.circuit
         is_news = self._unheard or picture.circuit != shared
@@ -1834,9 +1842,9 @@ class CircuitRedisStorage(CircuitMemoryStorage):
                     self._opened, self._moment = time.monotonic() - age, picture.moment
                 self._state = state
                 self._apart, self._doubt = False, None
-            elif self._doubt is not None and time.monotonic() >= self._doubt[0]:
-                limit, self._doubt = self._doubt[1], None
-                if picture.fail_counter >= limit:
+            elif doubt is not None and doubt is self._doubt:
+                self._doubt = None
+                if picture.fail_counter >= doubt[1]:
                     self._announce(STATE_OPEN)
             if not (self._apart and self._doubt is None):
                 for key in ("fail_counter", "success_counter"):
