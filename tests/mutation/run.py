@@ -1,0 +1,518 @@
+"""Mutation testing of pybreaker.py: ``tox -e mutation``.
+
+Cosmic Ray makes the mutants, a small change to pybreaker.py each, and its
+session keeps what became of them. Here the tests are run on them: in one
+process pytest collects the tests once; every mutant is a fork of that, puts its
+code in the place of the functions' own, and runs the tests that reach the
+changed line, the quickest first, until one fails. A change outside of functions
+is imported anew, and so are the tests.
+
+What survives must be in survivors.toml with the reason why it changes nothing.
+"""
+
+import argparse
+import ast
+import collections
+import gc
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import cosmic_ray.commands
+import cosmic_ray.plugins
+import coverage
+import pytest
+import tomllib
+from cosmic_ray.ast import get_ast
+from cosmic_ray.mutating import MutationVisitor
+from cosmic_ray.work_db import use_db
+from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import operators
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "pybreaker.py"
+TEXT = SOURCE.read_text()
+SURVIVORS = Path(__file__).with_name("survivors.toml")
+
+# Tests of other things, most of which run in processes of their own.
+NOT_RUN = ("packaging", "readme", "examples", "6_ops_console")
+# These search for long. They are for what the others have not killed.
+SEARCHES = ("cancellation", "faults", "fork", "interleavings", "model", "nothing_left")
+# These trace, or fork, so it is not known which lines they reach.
+ALWAYS_RUN = ("test_interleavings.py", "test_fork.py")
+# What is not mutated yet.
+LEFT_OUT = (
+    "CircuitRedisStorage",
+    "_Courier",
+    "_RedisLink",
+    "_Picture",
+    "_known_state",
+    "_count_from",
+    "_moment_from",
+    "_is_about_a_value",
+    "_Claim",
+    "_waiter",
+    "_asyncio_waiter",
+    "_trio_waiter",
+    "_other_waiter",
+    "_at_exit",
+    "_before_fork",
+    "_after_fork_in_parent",
+    "_LONGEST_LEASE",
+    "_PAUSE",
+    "_couriered",
+    "_some_time",
+)
+PASS_MARK = 95.0
+MEMORY = 4 << 30
+
+PYTEST = [
+    "-q",
+    "--maxfail=1",
+    *("-p", "no:cacheprovider"),
+    *("-p", "no:randomly"),
+    *("-p", "no:xdist"),
+    f"--rootdir={ROOT}",
+]
+
+
+def test_files(searches):
+    """The tests that search, or the others."""
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        name = path.stem[len("test_") :]
+        if name not in NOT_RUN and (name in SEARCHES) == searches:
+            yield str(path)
+
+
+def definitions(tree):
+    """The innermost function or class of each line, by its full name."""
+    names = {}
+
+    def visit(node, name):
+        for child in ast.iter_child_nodes(node):
+            inner = name
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                inner = f"{name}.{child.name}" if name else child.name
+                start = min([child.lineno, *(d.lineno for d in child.decorator_list)])
+                names.update(dict.fromkeys(range(start, child.end_lineno + 1), inner))
+            visit(child, inner)
+
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = getattr(node, "target", None) or node.targets[0]
+            names.update(
+                dict.fromkeys(
+                    range(node.lineno, node.end_lineno + 1), ast.unparse(target)
+                )
+            )
+    visit(tree, "")
+    return names
+
+
+def statement_lines(tree):
+    """For each line the lines of its statement; of a compound one, its head's."""
+    lines = {}
+    for node in ast.walk(tree):  # outer ones first
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            end = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
+            head = set(range(node.lineno, end + 1))
+            for line in range(node.lineno, node.end_lineno + 1):
+                lines[line] = head if line in head else head | lines.get(line, head)
+    return lines
+
+
+def spans_without_effect(tree):
+    """From where to where there is nothing but what type checkers read."""
+    for node in ast.walk(tree):
+        unread = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            unread.append(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if any(getattr(d, "id", "") == "overload" for d in node.decorator_list):
+                unread += [node, *node.decorator_list]
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            unread += [node.test, *node.body]
+        if isinstance(node, ast.Assign) and "TYPE_CHECKING" in map(
+            ast.unparse, node.targets
+        ):
+            unread.append(node)
+        for part in filter(None, unread):
+            start = part.lineno, part.col_offset
+            if part in getattr(node, "decorator_list", ()):
+                start = part.lineno, 0  # the @
+            yield start, (part.end_lineno, part.end_col_offset)
+
+
+TREE = ast.parse(TEXT)
+DEFINITIONS = definitions(TREE)
+LINES = statement_lines(TREE)
+PARSED = get_ast(TEXT)
+
+
+def mutated(mutation):
+    """The mutant's code. Changes what was parsed, so it is for a child."""
+    operator = cosmic_ray.plugins.get_operator(mutation.operator_name)()
+    return MutationVisitor(mutation.occurrence, operator).walk(PARSED).get_code()
+
+
+def description(mutation, text):
+    """What identifies a mutant for as long as its code stays the same."""
+    old, new = TEXT.splitlines(), text.splitlines()
+    changed = [i for i, pair in enumerate(zip(old, new)) if len(set(pair)) > 1]
+    where = DEFINITIONS.get(mutation.start_pos[0], "the module")
+    what = " / ".join(old[i].strip() for i in changed)
+    into = " / ".join(new[i].strip() for i in changed if new[i].strip())
+    if mutation.operator_name.startswith("own/") and "Lock" in mutation.operator_name:
+        what, into = what.split(" / ")[0], mutation.operator_name[4:]
+    return f"{where}: {what} -> {into}"
+
+
+def functions(code, is_inner=False):
+    """The code objects in a code object, each with whether a function is around."""
+    yield code, is_inner
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            optimized = bool(code.co_flags & 0x1)
+            yield from functions(constant, is_inner or optimized)
+
+
+def own_part(code):
+    """The code object without those in it."""
+    constants = (c if not isinstance(c, types.CodeType) else 0 for c in code.co_consts)
+    return code.replace(co_consts=tuple(constants))
+
+
+OLD = list(functions(compile(TEXT, str(SOURCE), "exec")))
+
+
+def living_functions():
+    """The functions that pybreaker.py has made, by where their code is."""
+    living = collections.defaultdict(list)
+    for function in gc.get_objects():
+        if type(function) is types.FunctionType:
+            code = function.__code__
+            if code.co_filename == str(SOURCE):
+                living[code.co_qualname, code.co_firstlineno].append(function)
+    return living
+
+
+def put_in_place(text, living):
+    """Give the functions their mutated code; False if that is not all."""
+    new = list(functions(compile(text, str(SOURCE), "exec")))
+    if len(OLD) != len(new):
+        return False
+    changes = []
+    for (before, is_inner), (after, _) in zip(OLD, new):
+        if own_part(before) != own_part(after):
+            found = living.get((before.co_qualname, before.co_firstlineno), ())
+            if not found and not is_inner:
+                return False
+            changes += [(function, after) for function in found]
+        elif before != after:  # in an inner function
+            found = living.get((before.co_qualname, before.co_firstlineno), ())
+            changes += [(function, after) for function in found]
+    try:
+        for function, after in changes:
+            flags = function.__code__.co_flags | after.co_flags & ~0x100
+            function.__code__ = after.replace(co_flags=flags)
+    except ValueError:  # not as many free variables as before
+        return False
+    return True
+
+
+def import_anew(text):
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(str(ROOT)) and module.__name__ not in (
+            "__main__",
+            "operators",
+        ):
+            if ".tox" not in file:
+                del sys.modules[name]
+    module = types.ModuleType("pybreaker")
+    module.__file__ = str(SOURCE)
+    sys.modules["pybreaker"] = module
+    exec(compile(text, str(SOURCE), "exec"), vars(module))
+
+
+class Runner:
+    """A pytest plugin that runs the tests given, in the order given."""
+
+    def __init__(self, seconds, output):
+        self.seconds = seconds
+        self.output = output
+
+    def pytest_runtestloop(self, session):
+        self.run(session, sorted(session.items, key=self.how_long))
+        return True
+
+    def how_long(self, item):
+        always = item.path.name in ALWAYS_RUN
+        return always, self.seconds.get(item.nodeid, 0.0)
+
+    def run(self, session, items):
+        for item, following in zip(items, [*items[1:], None]):
+            # What hangs is killed, with its process.
+            limit = 20 + 20 * self.seconds.get(item.nodeid, 0.0)
+            self.say(item.nodeid + "\n")
+            signal.alarm(int(limit))
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            signal.alarm(0)
+            if session.testsfailed:
+                self.failed = True
+                return
+
+    failed = False
+
+    def say(self, text):
+        os.ftruncate(self.output, 0)
+        os.pwrite(self.output, text.encode(), 0)
+
+
+class Mutants:
+    """The plugin of the outer pytest, which does all this."""
+
+    def __init__(self, options):
+        self.options = options
+        self.verdict = 2
+
+    def pytest_runtestloop(self, session):
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        self.session = session
+        self.items = {item.nodeid: item for item in session.items}
+        with use_db(self.options.session) as database:
+            self.prepare(database)
+            self.measure()
+            self.living = living_functions()
+            gc.freeze()  # what is collected needn't be copied in every child
+            self.execute(database)
+            self.verdict = report(database, self.options)
+        return True
+
+    # The tests that reach a line.
+
+    def measure(self):
+        which = "searches" if self.options.searches else "tests"
+        cache = Path(f"{self.options.session}.{which}.json")
+        if not cache.exists():
+            print(f"measuring {len(self.items)} tests", flush=True)
+            pid = os.fork()
+            if not pid:
+                try:
+                    self.measure_in_child(cache)
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+        self.seconds, reached, failed = json.loads(cache.read_text())
+        self.reached = {int(line): set(tests) for line, tests in reached.items()}
+        for test in failed:
+            print(f"left out, as it fails without a mutant: {test}")
+            del self.items[test]
+
+    def measure_in_child(self, cache):
+        cov = coverage.Coverage(
+            data_file=None, include=[str(SOURCE)], config_file=False
+        )
+        seconds, failed = {}, []
+        clock = time.perf_counter
+        for item in self.items.values():
+            before = self.session.testsfailed
+            cov.start()
+            cov.switch_context(item.nodeid)
+            start = clock()
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            seconds[item.nodeid] = round(clock() - start, 3)
+            cov.stop()
+            if self.session.testsfailed > before:
+                failed.append(item.nodeid)
+        reached = cov.get_data().contexts_by_lineno(str(SOURCE))
+        cache.write_text(json.dumps([seconds, reached, failed]))
+
+    def tests_for(self, mutation):
+        lines = set(range(mutation.start_pos[0], mutation.end_pos[0] + 1))
+        lines = lines.union(*(LINES.get(line, ()) for line in list(lines)))
+        chosen = set().union(*(self.reached.get(line, ()) for line in lines))
+        order = Runner(self.seconds, None).how_long
+        return sorted(
+            (
+                item
+                for item in self.items.values()
+                if item.nodeid in chosen or item.path.name in ALWAYS_RUN
+            ),
+            key=order,
+        )
+
+    # The mutants.
+
+    def prepare(self, database):
+        if not database.num_work_items:
+            cosmic_ray.commands.init([SOURCE], database, {})
+        spans = list(spans_without_effect(TREE))
+        skipped = []
+        for work in database.work_items:
+            start = work.mutations[0].start_pos
+            where = DEFINITIONS.get(start[0], "").split(".")[0]
+            if where in LEFT_OUT or any(s <= start < e for s, e in spans):
+                skipped.append(work.job_id)
+        database.set_multiple_results(
+            skipped, WorkResult(worker_outcome=WorkerOutcome.SKIPPED)
+        )
+
+    def execute(self, database):
+        results = dict(database.results)
+        explained = explanations()
+        waiting = [
+            work
+            for work in database.work_items
+            if self.is_waiting(results.get(work.job_id), explained)
+        ]
+        waiting.sort(key=lambda work: hashlib.sha1(key(work).encode()).digest())
+        if self.options.only:
+            waiting = [w for w in waiting if self.options.only in key(w)]
+        waiting = waiting[: self.options.limit]
+        print(f"{len(waiting)} mutants to run", flush=True)
+        running, total, start = {}, len(waiting), time.monotonic()
+        while waiting or running:
+            while waiting and len(running) < self.options.jobs:
+                work = waiting.pop()
+                output = tempfile.TemporaryFile()
+                pid = os.fork()
+                if not pid:
+                    self.run_in_child(work.mutations[0], output.fileno())
+                running[pid] = work, output
+            pid, status = os.wait()
+            if pid not in running:
+                continue
+            try:
+                os.killpg(pid, signal.SIGKILL)  # what the tests have left behind
+            except ProcessLookupError:
+                pass
+            work, output = running.pop(pid)
+            output.seek(0)
+            said = output.read().decode()
+            output.close()
+            survived = os.waitstatus_to_exitcode(status) == 0
+            diff, _, killer = said.partition("\n")
+            outcome = TestOutcome.SURVIVED if survived else TestOutcome.KILLED
+            if os.WIFSIGNALED(status):
+                killer = f"signal {os.WTERMSIG(status)} in {killer}"
+            database.set_result(
+                work.job_id,
+                WorkResult(WorkerOutcome.NORMAL, killer.strip(), outcome, diff),
+            )
+            number = total - len(waiting) - len(running)
+            if survived or not number % 50:
+                spent = time.monotonic() - start
+                print(f"{number}/{total} {spent:.0f} s {outcome.value}: {diff}")
+                sys.stdout.flush()
+
+    def is_waiting(self, result, explained):
+        if result is None:
+            return not self.options.searches
+        if result.test_outcome != TestOutcome.SURVIVED or result.diff in explained:
+            return False
+        return self.options.searches or self.options.retry
+
+    def run_in_child(self, mutation, output):
+        status = 3
+        try:
+            os.setsid()
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            self.session.config.pluginmanager.unregister(name="terminalreporter")
+            text = mutated(mutation)
+            first = description(mutation, text) + "\n"
+            tests = self.tests_for(mutation)
+            runner = Runner(self.seconds, output)
+            runner.say = lambda said: Runner.say(runner, first + said)
+            runner.say("SyntaxError")
+            try:
+                is_in_place = put_in_place(text, self.living)
+            except SyntaxError:
+                status = 1
+                return
+            if is_in_place:
+                runner.run(self.session, tests)
+                status = int(runner.failed)
+            else:
+                runner.say("import")
+                signal.alarm(120)
+                import_anew(text)
+                status = pytest.main(self.options.pytest, plugins=[runner])
+        finally:
+            os._exit(int(status))
+
+
+def key(work):
+    mutation = work.mutations[0]
+    where = DEFINITIONS.get(mutation.start_pos[0], "")
+    return f"{where} {mutation.operator_name} {mutation.occurrence}"
+
+
+def explanations():
+    listed = tomllib.loads(SURVIVORS.read_text())["survivors"]
+    return {mutant for entry in listed for mutant in entry["mutants"]}
+
+
+def report(database, options):
+    outcomes = collections.Counter()
+    survivors = collections.Counter()
+    for _, result in database.completed_work_items:
+        if result.worker_outcome == WorkerOutcome.SKIPPED:
+            continue
+        outcomes[result.test_outcome.value] += 1
+        if result.test_outcome == TestOutcome.SURVIVED:
+            survivors[result.diff] += 1
+    left = database.num_work_items - database.num_results
+    explained = explanations()
+    unexplained = sorted(set(survivors) - explained)
+    for mutant in unexplained:
+        print(f"survived without a reason: {mutant}")
+    if not left:
+        for mutant in sorted(explained - set(survivors)):
+            print(f"explained, but killed or gone: {mutant}")
+    killed, survived = outcomes["killed"], outcomes["survived"]
+    score = 100 * killed / (killed + survived or 1)
+    print(
+        f"{killed + survived} mutants: {killed} killed, {survived} survived, "
+        f"{len(unexplained)} of these without a reason; {left} not run; "
+        f"score {score:.2f} %"
+    )
+    return int(bool(unexplained) or left > 0 or score < PASS_MARK)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--session", default=".mutation", help="where to keep what became of each")
+    add("--jobs", type=int, default=os.cpu_count())
+    add("--limit", type=int, help="run so many at most; the rest next time")
+    add("--only", help="run those in whose place or operator this occurs")
+    add("--retry", action="store_true", help="run those again that survived")
+    add("--searches", action="store_true", help="do so with the tests that search")
+    options = parser.parse_args()
+    options.pytest = [*PYTEST, *test_files(options.searches)]
+    digest = hashlib.sha256(TEXT.encode() + Path(operators.__file__).read_bytes())
+    options.session += f"-{digest.hexdigest()[:12]}.sqlite"
+    cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = operators.Provider()
+    sys.path.insert(0, str(ROOT))
+    plugin = Mutants(options)
+    pytest.main(options.pytest, plugins=[plugin])
+    return plugin.verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())
