@@ -669,6 +669,52 @@ def test_many_late_failures_do_not_disturb_the_next_era(guard, recorder, boom):
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
 
 
+@pytest.fixture
+def look_alikes(monkeypatch):
+    """States of which each says that it equals all the others."""
+
+    class Alike:
+        __hash__ = object.__hash__
+
+        def __eq__(self, other):
+            return isinstance(other, pybreaker.CircuitBreakerState)
+
+    for name in ("CircuitClosedState", "CircuitOpenState", "CircuitHalfOpenState"):
+        cls = type(name, (Alike, getattr(pybreaker, name)), {})
+        monkeypatch.setattr(pybreaker, name, cls)
+
+
+@pytest.mark.usefixtures("look_alikes")
+@pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.half_open])
+def test_eras_are_told_apart_whatever_their_states_say_of_themselves(move, boom):
+    """An era is an object: a subclass that compares names changes nothing."""
+    breaker = CircuitBreaker(fail_max=2, success_threshold=2)
+    for late in (None, boom()):
+        move(breaker)
+        old, block = breaker.state, breaker.calling()
+        block.__enter__()
+        move(breaker)
+        breaker.fail_counter = 1
+        new = breaker.state
+        block.__exit__(late and boom, late, None)
+        breaker.fail_max = 1
+        old.on_success()
+        old.on_failure(boom())
+        breaker.fail_max = 2
+        assert breaker.state is new
+        assert breaker.fail_counter == 1
+        assert breaker.success_counter == 0
+
+
+@pytest.mark.usefixtures("look_alikes")
+def test_a_trial_begins_where_an_open_state_equals_a_half_open_one(guard):
+    """The circuit has half-opened, whatever the two states say."""
+    breaker = CircuitBreaker(reset_timeout=0)
+    breaker.open()
+    assert guard(breaker, lambda: "done")() == "done"
+    assert breaker.current_state == "closed"
+
+
 # 7. The quiet path takes no lock; storages of others are used under it.
 
 
@@ -871,6 +917,152 @@ def test_a_quiet_call_over_any_other_storage_takes_the_lock(guard, watched):
 
 
 # Steering while calls are in flight.
+
+
+def looks(breaker):
+    breaker.state  # noqa: B018
+
+
+def says_all_of_it(breaker):
+    breaker.snapshot()
+
+
+def says_it_on_one_line(breaker):
+    breaker.open()
+    breaker.half_open()
+    assert "0 of 2 successes" in repr(breaker)
+
+
+def says_when_to_come_back(breaker):
+    breaker.open()
+    assert breaker.retry_after > 0
+
+
+def sets_the_count(breaker):
+    breaker.fail_counter = 1
+
+
+def opens_the_gate(breaker):
+    breaker.state.before_call(int)
+
+
+def settles_by_hand(breaker):
+    breaker.fail_counter = 1
+    breaker.state.on_success()
+    breaker.fail_counter = 2
+    with pytest.raises(CircuitBreakerError):
+        breaker.state.on_failure(Exception())
+
+
+def exchanges_listeners_and_exclusions(breaker):
+    listener = pybreaker.CircuitBreakerListener()
+    breaker.add_listener(listener)
+    breaker.add_listeners(listener)
+    breaker.remove_listener(listener)
+    breaker._listeners.append(listener)
+    breaker.add_excluded_exception(ValueError)
+    breaker.add_excluded_exceptions(KeyError)
+    breaker.remove_excluded_exception(ValueError)
+    breaker._excluded_exceptions = []
+
+
+def exchanges_the_storage(breaker):
+    breaker._state_storage = CircuitMemoryStorage("closed")
+
+
+@pytest.fixture(
+    params=[
+        looks,
+        says_all_of_it,
+        says_it_on_one_line,
+        says_when_to_come_back,
+        sets_the_count,
+        opens_the_gate,
+        settles_by_hand,
+        exchanges_listeners_and_exclusions,
+        exchanges_the_storage,
+        CircuitBreaker.open,
+        CircuitBreaker.half_open,
+        CircuitBreaker.close,
+    ],
+    ids=lambda steer: steer.__name__,
+)
+def steer(request):
+    """One way to watch a breaker or to steer it."""
+    return request.param
+
+
+def test_watching_and_steering_use_it_under_the_lock_too(steer, watched):
+    """What belongs together is read, and written, at one moment."""
+    breaker = CircuitBreaker(fail_max=2, state_storage=watched, success_threshold=2)
+    watched.watch(count_lock(breaker))
+    steer(breaker)
+    assert [name for name, held in watched.used if not held] == []
+
+
+class WatchedBreaker(CircuitBreaker):
+    """Notes which of its attributes are used while the lock is not held."""
+
+    GUARDED = frozenset(
+        "_state _trial_in_place _cause_of_move _told_listeners _excluded_kinds "
+        "_circuit_storage".split()
+    )
+
+    lock = None
+
+    def __getattribute__(self, name):
+        get = super().__getattribute__
+        if name in WatchedBreaker.GUARDED and get("lock") is not None:
+            if not get("lock").is_mine:
+                get("read").append(name)
+        return get(name)
+
+    def __setattr__(self, name, value):
+        if name in WatchedBreaker.GUARDED | {"_unlogged"} and self.lock is not None:
+            if not self.lock.is_mine:
+                self.written.append(name)
+        super().__setattr__(name, value)
+
+    def watch(self):
+        self.read, self.written = [], []
+        self.lock = count_lock(self)
+
+
+def test_watching_and_steering_use_the_breaker_under_the_lock(steer):
+    """So no change is lost that somebody else makes at the same time."""
+    breaker = WatchedBreaker(fail_max=2, success_threshold=2)
+    breaker.watch()
+    steer(breaker)
+    assert breaker.read == []
+    assert breaker.written == []
+
+
+def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
+    """From the first failure to the trial that closes the circuit again, with a
+    listener that has something to log."""
+
+    class Grumbling(pybreaker.CircuitBreakerListener):
+        def before_call(self, cb, func, *args, **kwargs):
+            raise Exception("not now")
+
+    def work():
+        if fails:
+            raise boom
+
+    breaker = WatchedBreaker(fail_max=1, listeners=[Grumbling()])
+    call = guard(breaker, work)
+    breaker.watch()
+    fails = True
+    with pytest.raises(CircuitBreakerError):
+        call()
+    with pytest.raises(CircuitBreakerError):
+        call()
+    fails = False
+    breaker.reset_timeout = 0
+    call()
+    assert breaker.current_state == "closed"
+    assert "not now" in caplog.text
+    assert breaker.written == []
 
 
 class Chain(pybreaker.CircuitBreakerListener):
