@@ -1039,7 +1039,7 @@ def test_watching_and_steering_use_the_breaker_under_the_lock(steer):
 
 def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
     """From the first failure to the trial that closes the circuit again, with a
-    listener that has something to log."""
+    listener and a predicate that leave something to log."""
 
     class Grumbling(pybreaker.CircuitBreakerListener):
         def before_call(self, cb, func, *args, **kwargs):
@@ -1049,7 +1049,10 @@ def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
         if fails:
             raise boom
 
-    breaker = WatchedBreaker(fail_max=1, listeners=[Grumbling()])
+    def undecided(exc):
+        raise Exception("not mine")
+
+    breaker = WatchedBreaker(fail_max=1, exclude=[undecided], listeners=[Grumbling()])
     call = guard(breaker, work)
     breaker.watch()
     fails = True
@@ -1062,7 +1065,26 @@ def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
     call()
     assert breaker.current_state == "closed"
     assert "not now" in caplog.text
+    assert "not mine" in caplog.text
     assert breaker.written == []
+
+
+def test_the_gate_looks_and_decides_at_one_moment():
+    """Nobody moves the circuit in between."""
+
+    class Looking(CircuitBreaker):
+        @property
+        def state(self):
+            looks.append(self._lock.is_mine)
+            return super().state
+
+    looks = []
+    breaker = Looking()
+    count_lock(breaker)
+    gate = breaker.state.before_call
+    del looks[:]
+    gate(int)
+    assert looks == [True]
 
 
 class Chain(pybreaker.CircuitBreakerListener):

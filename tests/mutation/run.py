@@ -305,39 +305,48 @@ class Mutants:
     def measure(self):
         which = "searches" if self.options.searches else "tests"
         cache = Path(f"{self.options.session}.{which}.json")
-        if not cache.exists():
-            print(f"measuring {len(self.items)} tests", flush=True)
+        known = json.loads(cache.read_text()) if cache.exists() else {}
+        if new := [test for test in self.items if test not in known]:
+            print(f"measuring {len(new)} tests", flush=True)
             pid = os.fork()
             if not pid:
                 try:
-                    self.measure_in_child(cache)
+                    known.update(self.measured(new))
+                    cache.write_text(json.dumps(known))
                 finally:
                     os._exit(0)
             os.waitpid(pid, 0)
-        self.seconds, reached, failed = json.loads(cache.read_text())
-        self.reached = {int(line): set(tests) for line, tests in reached.items()}
-        for test in failed:
-            print(f"left out, as it fails without a mutant: {test}")
-            del self.items[test]
+            known = json.loads(cache.read_text())
+        self.seconds, self.reached = {}, collections.defaultdict(set)
+        for test in list(self.items):
+            self.seconds[test], passed, lines = known[test]
+            for line in lines:
+                self.reached[line].add(test)
+            if not passed:
+                print(f"left out, as it fails without a mutant: {test}")
+                del self.items[test]
 
-    def measure_in_child(self, cache):
+    def measured(self, tests):
+        """How long each test takes, whether it passes, and what lines it reaches."""
         cov = coverage.Coverage(
             data_file=None, include=[str(SOURCE)], config_file=False
         )
-        seconds, failed = {}, []
+        seconds, passed = {}, {}
         clock = time.perf_counter
-        for item in self.items.values():
-            before = self.session.testsfailed
+        for test in tests:
+            item, failed = self.items[test], self.session.testsfailed
             cov.start()
-            cov.switch_context(item.nodeid)
+            cov.switch_context(test)
             start = clock()
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-            seconds[item.nodeid] = round(clock() - start, 3)
+            seconds[test] = round(clock() - start, 3)
             cov.stop()
-            if self.session.testsfailed > before:
-                failed.append(item.nodeid)
-        reached = cov.get_data().contexts_by_lineno(str(SOURCE))
-        cache.write_text(json.dumps([seconds, reached, failed]))
+            passed[test] = self.session.testsfailed == failed
+        lines = collections.defaultdict(list)
+        for line, reaching in cov.get_data().contexts_by_lineno(str(SOURCE)).items():
+            for test in reaching:
+                lines[test].append(line)
+        return {test: (seconds[test], passed[test], lines[test]) for test in tests}
 
     def tests_for(self, mutation):
         lines = set(range(mutation.start_pos[0], mutation.end_pos[0] + 1))
