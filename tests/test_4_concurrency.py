@@ -1037,6 +1037,34 @@ def test_watching_and_steering_use_the_breaker_under_the_lock(steer):
     assert breaker.written == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda breaker: breaker.add_listener(Counts()),
+        lambda breaker: breaker.add_listeners(Counts(), Counts()),
+        lambda breaker: breaker.remove_listener(breaker.listeners[0]),
+        lambda breaker: breaker.add_excluded_exception(KeyError),
+        lambda breaker: breaker.add_excluded_exceptions(KeyError, OSError),
+        lambda breaker: breaker.remove_excluded_exception(ValueError),
+    ],
+    ids=lambda change: change.__code__.co_names[0],
+)
+def test_a_list_is_read_and_written_in_one_step(change):
+    """Two who change it at the same time lose nothing of each other's."""
+
+    class Steps(CountingLock):
+        steps = 0
+
+        def acquire(self, *args, **kwargs):
+            self.steps += not self.is_mine
+            return super().acquire(*args, **kwargs)
+
+    breaker = CircuitBreaker(exclude=[ValueError], listeners=[Counts()])
+    breaker._lock = Steps(breaker._lock)
+    change(breaker)
+    assert breaker._lock.steps == 1
+
+
 def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
     """From the first failure to the trial that closes the circuit again, with a
     listener and a predicate that leave something to log."""
