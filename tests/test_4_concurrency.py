@@ -11,6 +11,7 @@ import math
 import random
 import sys
 import threading
+from datetime import datetime, timezone
 
 import pytest
 
@@ -938,11 +939,21 @@ def says_when_to_come_back(breaker):
     assert breaker.retry_after > 0
 
 
+def says_when_to_come_back_to_what_others_have_opened(breaker):
+    with breaker._lock:
+        breaker._state_storage.opened_at = datetime.now(timezone.utc)
+        breaker._state_storage.state = "open"
+    assert breaker.retry_after > 0
+
+
 def sets_the_count(breaker):
     breaker.fail_counter = 1
 
 
 def opens_the_gate(breaker):
+    breaker.state.before_call(int)
+    breaker.open()
+    breaker.reset_timeout = 0
     breaker.state.before_call(int)
 
 
@@ -976,6 +987,7 @@ def exchanges_the_storage(breaker):
         says_all_of_it,
         says_it_on_one_line,
         says_when_to_come_back,
+        says_when_to_come_back_to_what_others_have_opened,
         sets_the_count,
         opens_the_gate,
         settles_by_hand,
@@ -1073,6 +1085,9 @@ def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
         def before_call(self, cb, func, *args, **kwargs):
             raise Exception("not now")
 
+        def rejected(self, cb, func, *args, **kwargs):
+            """So that a rejection is decided under the lock as well."""
+
     def work():
         if fails:
             raise boom
@@ -1090,8 +1105,10 @@ def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
         call()
     fails = False
     breaker.reset_timeout = 0
+    del breaker.read[:]
     call()
     assert breaker.current_state == "closed"
+    assert "_trial_in_place" not in breaker.read
     assert "not now" in caplog.text
     assert "not mine" in caplog.text
     assert breaker.written == []
