@@ -528,6 +528,24 @@ def test_a_circuit_that_is_moved_during_a_call_is_found_when_it_settles(recorder
     assert (breaker.fail_counter, storage.writes) == (0, [])
 
 
+@pytest.mark.parametrize("name", ["open", "half-open"])
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+def test_it_is_told_to_who_hears_of_nothing_else(kind, name):
+    """The success itself has nobody to tell and nothing to change."""
+
+    class Moves:
+        def state_change(self, cb, old_state, new_state):
+            moves.append((old_state.name, new_state.name))
+
+    def moved():
+        breaker._state_storage.state = name
+
+    moves = []
+    breaker = CircuitBreaker(state_storage=kind("closed"), listeners=[Moves()])
+    breaker.call(moved)
+    assert moves == [("closed", name)]
+
+
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 def test_a_trial_whose_circuit_is_moved_from_outside_is_late(kind, recorder):
     """Its success does not close what somebody else has opened."""
@@ -769,6 +787,26 @@ def test_the_memory_storage_has_been_open_by_the_monotonic_clock(clock):
         clock.advance(20)
         assert storage.open_for() == 20
         assert breaker.retry_after == 40
+
+
+def test_the_wall_clock_may_jump_while_the_circuit_opens(clock, monkeypatch):
+    """In a subclass as well, where the moment is set like any other."""
+
+    class Jumping:
+        moments = [datetime(2030, 1, 1, hour, tzinfo=timezone.utc) for hour in range(9)]
+
+        @classmethod
+        def now(cls, tz):
+            return cls.moments.pop(0)
+
+    class Derived(CircuitMemoryStorage):
+        pass
+
+    monkeypatch.setattr("pybreaker.datetime", Jumping)
+    for kind in CircuitMemoryStorage, Derived:
+        breaker = CircuitBreaker(reset_timeout=60, state_storage=kind("closed"))
+        breaker.open()
+        assert breaker.retry_after == 60
 
 
 def test_the_answer_of_open_for_decides(recorder):

@@ -132,6 +132,28 @@ def test_a_child_has_a_lock_of_its_own():
     """)
 
 
+def test_a_child_moves_the_circuit_for_reasons_of_its_own():
+    """What its parent was about to do when it forked is the parent's."""
+    run("""
+        class Forking(CircuitBreaker):
+            def open(self):
+                fork(child)
+                return super().open()
+
+        def child():
+            CircuitBreaker.open(breaker)
+            assert breaker.state.reason == "by hand"
+            use(pybreaker.CircuitBreaker())
+
+        breaker = Forking(fail_max=1)
+        try:
+            breaker.call(boom)
+        except CircuitBreakerError:
+            pass
+        assert breaker.state.reason == "too many failures in a row: Boom()"
+    """)
+
+
 def test_a_child_may_be_forked_with_the_lock_held():
     """Its own is free, for its other threads too."""
     run("""

@@ -28,6 +28,7 @@ from pathlib import Path
 import cosmic_ray.commands
 import cosmic_ray.plugins
 import coverage
+import hypothesis  # noqa: F401 (its warnings are errors once pytest runs)
 import pytest
 import tomllib
 from cosmic_ray.ast import get_ast
@@ -395,11 +396,11 @@ class Mutants:
         while waiting or running:
             while waiting and len(running) < self.options.jobs:
                 work = waiting.pop()
-                output = tempfile.TemporaryFile()
+                output, folder = tempfile.TemporaryFile(), tempfile.TemporaryDirectory()
                 pid = os.fork()
                 if not pid:
-                    self.run_in_child(work.mutations[0], output.fileno())
-                running[pid] = work, output
+                    self.run_in_child(work.mutations[0], output.fileno(), folder.name)
+                running[pid] = work, output, folder
             pid, status = os.wait()
             if pid not in running:
                 continue
@@ -407,7 +408,8 @@ class Mutants:
                 os.killpg(pid, signal.SIGKILL)  # what the tests have left behind
             except ProcessLookupError:
                 pass
-            work, output = running.pop(pid)
+            work, output, folder = running.pop(pid)
+            folder.cleanup()
             output.seek(0)
             said = output.read().decode()
             output.close()
@@ -433,7 +435,7 @@ class Mutants:
             return False
         return self.options.searches or self.options.retry
 
-    def run_in_child(self, mutation, output):
+    def run_in_child(self, mutation, output, folder):
         status = 3
         try:
             os.setsid()
@@ -443,6 +445,10 @@ class Mutants:
                 os.dup2(null, fd)
             self.session.config.pluginmanager.unregister(name="terminalreporter")
             text = mutated(mutation)
+            # For the processes that tests start.
+            Path(folder, "pybreaker.py").write_text(text)
+            sys.path.insert(0, folder)
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             first = description(mutation, text) + "\n"
             tests = self.tests_for(mutation)
             runner = Runner(self.seconds, output)
