@@ -13,6 +13,7 @@ What survives must be in survivors.toml with the reason why it changes nothing.
 import argparse
 import ast
 import collections
+import difflib
 import gc
 import hashlib
 import json
@@ -169,14 +170,25 @@ def mutated(mutation):
 
 def description(mutation, text):
     """What identifies a mutant for as long as its code stays the same."""
+    first = mutation.start_pos[0] - 1
     old, new = TEXT.splitlines(), text.splitlines()
-    changed = [i for i, pair in enumerate(zip(old, new)) if len(set(pair)) > 1]
-    where = DEFINITIONS.get(mutation.start_pos[0], "the module")
-    what = " / ".join(old[i].strip() for i in changed)
-    into = " / ".join(new[i].strip() for i in changed if new[i].strip())
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    was, becomes = [], []
+    for tag, start, end, new_start, new_end in matcher.get_opcodes():
+        if tag != "equal":
+            was += [line.strip() for line in old[start:end]]
+            becomes += [line.strip() for line in new[new_start:new_end]]
+    where = DEFINITIONS.get(first + 1, "the module")
+    same = [
+        number
+        for number, line in enumerate(old)
+        if line == old[first] and DEFINITIONS.get(number + 1, "the module") == where
+    ]
+    if same.index(first):  # so that it is told from the same line before it
+        where += f" [{same.index(first) + 1}]"
     if mutation.operator_name.startswith("own/") and "Lock" in mutation.operator_name:
-        what, into = what.split(" / ")[0], mutation.operator_name[4:]
-    return f"{where}: {what} -> {into}"
+        return f"{where}: {old[first].strip()} -> {mutation.operator_name[4:]}"
+    return f"{where}: {' / '.join(was)} -> {' / '.join(filter(None, becomes))}"
 
 
 def functions(code, is_inner=False):
@@ -416,6 +428,8 @@ class Mutants:
             survived = os.waitstatus_to_exitcode(status) == 0
             diff, _, killer = said.partition("\n")
             outcome = TestOutcome.SURVIVED if survived else TestOutcome.KILLED
+            if killer.strip() == "SyntaxError":
+                outcome = TestOutcome.INCOMPETENT  # no mutant at all
             if os.WIFSIGNALED(status):
                 killer = f"signal {os.WTERMSIG(status)} in {killer}"
             database.set_result(
