@@ -16,7 +16,7 @@ A race that is lost prints its schedule, and so it is run again:
 
     replay("two failures race to trip", "0:b 31:a")
 
-With ``PYBREAKER_ORDERS=all`` (``tox -e orders``, which plain tox runs too) it is
+With ``PYBREAKER_ORDERS=all`` (``tox -e orders``) it is
 every order with up to two preemptions. With ``PYBREAKER_DEEP=1`` (``tox -e deep``)
 threads stop at instructions as well, and there is a third preemption.
 """
