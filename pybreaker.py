@@ -979,10 +979,7 @@ class CircuitBreaker:
             with self._lock:
                 unlogged, self._unlogged = self._unlogged, ()
             for args, kwargs in unlogged:
-                try:
-                    logger.log(*args, **kwargs)
-                except Exception:
-                    continue  # a broken filter or handler is not the caller's
+                _log(*args, **kwargs)
 
     def _after_fork(self) -> None:
         # A thread that held the lock, ran the trial or moved the circuit stayed
@@ -1530,6 +1527,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
         self._doubt: tuple[float, float] | None = None
         self._refused_at = _LONG_AGO
         self._claim: _Claim | None = None  # of the trial that runs
+        self._lapsing: _Claim | None = None  # of the last that failed
         self._forget_errands()
         self._courier = _Courier(self)
         self._courier.start()
@@ -1572,6 +1570,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
 
     @counter.setter
     def counter(self, count: int) -> None:
+        count = _whole_number("counter", count, 0)
         self._count("fail_counter", count, absolute=True)
 
     @property
@@ -1616,7 +1615,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
         """Open in this process; in the fleet if the count lasts."""
         with self._mutex:
             self._state = STATE_OPEN
-            if self._away:
+            if self._away or self._shared[0] == STATE_OPEN:
                 self._announce(STATE_OPEN)
             else:
                 self._apart = True
@@ -1628,7 +1627,11 @@ class CircuitRedisStorage(CircuitMemoryStorage):
         answer of Redis for at most `patience` seconds; without one, it may."""
         heard = threading.Event()
         claim = self._ask(timeout, heard.set)
-        heard.wait(self._patience)
+        try:
+            heard.wait(self._patience)
+        except BaseException:
+            self._give_back(claim)
+            raise
         return self._conclude(claim)
 
     async def claim_trial_async(self, timeout: float) -> bool:
@@ -1654,14 +1657,21 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             self._state = state
             if state == STATE_HALF_OPEN and not by_hand:
                 return  # between the trial and its claim: Redis goes on saying open
-            if state == STATE_OPEN and not by_hand:
-                self._claim = None  # is left to lapse: no other trial before that
+            if by_hand:
+                self._let_others_try()
+            elif state == STATE_OPEN:  # no other trial before the claim lapses
+                self._lapsing, self._claim = self._claim, None
             if self._apart and not by_hand:
                 self._apart = state != STATE_CLOSED
                 self._doubt = self._doubt if self._apart else None
             else:
                 self._announce(state)
         self._courier.wake()
+
+    def _let_others_try(self) -> None:
+        lapsing, self._lapsing = self._lapsing, None
+        if lapsing is not None:
+            self._unreturned.append(lapsing)
 
     def _announce(self, state: str) -> None:
         self._apart, self._doubt = False, None
@@ -1675,6 +1685,8 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             before = 0 if absolute else getattr(self, name)
             setattr(self, name, before + amount)
             if self._counts_alone():
+                if self._away and (absolute, amount) == (True, 0):
+                    self._unsent[key] = True, 0
                 return
             if not absolute:
                 absolute, unsent = self._unsent.get(key, (False, 0))
@@ -1752,7 +1764,12 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             writes += [claim.command for claim in asked]
             picture = self._look(writes, shared, bool(asked or unreturned))
             is_news = self._take_in(picture, shared, doubt)
+            mine = [claim.token for claim in unreturned]
             for claim in asked:
+                if picture.holder in mine and claim.token not in mine:
+                    with self._mutex:
+                        self._unasked.append(claim)  # when that is given back, below
+                    continue
                 granted = picture.holder == claim.token and not is_news
                 if not granted:
                     self._refused_at = time.monotonic()
@@ -1769,6 +1786,8 @@ class CircuitRedisStorage(CircuitMemoryStorage):
                 if self._unsent_move is None:
                     self._unsent_move = move
                 self._unsent_opening = self._unsent_opening or opening
+                self._unsent = {**counts, **self._unsent}
+                self._unreturned += [claim for claim in unreturned if claim.is_safe()]
             self._goes_away(f"{type(exc).__name__}: {exc}")
             for claim in asked:
                 claim.answer(True)
@@ -1821,7 +1840,8 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             writes = repairs
             if broken:
                 message = "%s Redis had no good value for %s; it has now"
-                logger.warning(message, self._link.prefix, ", ".join(sorted(broken)))
+                keys = ", ".join(sorted(broken))
+                _log(logging.WARNING, message, self._link.prefix, keys)
         raise ValueError("Redis does not keep what it is given")
 
     def _take_in(
@@ -1838,7 +1858,9 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             self._unheard = False
             self._shared = picture.circuit
             if is_news and self._unsent_move is None:
-                if state == STATE_OPEN:
+                if state != STATE_OPEN:
+                    self._let_others_try()
+                else:
                     self._opened, self._moment = time.monotonic() - age, picture.moment
                 self._state = state
                 self._apart, self._doubt = False, None
@@ -1864,7 +1886,8 @@ class CircuitRedisStorage(CircuitMemoryStorage):
     def _goes_away(self, why: str) -> None:
         with self._mutex:
             was_away, self._away = self._away, True
-            self._unsent = {}
+            # What failed stays here. That something succeeded is said later.
+            self._unsent = {k: v for k, v in self._unsent.items() if v == (True, 0)}
             unasked, self._unasked = self._unasked, []
             if self._doubt is not None:
                 self._announce(STATE_OPEN)
@@ -1872,13 +1895,13 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             claim.answer(True)
         if not was_away:
             message = "%s Redis is away, each process goes by its own circuit (%s)"
-            logger.warning(message, self._link.prefix, why)
+            _log(logging.WARNING, message, self._link.prefix, why)
 
     def _is_back(self) -> None:
         with self._mutex:
             was_away, self._away = self._away, False
         if was_away:
-            logger.info("%s Redis is back", self._link.prefix)
+            _log(logging.INFO, "%s Redis is back", self._link.prefix)
 
     # Forks and the end of the program.
 
@@ -1886,7 +1909,7 @@ class CircuitRedisStorage(CircuitMemoryStorage):
         """In the child of a fork, whose parent runs the errands that there are."""
         self._mutex = threading.RLock()
         self._forget_errands()
-        self._claim = None
+        self._claim = self._lapsing = None
         self._link = _RedisLink(self._link.client, self._link.namespace)
         self._courier = _Courier(self)
         self._courier.start()
@@ -1992,8 +2015,12 @@ class _RedisLink:
 
     def __init__(self, client: Any, namespace: str | None) -> None:
         methods = "pipeline", "execute_command", "time"
-        if isinstance(client, type) or not all(
+        is_client = not isinstance(client, type) and all(
             callable(getattr(client, method, None)) for method in methods
+        )
+        pool = getattr(client, "connection_pool", None)
+        if not is_client or (
+            _is_async(client) and not hasattr(pool, "connection_kwargs")
         ):
             raise TypeError(
                 f"redis_object must be a client of redis-py or valkey-py, such as "
@@ -2013,7 +2040,8 @@ class _RedisLink:
         are among the replies."""
         pipe = self._connected().pipeline(transaction=False)
         for command, key, *rest in commands:
-            pipe.execute_command(command, self.prefix + key, *rest)
+            key = self.prefix + key
+            pipe.execute_command(command, key, *rest, NEVER_DECODE=True)
         replies = self._answer(pipe.execute, raise_on_error=False)
         return [
             r.decode("utf-8", "replace") if isinstance(r, bytes) else r for r in replies
@@ -2046,12 +2074,12 @@ class _RedisLink:
                 loop.run_until_complete(getattr(own, "aclose", own.close)())
                 loop.run_until_complete(own.connection_pool.disconnect())
             except Exception as exc:
-                logger.debug("%s the connection was lost: %r", self.prefix, exc)
+                _log(logging.DEBUG, "%s the connection was lost: %r", self.prefix, exc)
             finally:
                 loop.close()
 
     def _connected(self) -> Any:
-        if not hasattr(type(self.client), "__aenter__"):
+        if not _is_async(self.client):
             return self.client
         if self._own is None:
             # An asyncio client belongs to its loop, so this one is made like it.
@@ -2077,6 +2105,10 @@ class _RedisLink:
             return answer
         finally:
             self.asked_at = None
+
+
+def _is_async(client: Any) -> bool:
+    return hasattr(type(client), "__aenter__")
 
 
 class _Picture:
@@ -2154,7 +2186,7 @@ class _Claim:
             try:
                 self._hear()
             except Exception as exc:  # the event loop of who asked is gone
-                logger.debug("nobody waits for the answer any more: %r", exc)
+                _log(logging.DEBUG, "nobody waits for the answer any more: %r", exc)
 
     def is_safe(self) -> bool:
         """Whether it will not lapse, and be another's, before Redis is told that
@@ -2259,6 +2291,13 @@ class _Cause:
             text = type(self.exc).__name__
         # On one line and not too long, as it is logged and kept.
         return f"{self.why}: {' '.join(text[:300].split())}"
+
+
+def _log(*args: Any, **kwargs: Any) -> None:
+    try:
+        logger.log(*args, **kwargs)
+    except Exception:
+        return  # a broken filter or handler is not the caller's
 
 
 class _Block:
