@@ -2018,7 +2018,7 @@ class _RedisLink:
         is_client = not isinstance(client, type) and all(
             callable(getattr(client, method, None)) for method in methods
         )
-        pool = getattr(client, "connection_pool", None)
+        pool: Any = getattr(client, "connection_pool", None)
         if not is_client or (
             _is_async(client) and not hasattr(pool, "connection_kwargs")
         ):
@@ -2089,11 +2089,12 @@ class _RedisLink:
             self._loop = asyncio.new_event_loop()
             # Python 3.9's locks look for it when they are made.
             asyncio.set_event_loop(self._loop)
-            self._own = type(self.client)(
-                connection_pool=type(pool)(
-                    connection_class=pool.connection_class, **pool.connection_kwargs
-                )
+            make_pool: Any = type(pool)
+            own_pool = make_pool(
+                connection_class=pool.connection_class, **pool.connection_kwargs
             )
+            make_client: Any = type(self.client)
+            self._own = make_client(connection_pool=own_pool)
         return self._own
 
     def _answer(self, ask: Callable[..., Any], **options: Any) -> Any:

@@ -833,6 +833,57 @@ def test_trials_of_two_processes_make_up_the_threshold(due_of, key):
     until(lambda: key("success_counter") == "0")
 
 
+def test_a_trial_may_follow_the_one_before_at_once(due_of):
+    """The claim that is on its way back refuses nobody of its own process."""
+    (breaker,) = due_of(number=1, success_threshold=3, reset_timeout=60)
+    assert [breaker.call(int) for _ in range(3)] == [0, 0, 0]
+    assert breaker.current_state == "closed"
+
+
+def test_a_move_by_hand_does_not_wait_for_the_claim_of_a_failed_trial(due_of, key):
+    """Wherever it is made, the next call is the trial."""
+    for mover in 0, 1:
+        breakers = due_of(reset_timeout=60)
+        assert isinstance(fail(breakers[0]), CircuitBreakerError)
+        until(lambda: all(b.retry_after for b in breakers))  # noqa: B023
+        assert key("trial")
+        breakers[mover].half_open()
+        until(lambda: succeeds(breakers[1]))  # noqa: B023
+        until(lambda: key("state") == "closed" and key("trial") is None)
+
+
+def test_a_claim_is_given_back_where_waiting_for_it_is_interrupted(
+    server, due_of, key, monkeypatch
+):
+    """By Ctrl-C, for one."""
+    (breaker,) = due_of(number=1, reset_timeout=60)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            until(lambda: key("trial"))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pybreaker.threading, "Event", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            breaker.call(int)
+    until(lambda: key("trial") is None)
+    until(lambda: succeeds(breaker))
+
+
+def test_a_release_that_failed_is_tried_again(server, proxies, due_of, key):
+    """The claim does not stay for its whole lease."""
+    proxy = proxies(server)
+    (breaker,) = due_of(
+        number=1, success_threshold=2, reset_timeout=60, port=proxy.port
+    )
+    with trial_in(breaker):
+        proxy.cut()
+    assert key("trial")
+    proxy.heal()
+    until(lambda: key("trial") is None)
+
+
 def test_a_failed_trial_starts_the_threshold_anew(due_of, key):
     """As in one process."""
     mine, theirs = due_of(success_threshold=2, reset_timeout=0.3)
@@ -995,6 +1046,72 @@ def test_counts_stay_local_while_redis_is_away(server, proxies, breaker_of, said
     proxy.heal()
     until(lambda: said() == ["WARNING", "INFO"])
     never(lambda: key("fail_counter") != "1", within=0.3)
+
+
+def test_a_success_while_redis_is_away_is_told_when_it_is_back(
+    server, proxies, breaker_of, said, key
+):
+    """Old failures must not open a circuit that has worked ever since."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port, fail_max=3)
+    fail(breaker, 2)
+    until(lambda: key("fail_counter") == "2")
+    proxy.cut()
+    until(lambda: said() == ["WARNING"])
+    assert succeeds(breaker)
+    proxy.heal()
+    until(lambda: said() == ["WARNING", "INFO"])
+    until(lambda: key("fail_counter") == "0")
+    assert breaker.fail_counter == 0
+
+
+def test_a_log_filter_that_raises_does_not_end_the_courier(
+    server, proxies, breaker_of, write
+):
+    """What the fleet does is known afterwards, as ever."""
+    proxy = proxies(server)
+    breaker = breaker_of(port=proxy.port)
+    heard = []
+
+    def broken(record):
+        heard.append(record.getMessage())
+        raise RuntimeError
+
+    logger = logging.getLogger("pybreaker")
+    logger.addFilter(broken)
+    try:
+        proxy.cut()
+        until(lambda: heard)
+        proxy.heal()
+        write(state="open", opened_at=int(server_time(server)))
+        until(lambda: breaker.current_state == "open")
+    finally:
+        logger.removeFilter(broken)
+
+
+@pytest.mark.parametrize("name", ["state", "fail_counter", "trial"])
+def test_what_is_no_text_is_mended_with_a_client_that_decodes(
+    server, namespace, write, key, name
+):
+    """Such a client would stumble over it at each look."""
+    client = redis.Redis(port=server.port, decode_responses=True)
+    storage = CircuitRedisStorage("closed", client, namespace, refresh=0.1, patience=1)
+    breaker = CircuitBreaker(reset_timeout=0.2, state_storage=storage)
+    breaker.open()
+    until(lambda: key("state") == "open")
+    write(**{name: b"\xff\xfe"})
+    until(lambda: succeeds(breaker))
+    until(lambda: key("state") == "closed")
+    client.close()
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None])
+def test_a_count_that_is_set_must_be_one(storage_of, count):
+    """Or Redis would have nonsense in it."""
+    storage = storage_of()
+    with pytest.raises((TypeError, ValueError), match="counter"):
+        storage.counter = count
+    assert storage.counter == 0
 
 
 def test_what_others_did_meanwhile_is_known_when_redis_is_back(
