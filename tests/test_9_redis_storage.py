@@ -16,10 +16,12 @@ import textwrap
 import threading
 import time
 import weakref
+from datetime import datetime, timedelta, timezone
 
 import fleet
 import pytest
 import redis
+import trio
 from fleet import never, until
 
 import pybreaker
@@ -1436,3 +1438,159 @@ def test_the_module_imports_no_client(run):
         [sys.executable, "-c", code], env=env, check=True, capture_output=True
     )
     assert done.stdout.strip() == b"[]"
+
+
+# Odds and ends
+
+
+def test_a_success_counter_that_is_set_is_set_for_all(storage_of, key):
+    """As the count of failures is."""
+    mine, theirs = storage_of(), storage_of()
+    mine.success_counter = 2
+    until(lambda: key("success_counter") == "2" and theirs.success_counter == 2)
+
+
+def test_a_moment_of_opening_that_is_set_moves_the_opening_of_all(
+    server, breaker_of, key
+):
+    """Tests in the field let a timeout pass in this way."""
+    breaker = breaker_of(reset_timeout=60)
+    breaker.open()
+    until(lambda: key("state") == "open")
+    moment = datetime.now(timezone.utc) - timedelta(seconds=100)
+    breaker._state_storage.opened_at = moment
+    assert breaker._state_storage.opened_at == moment
+    assert is_due(breaker)
+    until(lambda: int(key("opened_at")) < server_time(server) - 90)
+
+
+def test_a_count_that_is_no_number_is_mended_when_a_failure_is_added(
+    server, namespace, write, key
+):
+    """The failure is in the count that it is given."""
+    client = redis.Redis(port=server.port)
+    storage = CircuitRedisStorage("closed", client, namespace, refresh=60)
+    write(fail_counter="nonsense")
+    storage.increment_counter()
+    until(lambda: key("fail_counter") == "1")
+    client.close()
+
+
+def test_a_courier_that_runs_is_not_started_twice(storage_of):
+    """It may not have ended in time for a fork."""
+    storage = storage_of()
+    count = threading.active_count()
+    storage._courier.start()
+    assert threading.active_count() == count
+
+
+@pytest.mark.parametrize("namespace", [b"bytes", 5])
+def test_a_namespace_is_a_string(server, namespace):
+    """Or None, for keys without one."""
+    with pytest.raises(TypeError, match="namespace"):
+        CircuitRedisStorage("closed", redis.Redis(port=server.port), namespace)
+
+
+@pytest.mark.parametrize("name", ["refresh", "patience"])
+def test_a_time_that_is_none_is_refused(server, name):
+    """Neither can be 0, nor without an end."""
+    for value in 0, math.inf:
+        with pytest.raises(ValueError, match=name):
+            CircuitRedisStorage(
+                "closed", redis.Redis(port=server.port), **{name: value}
+            )
+
+
+def test_trio_may_ask_for_a_trial(due_of):
+    """And hears the answer of Redis."""
+    mine, theirs = due_of()
+
+    async def main():
+        async def work():
+            assert mine.current_state == "half-open"
+            with pytest.raises(CircuitBreakerError):
+                await theirs.call_async(int)
+            return "done"
+
+        return await mine.call_async(work)
+
+    assert trio.run(main) == "done"
+    until(lambda: theirs.current_state == "closed")
+
+
+def test_a_coroutine_that_runs_on_no_event_loop_may_ask_for_a_trial(due_of):
+    """It waits for the answer as a function does."""
+    (breaker,) = due_of(number=1)
+    with pytest.raises(StopIteration) as stopped:
+        breaker.call_async(int).send(None)
+    assert stopped.value.value == 0
+    assert breaker.current_state == "closed"
+
+
+class _Client:
+    """A client whose answers are made up by `answer`, from the commands."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.commands = []
+
+    def pipeline(self, transaction):
+        self.commands = []
+        return self
+
+    def execute_command(self, *words, **options):
+        self.commands.append(words)
+
+    def execute(self, raise_on_error):
+        return self.answer(self.commands)
+
+    def time(self):
+        return int(time.time()), 0
+
+
+def test_a_redis_that_keeps_nothing_is_away(caplog):
+    """It is asked again later, not for ever at once."""
+
+    def nonsense(commands):
+        return [redis.ResponseError("WRONGTYPE nonsense") for _ in commands]
+
+    storage = CircuitRedisStorage("closed", _Client(nonsense), refresh=0.1)
+    until(lambda: "does not keep" in caplog.text)
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+    assert isinstance(fail(breaker), CircuitBreakerError)
+
+
+def test_a_claim_that_meets_an_error_is_granted():
+    """So a trial goes out, if not one for all."""
+
+    def only_reads(commands):
+        if any(words[0] == "SET" for words in commands):
+            raise redis.ConnectionError
+        texts = {"state": b"open", "opened_at": b"1", "fail_counter": b"3"}
+        return [texts.get(words[1].rpartition(":")[2]) for words in commands]
+
+    storage = CircuitRedisStorage("closed", _Client(only_reads), refresh=5)
+    breaker = CircuitBreaker(reset_timeout=1, state_storage=storage)
+    assert breaker.current_state == "open"
+    assert succeeds(breaker)
+
+
+def test_a_move_that_is_newer_is_what_is_sent_after_an_error():
+    """Not the one that could not be sent."""
+    moved = []
+
+    def refuses(commands):
+        if any(words[:2] == ("SET", "pybreaker:state") for words in commands):
+            if len(moved) == 0:
+                moved.append(True)
+                storage.state = "half-open"  # in the middle of sending the other
+                raise redis.ConnectionError
+            moved.extend(words[2] for words in commands if words[1].endswith("state"))
+        state = moved[-1].encode() if len(moved) > 1 else b"closed"
+        return [state if words[1].endswith("state") else None for words in commands]
+
+    refuses_nothing_else = _Client(refuses)
+    storage = CircuitRedisStorage("closed", refuses_nothing_else, refresh=0.1)
+    storage.state = "open"
+    until(lambda: len(moved) > 1)
+    assert moved[1] == "half-open"
