@@ -259,7 +259,8 @@ class CircuitBreaker:
             guard = _guard_for(func)
             if guard is not CircuitBreaker._guard_function:
                 guarded = _called_like(guard(self, func), func)
-                return guarded(*args, **kwargs)  # type: ignore[no-any-return]
+                lazy: _T = guarded(*args, **kwargs)
+                return lazy
         # From here on the same as in _guard_function, which has no frame to spare.
         state, trial = self._state, None
         if state._shortcut._state != STATE_CLOSED:
@@ -271,7 +272,8 @@ class CircuitBreaker:
             raise
         try:
             if type(result) in _CODES_OF_RESULTS:
-                return self._guard_result(result, (state, trial))  # type: ignore[no-any-return]
+                rest: _T = self._guard_result(result, (state, trial))
+                return rest
         except TypeError:
             pass  # a class that cannot be hashed, so it is none of these
         if state._shortcut._fail_counter:
@@ -408,8 +410,9 @@ class CircuitBreaker:
     def fail_counter(self, value: float) -> None:
         count: int = _whole_number("fail_counter", value, 0)
         with self._lock:
+            storage: Any = self._circuit_storage  # whose counter may be settable
             try:
-                self._circuit_storage.counter = count  # type: ignore[misc]
+                storage.counter = count
             except AttributeError:  # this storage can only count
                 if count > self._fail_max:
                     raise ValueError(
@@ -2199,15 +2202,17 @@ class _Claim:
 def _waiter(patience: float) -> Any:
     """A coroutine function that waits on the event loop that runs here, for at
     most `patience` seconds, and what ends the waiting, from any thread."""
-    trio, asyncio = sys.modules.get("trio"), sys.modules.get("asyncio")
+    # None has no such attributes, which is an AttributeError too.
+    trio: Any = sys.modules.get("trio")
+    asyncio: Any = sys.modules.get("asyncio")
     try:
-        trio.lowlevel.current_task()  # type: ignore[union-attr]
+        trio.lowlevel.current_task()
     except (AttributeError, RuntimeError):
         pass
     else:
         return _trio_waiter(trio, patience)
     try:
-        loop = asyncio.get_running_loop()  # type: ignore[union-attr]
+        loop = asyncio.get_running_loop()
     except (AttributeError, RuntimeError):
         return _other_waiter(patience)
     return _asyncio_waiter(loop, patience)
@@ -2441,7 +2446,8 @@ def _unless_closed(exc: BaseException, closed: bool) -> BaseException | None:
 def _is_abandonment(exc: BaseException) -> bool:
     """Whether `exc` says that the call was given up, not how it went."""
     if isinstance(exc, _imported(_GROUPS)):
-        return all(map(_is_abandonment, exc.exceptions))  # type: ignore[attr-defined]
+        group: Any = exc
+        return all(map(_is_abandonment, group.exceptions))
     return isinstance(exc, _imported(_ABANDONING))
 
 

@@ -10,19 +10,11 @@ import threading
 import types
 
 import pytest
+from support import drive
 
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
-
-
-def drive(coroutine):
-    """Runs a coroutine that waits for nothing; that takes no event loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("the coroutine waited for something")
 
 
 def elsewhere(func, *args):

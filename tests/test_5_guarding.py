@@ -13,17 +13,9 @@ import weakref
 from unittest import mock
 
 import pytest
+from support import drive
 
 from pybreaker import CircuitBreaker, CircuitBreakerError
-
-
-def drive(coroutine):
-    """Runs a coroutine that waits for nothing; that takes no event loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("the coroutine waited for something")
 
 
 def exhaust(generator):
