@@ -127,8 +127,6 @@ class _OpenList:
 
     def __set__(self, breaker: Any, items: Any) -> None:
         with breaker._lock:
-            if isinstance(getattr(breaker, self._attribute, None), list):
-                items = list(items)
             setattr(breaker, self._attribute, items)
             breaker._find_shortcut()
 
@@ -318,7 +316,7 @@ class CircuitBreaker:
                 if cause.by_count:
                     storage.trip(self._fail_max)
                 else:
-                    storage._move(STATE_OPEN, cause is _BY_HAND)
+                    storage._move(STATE_OPEN, cause.by_hand)
                 self._begin_era(STATE_OPEN)
         finally:
             self._log_what_happened()
@@ -331,7 +329,7 @@ class CircuitBreaker:
                 cause = self._cause_of_move
                 if not cause.by_trial:
                     self._circuit_storage.reset_success_counter()
-                self._circuit_storage._move(STATE_HALF_OPEN, cause is _BY_HAND)
+                self._circuit_storage._move(STATE_HALF_OPEN, cause.by_hand)
                 self._begin_era(STATE_HALF_OPEN)
         finally:
             self._log_what_happened()
@@ -342,7 +340,7 @@ class CircuitBreaker:
             with self._lock:
                 self._circuit_storage.reset_counter()
                 self._circuit_storage.reset_success_counter()
-                by_hand = self._cause_of_move is _BY_HAND
+                by_hand = self._cause_of_move.by_hand
                 self._circuit_storage._move(STATE_CLOSED, by_hand)
                 self._begin_era(STATE_CLOSED)
         finally:
@@ -794,7 +792,6 @@ class CircuitBreaker:
             trial.begun = True
             state._start_trial()
             if self._trial_in_place is not trial:  # a listener moved the circuit
-                self._vacate(trial)
                 return None
             state = self._state
             self._tell("before_call", (self, func, *args), kwargs)
@@ -2274,7 +2271,7 @@ class _Trial:
 class _Cause:
     """Why the circuit moves, in words and as far as it makes a difference."""
 
-    __slots__ = ("why", "exc", "by_count", "by_trial")
+    __slots__ = ("why", "exc", "by_count", "by_trial", "by_hand")
 
     def __init__(
         self,
@@ -2282,11 +2279,13 @@ class _Cause:
         exc: BaseException | None = None,
         by_count: bool = False,
         by_trial: bool = False,
+        by_hand: bool = False,
     ) -> None:
         self.why: str = why
         self.exc: BaseException | None = exc
         self.by_count: bool = by_count  # the failures have reached fail_max
         self.by_trial: bool = by_trial  # a call half-opens the circuit for its trial
+        self.by_hand: bool = by_hand
 
     def __str__(self) -> str:
         if self.exc is None:
@@ -2639,7 +2638,7 @@ _UNGUARDED: Any = _Unguarded()
 # Admits the calls within a trial, so it never is a breaker's present state.
 _WITHIN = CircuitBreakerState(_UNGUARDED, "within a trial")
 
-_BY_HAND = _Cause("by hand")
+_BY_HAND = _Cause("by hand", by_hand=True)
 _FOUND = _Cause("found so in the storage")
 
 # The trials that the running code is within.

@@ -7,6 +7,7 @@ import decimal
 import inspect
 import math
 import re
+import sys
 import types
 
 import pytest
@@ -126,6 +127,8 @@ GOOD_NUMBERS = [
     ("reset_timeout", 0.25, 0.25),
     ("reset_timeout", Index(4), 4),
     ("reset_timeout", math.inf, math.inf),
+    ("reset_timeout", float("inf"), math.inf),  # which is another object
+    ("reset_timeout", int(sys.float_info.max), sys.float_info.max),
 ]
 
 # These are written to a breaker that exists, so they are no arguments.
@@ -597,3 +600,11 @@ def test_of_two_that_are_equal_the_one_that_was_given_is_removed():
     breaker = CircuitBreaker(listeners=[first, second])
     breaker.remove_listener(second)
     assert breaker.listeners[0] is first
+
+
+def test_of_one_that_was_given_twice_the_first_is_removed(recorder):
+    """As from a list, so that the order of the others stays."""
+    other = CircuitBreakerListener()
+    breaker = CircuitBreaker(listeners=[recorder, other, recorder])
+    breaker.remove_listener(recorder)
+    assert breaker.listeners == (other, recorder)

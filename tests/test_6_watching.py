@@ -423,6 +423,14 @@ def test_setting_the_state_is_the_same_as_the_method(before, name, method, fail)
     assert not pictures[0][4]
 
 
+@pytest.mark.parametrize("name", ["closed", "open", "half-open"])
+def test_a_state_may_be_set_by_a_name_that_was_typed(name):
+    """A console's text is equal to the constant and not the same object."""
+    breaker = CircuitBreaker()
+    breaker.state = "".join(list(name))
+    assert breaker.current_state == name
+
+
 def test_setting_the_state_to_open_starts_the_timeout_again(clock):
     """On a circuit that is open already too."""
     breaker = CircuitBreaker(reset_timeout=10)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 import pickle
 import threading
 import time
@@ -1018,11 +1019,30 @@ def test_a_call_is_rejected_where_half_open_does_nothing(clock):
     breaker.open()
     clock.advance(60)
     with mock.patch.object(breaker, "half_open"):
-        with pytest.raises(CircuitBreakerError):
+        with pytest.raises(CircuitBreakerError) as rejected:
             breaker.call(work)
+    assert rejected.value.retry_after == 0.0
     work.assert_not_called()
     assert breaker.current_state == "open"
     assert breaker.call(work) == 1
+
+
+def test_looking_at_a_breaker_makes_no_state(monkeypatch):
+    """A state class that a project has put in the place of ours is made for eras."""
+    made = []
+
+    class Noted(CircuitOpenState):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(pybreaker, "CircuitOpenState", Noted)
+    breaker = CircuitBreaker(reset_timeout=math.inf)
+    breaker.open()
+    assert breaker.retry_after == math.inf
+    assert "open" in repr(breaker)
+    assert breaker.snapshot()["state"] == "open"
+    assert made == [breaker.state]
 
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)

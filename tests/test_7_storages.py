@@ -271,6 +271,17 @@ def test_an_old_storage_serves_a_breaker_that_needs_one_success():
     assert (breaker.current_state, breaker.success_counter) == ("closed", 0)
 
 
+def test_successes_are_counted_where_the_storage_does_not(clock):
+    """By the base class, so that an old storage serves any threshold in memory."""
+    breaker = CircuitBreaker(state_storage=OldStorage(), success_threshold=3)
+    breaker.half_open()
+    for count in 1, 2:
+        breaker.call(int)
+        assert (breaker.current_state, breaker.success_counter) == ("half-open", count)
+    breaker.call(int)
+    assert (breaker.current_state, breaker.success_counter) == ("closed", 0)
+
+
 def test_the_success_counter_is_in_the_storage(path):
     """Where the storage has one, breakers that share it count together."""
     first, second = (
@@ -508,6 +519,9 @@ def test_retry_after_goes_by_what_the_storage_says(kind):
     breaker._state_storage.opened_at = datetime.now(timezone.utc)
     breaker._state_storage.state = "open"
     assert breaker.retry_after == 60
+    breaker._state_storage.state = "closed"
+    assert breaker.retry_after == 0.0
+    breaker.open()
     breaker._state_storage.state = "closed"
     assert breaker.retry_after == 0.0
 

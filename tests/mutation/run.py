@@ -8,6 +8,10 @@ changed line, the quickest first, until one fails. A change outside of functions
 is imported anew, and so are the tests.
 
 What survives must be in survivors.toml with the reason why it changes nothing.
+
+What became of a mutant is kept for as long as its function stays as it is, in files
+that begin with the name of the session: after a change of pybreaker.py the mutants of
+changed functions are run. ``--all`` runs all of them again.
 """
 
 import argparse
@@ -29,7 +33,6 @@ from pathlib import Path
 import cosmic_ray.commands
 import cosmic_ray.plugins
 import coverage
-import hypothesis  # noqa: F401 (its warnings are errors once pytest runs)
 import pytest
 import tomllib
 from cosmic_ray.ast import get_ast
@@ -48,12 +51,22 @@ SURVIVORS = Path(__file__).with_name("survivors.toml")
 
 # Tests of other things, most of which run in processes of their own.
 NOT_RUN = ("packaging", "readme", "examples", "6_ops_console")
-# These search for long. They are for what the others have not killed.
-SEARCHES = ("cancellation", "faults", "fork", "interleavings", "model", "nothing_left")
+# These search for long, or wait for processes. They are for what the others have
+# not killed.
+SEARCHES = (
+    "9_fleet",
+    "9_redis_faults",
+    "cancellation",
+    "faults",
+    "fork",
+    "interleavings",
+    "model",
+    "nothing_left",
+)
 # These trace, or fork, so it is not known which lines they reach.
 ALWAYS_RUN = ("test_interleavings.py", "test_fork.py")
-# What is not mutated yet.
-LEFT_OUT = (
+# What shares a circuit through Redis comes last, as its tests take time.
+LAST = (
     "CircuitRedisStorage",
     "_Courier",
     "_RedisLink",
@@ -154,6 +167,22 @@ def spans_without_effect(tree):
             if part in getattr(node, "decorator_list", ()):
                 start = part.lineno, 0  # the @
             yield start, (part.end_lineno, part.end_col_offset)
+
+
+def identities(work_items, text):
+    """For each work item its job, and what tells its mutant from all others for as
+    long as the function or class around it has the same text."""
+    places, lines = definitions(ast.parse(text)), text.splitlines()
+    sources = collections.defaultdict(list)
+    for number, line in enumerate(lines, 1):
+        sources[places.get(number, "")].append(line)
+    seen = collections.Counter()
+    for work in sorted(work_items, key=lambda work: work.mutations[0].occurrence):
+        mutation = work.mutations[0]
+        name = places.get(mutation.start_pos[0], "")
+        kind = name, "\n".join(sources[name]), mutation.operator_name
+        seen[kind] += 1
+        yield work.job_id, (*kind, seen[kind])
 
 
 TREE = ast.parse(TEXT)
@@ -365,12 +394,14 @@ class Mutants:
         lines = set(range(mutation.start_pos[0], mutation.end_pos[0] + 1))
         lines = lines.union(*(LINES.get(line, ()) for line in list(lines)))
         chosen = set().union(*(self.reached.get(line, ()) for line in lines))
+        shares = self.options.searches or where_of(mutation) in LAST
         order = Runner(self.seconds, None).how_long
         return sorted(
             (
                 item
                 for item in self.items.values()
                 if item.nodeid in chosen or item.path.name in ALWAYS_RUN
+                if shares or not item.path.name.startswith("test_9_")
             ),
             key=order,
         )
@@ -380,16 +411,38 @@ class Mutants:
     def prepare(self, database):
         if not database.num_work_items:
             cosmic_ray.commands.init([SOURCE], database, {})
+            if not self.options.all:
+                self.bring_over(database)
         spans = list(spans_without_effect(TREE))
         skipped = []
         for work in database.work_items:
             start = work.mutations[0].start_pos
-            where = DEFINITIONS.get(start[0], "").split(".")[0]
-            if where in LEFT_OUT or any(s <= start < e for s, e in spans):
+            if any(s <= start < e for s, e in spans):
                 skipped.append(work.job_id)
         database.set_multiple_results(
             skipped, WorkResult(worker_outcome=WorkerOutcome.SKIPPED)
         )
+
+    def bring_over(self, database):
+        """What is known of mutants of functions that have not changed."""
+        name = Path(self.options.session)
+        name.with_suffix(".py").write_text(TEXT)
+        earlier = name.parent.glob(name.name.rpartition("-")[0] + "-*.sqlite")
+        earlier = sorted(earlier, key=lambda path: path.stat().st_mtime)
+        for path in earlier:  # what was found last wins
+            if path == name or not path.with_suffix(".py").exists():
+                continue
+            text = path.with_suffix(".py").read_text()
+            with use_db(path) as old:
+                results = dict(old.results)
+                known = {
+                    mutant: results[job]
+                    for job, mutant in identities(old.work_items, text)
+                    if job in results
+                }
+            for job, mutant in identities(database.work_items, TEXT):
+                if mutant in known:
+                    database.set_result(job, known[mutant])
 
     def execute(self, database):
         results = dict(database.results)
@@ -399,7 +452,7 @@ class Mutants:
             for work in database.work_items
             if self.is_waiting(results.get(work.job_id), explained)
         ]
-        waiting.sort(key=lambda work: hashlib.sha1(key(work).encode()).digest())
+        waiting.sort(key=turn, reverse=True)
         if self.options.only:
             waiting = [w for w in waiting if self.options.only in key(w)]
         waiting = waiting[: self.options.limit]
@@ -491,6 +544,17 @@ def key(work):
     return f"{where} {mutation.operator_name} {mutation.occurrence}"
 
 
+def where_of(mutation):
+    """The outermost function or class."""
+    return DEFINITIONS.get(mutation.start_pos[0], "").split(".")[0]
+
+
+def turn(work):
+    """What to sort mutants by: first those without Redis, both in any order."""
+    digest = hashlib.sha1(key(work).encode()).digest()
+    return where_of(work.mutations[0]) in LAST, digest
+
+
 def explanations():
     listed = tomllib.loads(SURVIVORS.read_text())["survivors"]
     return {mutant for entry in listed for mutant in entry["mutants"]}
@@ -531,6 +595,7 @@ def main():
     add("--limit", type=int, help="run so many at most; the rest next time")
     add("--only", help="run those in whose place or operator this occurs")
     add("--retry", action="store_true", help="run those again that survived")
+    add("--all", action="store_true", help="bring nothing over from earlier sessions")
     add("--searches", action="store_true", help="do so with the tests that search")
     options = parser.parse_args()
     options.pytest = [*PYTEST, *test_files(options.searches)]
