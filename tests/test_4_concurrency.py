@@ -708,6 +708,24 @@ def test_eras_are_told_apart_whatever_their_states_say_of_themselves(move, boom)
 
 
 @pytest.mark.usefixtures("look_alikes")
+def test_a_state_that_ends_while_a_failure_is_told_is_not_asked(fail, boom):
+    """Though the one in its place says that it is the same, and is closed too."""
+    asked = []
+
+    class Restarts(pybreaker.CircuitBreakerListener):
+        def failure(self, cb, exc):
+            cb.close()
+            cb.fail_counter = 2
+
+    pybreaker.CircuitClosedState.on_failure = lambda state, exc: asked.append(state)
+    breaker = CircuitBreaker(fail_max=2, listeners=[Restarts()])
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 2)
+    assert asked == []
+
+
+@pytest.mark.usefixtures("look_alikes")
 def test_a_trial_begins_where_an_open_state_equals_a_half_open_one(guard):
     """The circuit has half-opened, whatever the two states say."""
     breaker = CircuitBreaker(reset_timeout=0)

@@ -481,6 +481,34 @@ def test_an_interrupted_generator_is_abandoned_even_after_it_has_yielded(
     assert recorder.names == ["before_call"]
 
 
+def test_a_generator_that_exits_though_nobody_closed_it_is_abandoned(recorder, boom):
+    """After an item too, a GeneratorExit of its own is not a close."""
+    breaker = CircuitBreaker(listeners=[recorder])
+
+    @breaker
+    def guarded():
+        try:
+            yield 1
+        except boom:
+            raise GeneratorExit from None
+
+    @breaker
+    async def async_guarded():
+        try:
+            yield 1
+        except boom:
+            raise GeneratorExit from None
+
+    generator, async_generator = guarded(), async_guarded()
+    next(generator)
+    drive(async_generator.__anext__())
+    with pytest.raises(GeneratorExit):
+        generator.throw(boom())
+    with pytest.raises(GeneratorExit):
+        drive(async_generator.athrow(boom()))
+    assert recorder.names == ["before_call"] * 2
+
+
 def test_a_generator_that_refuses_to_be_closed_is_no_success(recorder):
     """Python says that it ignored GeneratorExit; it has not ended yet."""
     breaker = CircuitBreaker(listeners=[recorder])
