@@ -1,8 +1,9 @@
 """Runs threads one step at a time, in an order that is chosen and can be repeated.
 
 A *step* is a line of one file, or an instruction of it, that reads or writes an
-attribute: no other can be seen by another thread. A trace function stops each
-thread before each of its steps. One thread runs at a time; at every step it is
+attribute which somebody writes while threads race: no other can be seen by another
+thread, and between two steps it makes no difference who runs. A trace function stops
+each thread before each of its steps. One thread runs at a time; at every step it is
 decided who goes on, and that decision is all there is of chance in a program
 whose threads share memory and nothing else.
 
@@ -28,6 +29,7 @@ import contextvars
 import dis
 import sys
 import threading
+import types
 from typing import NamedTuple
 
 
@@ -45,7 +47,8 @@ class Stuck(BaseException):
 
 
 class Scheduler:
-    """Runs as many programs at once as it has threads: see the module.
+    """Runs as many programs at once as it has threads: see the module. `shared` are
+    the names of the attributes that make a step, by default all.
 
     `trail` is the list of the decisions of the last run, `current` the number of
     the thread that runs, `waiting` says which lock a thread waits for, and
@@ -54,7 +57,7 @@ class Scheduler:
     are not traced before the second, so that it has to be repeated.
     """
 
-    def __init__(self, threads, filename, opcodes=False, patience=100_000):
+    def __init__(self, threads, filename, opcodes=False, shared=None, patience=100_000):
         self.current = None
         self.trail = []
         self.stuck = None
@@ -66,7 +69,7 @@ class Scheduler:
         self._programs = [None] * threads
         self._results = [None] * threads
         self._known = {}  # see _tracer()
-        self._trace = _tracer(filename, opcodes, self.step, self._known)
+        self._trace = _tracer(filename, opcodes, shared, self.step, self._known)
         # A thread that does not run waits for its baton; the caller, for its own.
         self._batons = [_taken() for _ in range(threads)]
         self._over = _taken()
@@ -257,7 +260,24 @@ def _taken():
     return baton
 
 
-def _tracer(filename, opcodes, step, tracers):
+def written_names(code):
+    """The names of the attributes that this code writes, and the code in it, unless it
+    is a constructor's; and all names that it has as strings, as it may write by these.
+    """
+    names = set()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= written_names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)
+    if code.co_name != "__init__":
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                names.add(instruction.argval)
+    return names
+
+
+def _tracer(filename, opcodes, shared, step, tracers):
     """A trace function that calls `step(line)` before each step in the file. The
     tracers are by the identity of the code, as hashing a code takes long."""
     event_of_interest = "opcode" if opcodes else "line"
@@ -274,7 +294,7 @@ def _tracer(filename, opcodes, step, tracers):
         return tracer
 
     def follow(code):
-        places = _places(code, opcodes)
+        places = _places(code, opcodes, shared)
 
         def tracer(frame, event, arg):
             if event == event_of_interest:
@@ -287,13 +307,16 @@ def _tracer(filename, opcodes, step, tracers):
     return trace
 
 
-def _places(code, opcodes):
-    """The lines of the code, or the offsets in it, that touch an attribute."""
+def _places(code, opcodes, shared):
+    """The lines of the code, or the offsets in it, that touch such an attribute."""
     starts = dict(dis.findlinestarts(code))
     places, line = set(), None
     for instruction in dis.get_instructions(code):
         line = starts.get(instruction.offset, line)
         name = instruction.opname
-        if "ATTR" in name or "METHOD" in name or "SUBSCR" in name:
+        touches = "ATTR" in name or "METHOD" in name
+        if (touches and (shared is None or instruction.argval in shared)) or (
+            "SUBSCR" in name
+        ):
             places.add(instruction.offset if opcodes else line)
     return places

@@ -82,6 +82,16 @@ def test_a_change_found_in_the_storage_is_logged_as_that(log):
     assert ": found so in the storage (" in log()[0][1]
 
 
+def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
+    """Not when some other call gets through, which may be much later."""
+    breaker = CircuitBreaker()
+    breaker._state_storage.opened_at = datetime.datetime.now(datetime.timezone.utc)
+    breaker._state_storage.state = "open"
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    assert ": found so in the storage (" in log()[0][1]
+
+
 def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
     """It has a reason of its own, which only the listener knows."""
 
