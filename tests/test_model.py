@@ -62,9 +62,7 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
     print_blob=False,
 )
-settings.register_profile(
-    "model-deep", settings.get_profile("model"), max_examples=2000
-)
+settings.register_profile("model-deep", settings.get_profile("model"), max_examples=500)
 PROFILE = settings.get_profile("model-deep" if DEEP else "model")
 SEEDS = 6 if DEEP else 3
 ENOUGH = 3 if DEEP else 1  # times that the search has to come to each corner
