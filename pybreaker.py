@@ -695,9 +695,7 @@ class CircuitBreaker:
                     return state, None
             elif not self._told_listeners or self._nobody_hears("rejected"):
                 wait = state._wait()
-                if wait > 0.0 and not (
-                    self._trial_in_place and self._is_within_trial()
-                ):
+                if wait and not (self._trial_in_place and self._is_within_trial()):
                     raise self._breaker_error(state._rejection, wait)
         try:
             with self._lock:
@@ -711,16 +709,16 @@ class CircuitBreaker:
                     # timeout of 0 is too short to say so of a trial.
                     if self._is_within_trial() and (wait or not self._reset_timeout):
                         state, wait = _WITHIN, 0.0
-                    elif wait == 0.0:
+                    elif not wait:
                         trial = self._take_place()
-                if wait > 0.0:
+                if wait:
                     self._tell("rejected", (self, func, *args), kwargs)
                 elif trial is None:
                     self._tell("before_call", (self, func, *args), kwargs)
         finally:
             if self._unlogged:
                 self._log_what_happened()
-        if wait > 0.0:
+        if wait:
             raise self._breaker_error(state._rejection, wait)
         if trial is not None and ask:
             return self._claim(state, trial, func, args, kwargs)
@@ -1068,7 +1066,7 @@ class CircuitBreakerState:
             with breaker._lock:
                 state = breaker.state
                 wait = state._wait()
-                if wait == 0.0:
+                if not wait:
                     state._start_trial()
                 elif not breaker._is_within_trial():
                     raise breaker._breaker_error(state._rejection, wait)
@@ -1110,7 +1108,7 @@ class CircuitBreakerState:
     # What each state answers in its own way. The lock is held.
 
     def _wait(self) -> float:
-        """Seconds until a call may be admitted."""
+        """Seconds until a call may be admitted; 0.0 is now."""
         return 0.0
 
     def _start_trial(self) -> None:

@@ -935,6 +935,82 @@ def test_a_quiet_call_over_any_other_storage_takes_the_lock(guard, watched):
     assert all(held for _, held in watched.used)
 
 
+# How little a call does. Each function of the library that runs takes as long as all
+# the rest of a quiet call.
+
+
+CLOSED = ["closed", "".join(["clo", "sed"])]  # which are equal and two objects
+
+
+@contextlib.contextmanager
+def functions_that_run():
+    """The names of the library's functions that this thread runs meanwhile."""
+    names = set()
+
+    def note(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename == pybreaker.__file__:
+            names.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        yield names
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("word", CLOSED)
+def test_a_quiet_call_runs_nothing_but_its_guard(word):
+    """Whichever string it is that says "closed"."""
+    breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(word))
+
+    async def work():
+        return 1
+
+    coroutine = breaker(work)()
+    for call, guard in (
+        (breaker(lambda: 1), "guarded"),
+        (lambda: breaker.call(lambda: 1), "call"),
+        (lambda: coroutine.send(None), "guarded"),
+    ):
+        with functions_that_run() as names, contextlib.suppress(StopIteration):
+            call()
+        assert names == {guard}
+
+
+def test_a_call_that_is_heard_does_not_look_for_whoever_hears(recorder):
+    """That was found out when the listener was added."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    call = breaker(lambda: 1)
+    with functions_that_run() as names:
+        call()
+    assert recorder.names == ["before_call", "success"]
+    assert "_tell" in names
+    assert "_nobody_hears" not in names
+
+
+@pytest.mark.parametrize("listeners", [[], [pybreaker.CircuitBreakerListener()]])
+def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
+    """It is made at once, even where a slow listener is told of something."""
+    breaker = CircuitBreaker(listeners=listeners)
+    call = guard(breaker, int)
+    breaker.open()
+    lock = count_lock(breaker)
+    with pytest.raises(CircuitBreakerError):
+        call()
+    assert lock.taken == 0
+
+
+@pytest.mark.parametrize("word", CLOSED)
+def test_a_success_that_nobody_hears_takes_no_lock(guard, word):
+    """Though there is a listener for something else."""
+    breaker = CircuitBreaker(listeners=[pybreaker.CircuitBreakerListener()])
+    call = guard(breaker, int)
+    breaker._state_storage.state = word
+    lock = count_lock(breaker)
+    call()
+    assert lock.taken == 0
+
+
 # Steering while calls are in flight.
 
 
