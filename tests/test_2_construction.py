@@ -128,7 +128,9 @@ GOOD_NUMBERS = [
     ("reset_timeout", Index(4), 4),
     ("reset_timeout", math.inf, math.inf),
     ("reset_timeout", float("inf"), math.inf),  # which is another object
-    ("reset_timeout", int(sys.float_info.max), sys.float_info.max),
+    pytest.param(
+        "reset_timeout", int(sys.float_info.max), sys.float_info.max, id="longest"
+    ),
 ]
 
 # These are written to a breaker that exists, so they are no arguments.

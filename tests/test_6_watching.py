@@ -1307,6 +1307,14 @@ def test_a_predicate_that_raises_did_not_exclude(fail, caplog, boom):
     assert tracebacks(caplog) == [exc]
 
 
+def test_a_predicate_that_raises_is_logged_where_nothing_is_called(boom, caplog):
+    """Code may ask the breaker for its judgement, and then does nothing with it."""
+    exc = RuntimeError("broken predicate")
+    breaker = CircuitBreaker(exclude=[raising(exc)])
+    assert breaker.is_system_error(boom())
+    assert tracebacks(caplog) == [exc]
+
+
 def test_a_predicate_that_raises_leaves_the_word_to_the_others(fail, boom, caplog):
     """One behind it may still exclude."""
     breaker = CircuitBreaker(1, exclude=[raising(RuntimeError()), boom])
@@ -1720,10 +1728,12 @@ def test_a_subclass_of_the_error_keeps_what_it_carries():
     """Attributes of its own survive pickling and copying as its class does."""
     error = WithDetails("message")
     error.details = {"host": "db1"}
+    error.attempts = 2
     error.retry_after = 3.0
     error.breaker = CircuitBreaker()
     for copied in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
         assert type(copied) is WithDetails
         assert copied.details == {"host": "db1"}
+        assert copied.attempts == 2
         assert copied.retry_after == 3.0
         assert copied.breaker is None

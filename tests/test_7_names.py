@@ -774,6 +774,18 @@ def test_a_private_name_can_be_patched_for_a_while(
     assert getattr(breaker, public) == before
 
 
+def test_a_suite_may_replace_a_breaker_by_a_mock_of_it():
+    """Made like the class, or like a breaker, whatever attributes those have."""
+    for like in (CircuitBreaker, CircuitBreaker()):
+        breaker = mock.create_autospec(like, instance=True, current_state="open")
+        breaker.call(int, "5")
+        breaker.call.assert_called_once_with(int, "5")
+        assert breaker.current_state == "open"
+        assert hasattr(like, "_listeners")
+        with pytest.raises(TypeError):
+            breaker.add_listener()
+
+
 def test_a_listener_slipped_into_the_list_is_told(recorder):
     """Code appends to breaker._listeners; who was there goes on hearing."""
     breaker = CircuitBreaker()
@@ -1039,6 +1051,7 @@ def test_looking_at_a_breaker_makes_no_state(monkeypatch):
     monkeypatch.setattr(pybreaker, "CircuitOpenState", Noted)
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
+    breaker._state_storage.state = "".join(["op", "en"])  # equal, and not the same
     assert breaker.retry_after == math.inf
     assert "open" in repr(breaker)
     assert breaker.snapshot()["state"] == "open"

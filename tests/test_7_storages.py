@@ -1763,6 +1763,28 @@ def test_a_subclass_of_the_memory_storage_overrides_by_the_private_names(fail, b
     assert log == ["failure", "failure", "open"]
 
 
+def test_a_subclass_of_the_memory_storage_hears_of_every_opening():
+    """A property of its own for the moment is written to."""
+
+    class Noted(CircuitMemoryStorage):
+        moments = ()
+
+        @property
+        def opened_at(self):
+            return self._opened_at
+
+        @opened_at.setter
+        def opened_at(self, moment):
+            self.moments += (moment,)
+            self._opened_at = moment
+
+    storage = Noted("closed")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    breaker.open()
+    assert storage.moments == (storage.opened_at,)
+    assert 0 < breaker.retry_after <= 60
+
+
 def test_a_subclass_of_the_memory_storage_extends_by_super(fail):
     """Its methods are called for every failure, and no call passes them by."""
 
