@@ -4,8 +4,9 @@ Cosmic Ray makes the mutants, a small change to pybreaker.py each, and its
 session keeps what became of them. Here the tests are run on them: in one
 process pytest collects the tests once; every mutant is a fork of that, puts its
 code in the place of the functions' own, and runs the tests that reach the
-changed line, the quickest first, until one fails. A change outside of functions
-is imported anew, and so are the tests.
+changed line until one fails: first those that have killed most mutants of the same
+function, then the quickest. A change outside of functions is imported anew, and so
+are the tests.
 
 What survives must be in survivors.toml with the reason why it changes nothing.
 
@@ -291,17 +292,19 @@ def import_anew(text):
 class Runner:
     """A pytest plugin that runs the tests given, in the order given."""
 
-    def __init__(self, seconds, output):
+    def __init__(self, seconds, kills, output):
         self.seconds = seconds
+        self.kills = kills  # of mutants of the same function, by test
         self.output = output
 
     def pytest_runtestloop(self, session):
-        self.run(session, sorted(session.items, key=self.how_long))
+        self.run(session, sorted(session.items, key=self.turn))
         return True
 
-    def how_long(self, item):
+    def turn(self, item):
         always = item.path.name in ALWAYS_RUN
-        return always, self.seconds.get(item.nodeid, 0.0)
+        kills, seconds = self.kills[item.nodeid], self.seconds.get(item.nodeid, 0.0)
+        return always, -kills, seconds
 
     def run(self, session, items):
         for item, following in zip(items, [*items[1:], None]):
@@ -395,16 +398,12 @@ class Mutants:
         lines = lines.union(*(LINES.get(line, ()) for line in list(lines)))
         chosen = set().union(*(self.reached.get(line, ()) for line in lines))
         shares = self.options.searches or where_of(mutation) in LAST
-        order = Runner(self.seconds, None).how_long
-        return sorted(
-            (
-                item
-                for item in self.items.values()
-                if item.nodeid in chosen or item.path.name in ALWAYS_RUN
-                if shares or not item.path.name.startswith("test_9_")
-            ),
-            key=order,
-        )
+        return [
+            item
+            for item in self.items.values()
+            if item.nodeid in chosen or item.path.name in ALWAYS_RUN
+            if shares or not item.path.name.startswith("test_9_")
+        ]
 
     # The mutants.
 
@@ -446,6 +445,10 @@ class Mutants:
 
     def execute(self, database):
         results = dict(database.results)
+        self.kills = collections.defaultdict(collections.Counter)
+        for work in database.work_items:
+            if work.job_id in results:
+                self.note(work, results[work.job_id])
         explained = explanations()
         waiting = [
             work
@@ -464,7 +467,7 @@ class Mutants:
                 output, folder = tempfile.TemporaryFile(), tempfile.TemporaryDirectory()
                 pid = os.fork()
                 if not pid:
-                    self.run_in_child(work.mutations[0], output.fileno(), folder.name)
+                    self.run_in_child(work, output.fileno(), folder.name)
                 running[pid] = work, output, folder
             pid, status = os.wait()
             if pid not in running:
@@ -485,10 +488,9 @@ class Mutants:
                 outcome = TestOutcome.INCOMPETENT  # no mutant at all
             if os.WIFSIGNALED(status):
                 killer = f"signal {os.WTERMSIG(status)} in {killer}"
-            database.set_result(
-                work.job_id,
-                WorkResult(WorkerOutcome.NORMAL, killer.strip(), outcome, diff),
-            )
+            result = WorkResult(WorkerOutcome.NORMAL, killer.strip(), outcome, diff)
+            database.set_result(work.job_id, result)
+            self.note(work, result)
             number = total - len(waiting) - len(running)
             if survived or not number % 50:
                 spent = time.monotonic() - start
@@ -502,8 +504,13 @@ class Mutants:
             return False
         return self.options.searches or self.options.retry
 
-    def run_in_child(self, mutation, output, folder):
-        status = 3
+    def note(self, work, result):
+        """Remember which test has killed it."""
+        if result.test_outcome == TestOutcome.KILLED:
+            self.kills[place_of(work)][result.output] += 1
+
+    def run_in_child(self, work, output, folder):
+        status, mutation = 3, work.mutations[0]
         try:
             os.setsid()
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -518,7 +525,7 @@ class Mutants:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             first = description(mutation, text) + "\n"
             tests = self.tests_for(mutation)
-            runner = Runner(self.seconds, output)
+            runner = Runner(self.seconds, self.kills[place_of(work)], output)
             runner.say = lambda said: Runner.say(runner, first + said)
             runner.say("SyntaxError")
             try:
@@ -527,7 +534,7 @@ class Mutants:
                 status = 1
                 return
             if is_in_place:
-                runner.run(self.session, tests)
+                runner.run(self.session, sorted(tests, key=runner.turn))
                 status = int(runner.failed)
             else:
                 runner.say("import")
@@ -538,10 +545,14 @@ class Mutants:
             os._exit(int(status))
 
 
+def place_of(work):
+    """The innermost function or class."""
+    return DEFINITIONS.get(work.mutations[0].start_pos[0], "")
+
+
 def key(work):
     mutation = work.mutations[0]
-    where = DEFINITIONS.get(mutation.start_pos[0], "")
-    return f"{where} {mutation.operator_name} {mutation.occurrence}"
+    return f"{place_of(work)} {mutation.operator_name} {mutation.occurrence}"
 
 
 def where_of(mutation):
