@@ -433,7 +433,7 @@ class Mutants:
                 continue
             text = path.with_suffix(".py").read_text()
             with use_db(path) as old:
-                results = dict(old.results)
+                results = {job: r for job, r in old.results if r.test_outcome}
                 known = {
                     mutant: results[job]
                     for job, mutant in identities(old.work_items, text)
