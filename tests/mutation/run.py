@@ -19,6 +19,7 @@ import argparse
 import ast
 import collections
 import difflib
+import functools
 import gc
 import hashlib
 import json
@@ -86,6 +87,7 @@ LAST = (
     "_after_fork_in_parent",
     "_LONGEST_LEASE",
     "_PAUSE",
+    "_SAFE",
     "_couriered",
     "_some_time",
 )
@@ -290,15 +292,16 @@ def import_anew(text):
 
 
 class Runner:
-    """A pytest plugin that runs the tests given, in the order given."""
+    """A pytest plugin that runs those of the tests that are apt, in a good order."""
 
-    def __init__(self, seconds, kills, output):
+    def __init__(self, is_apt, seconds, kills, output):
+        self.is_apt = is_apt
         self.seconds = seconds
         self.kills = kills  # of mutants of the same function, by test
         self.output = output
 
     def pytest_runtestloop(self, session):
-        self.run(session, sorted(session.items, key=self.turn))
+        self.run(session, session.items)
         return True
 
     def turn(self, item):
@@ -307,6 +310,7 @@ class Runner:
         return always, -kills, seconds
 
     def run(self, session, items):
+        items = sorted(filter(self.is_apt, items), key=self.turn)
         for item, following in zip(items, [*items[1:], None]):
             # What hangs is killed, with its process.
             limit = 20 + 20 * self.seconds.get(item.nodeid, 0.0)
@@ -397,13 +401,16 @@ class Mutants:
         lines = set(range(mutation.start_pos[0], mutation.end_pos[0] + 1))
         lines = lines.union(*(LINES.get(line, ()) for line in list(lines)))
         chosen = set().union(*(self.reached.get(line, ()) for line in lines))
-        shares = self.options.searches or where_of(mutation) in LAST
         return [
             item
             for item in self.items.values()
             if item.nodeid in chosen or item.path.name in ALWAYS_RUN
-            if shares or not item.path.name.startswith("test_9_")
         ]
+
+    def is_apt(self, mutation, item):
+        """Whether the test is worth its time."""
+        shares = item.path.name.startswith("test_9_")
+        return not shares or self.options.searches or where_of(mutation) in LAST
 
     # The mutants.
 
@@ -525,7 +532,8 @@ class Mutants:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             first = description(mutation, text) + "\n"
             tests = self.tests_for(mutation)
-            runner = Runner(self.seconds, self.kills[place_of(work)], output)
+            is_apt = functools.partial(self.is_apt, mutation)
+            runner = Runner(is_apt, self.seconds, self.kills[place_of(work)], output)
             runner.say = lambda said: Runner.say(runner, first + said)
             runner.say("SyntaxError")
             try:
@@ -534,7 +542,7 @@ class Mutants:
                 status = 1
                 return
             if is_in_place:
-                runner.run(self.session, sorted(tests, key=runner.turn))
+                runner.run(self.session, tests)
                 status = int(runner.failed)
             else:
                 runner.say("import")
