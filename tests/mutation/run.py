@@ -622,6 +622,7 @@ def main():
     options.session += f"-{digest.hexdigest()[:12]}.sqlite"
     cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = operators.Provider()
     sys.path.insert(0, str(ROOT))
+    sys.dont_write_bytecode = False  # so that tests are rewritten once, if read often
     plugin = Mutants(options)
     pytest.main(options.pytest, plugins=[plugin])
     return plugin.verdict
