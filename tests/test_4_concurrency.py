@@ -726,6 +726,26 @@ def test_a_state_that_ends_while_a_failure_is_told_is_not_asked(fail, boom):
 
 
 @pytest.mark.usefixtures("look_alikes")
+def test_a_state_that_has_ended_is_not_asked_what_an_outcome_means(boom):
+    """Though the one in its place says that it is the same."""
+    asked = []
+    pybreaker.CircuitClosedState.on_success = asked.append
+    pybreaker.CircuitClosedState.on_failure = lambda state, exc: asked.append(state)
+    breaker = CircuitBreaker(fail_max=1)
+    breaker.fail_counter = 1
+    for late in (None, boom()):
+        block = breaker.calling()
+        block.__enter__()
+        breaker.close()
+        breaker.fail_counter = 1
+        block.__exit__(late and boom, late, None)
+        assert asked == []
+    with pytest.raises(boom), breaker.calling():
+        raise boom
+    assert asked == [breaker.state]
+
+
+@pytest.mark.usefixtures("look_alikes")
 def test_a_trial_begins_where_an_open_state_equals_a_half_open_one(guard):
     """The circuit has half-opened, whatever the two states say."""
     breaker = CircuitBreaker(reset_timeout=0)

@@ -13,6 +13,7 @@ import sys
 import threading
 
 import pytest
+from support import drive
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError
@@ -90,6 +91,23 @@ def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
     with pytest.raises(CircuitBreakerError):
         breaker.call(int)
     assert ": found so in the storage (" in log()[0][1]
+
+
+def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
+    """A trial may take its time, and somebody may watch the log meanwhile."""
+    breaker = CircuitBreaker(reset_timeout=60)
+
+    def told():
+        return [text.split(" (")[0] for _, text in log()][-1]
+
+    async def told_later():
+        return told()
+
+    begun = "unnamed breaker: half-open, was open: the timeout has passed"
+    for call in (lambda: breaker.call(told), lambda: drive(breaker.call(told_later))):
+        breaker.open()
+        clock.advance(60)
+        assert call() == begun
 
 
 def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
