@@ -118,6 +118,7 @@ GOOD_NUMBERS = [
     ("fail_max", Index(4), 4),
     ("fail_max", 10**30, 10**30),
     ("fail_max", math.inf, math.inf),
+    ("fail_max", float("inf"), math.inf),
     ("success_threshold", 1, 1),
     ("success_threshold", 2.0, 2),
     ("success_threshold", Index(4), 4),

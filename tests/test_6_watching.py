@@ -331,9 +331,10 @@ def test_setting_numbers_never_moves_the_circuit(clock, recorder):
     assert recorder.transitions == [("closed", "open"), ("open", "half-open")]
 
 
-@pytest.mark.parametrize("fail_max", [1, 3, 4])
-def test_with_fail_max_lowered_the_next_failure_opens(fail_max, fail, boom):
-    """Below the count, at it, or one above; not before that failure."""
+@pytest.mark.parametrize(("fail_max", "count"), [(1, 4), (3, 3), (4, 4)])
+def test_with_fail_max_lowered_the_next_failure_opens(fail_max, count, fail, boom):
+    """Below the count, at it, or one above; not before that failure, which is
+    counted unless the count is at the limit already."""
     breaker = CircuitBreaker(fail_max=10)
     failures(breaker, 3, fail)
     breaker.fail_max = fail_max
@@ -341,7 +342,16 @@ def test_with_fail_max_lowered_the_next_failure_opens(fail_max, fail, boom):
     with pytest.raises(CircuitBreakerError) as error:
         breaker.call(fail)
     assert isinstance(error.value.__cause__, boom)
-    assert breaker.current_state == "open"
+    assert (breaker.current_state, breaker.fail_counter) == ("open", count)
+
+
+def test_a_high_limit_is_a_limit_too(fail):
+    """Two numbers that are equal need not be the same object."""
+    breaker = CircuitBreaker(fail_max=1000)
+    breaker.fail_counter = int("1000")
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    assert breaker.fail_counter == 1000
 
 
 def test_with_fail_max_lowered_a_success_still_forgets(fail, boom):
@@ -646,6 +656,17 @@ def test_repr_tells_how_far_a_recovery_is():
     breaker.call(int)
     assert "half-open" in repr(breaker)
     assert "1 of 4" in repr(breaker)
+
+
+def test_repr_knows_a_state_by_its_name():
+    """Which a storage may have read from somewhere."""
+    breaker = CircuitBreaker()
+    for name, told in (("closed", "trial"), ("half-open", "successes")):
+        breaker.state = name
+        text = repr(breaker)
+        breaker._state_storage.state = "".join(list(name))
+        assert repr(breaker) == text
+        assert (told in text) == (name == "half-open")
 
 
 def test_repr_of_a_breaker_without_a_name():
