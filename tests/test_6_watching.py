@@ -259,6 +259,18 @@ def test_retry_after_counts_down_while_a_trial_runs(clock):
     assert breaker.retry_after == 0.0
 
 
+def test_retry_after_counts_down_for_days(clock):
+    """Where the timeout is longer than the machine has been up."""
+    breaker = CircuitBreaker(reset_timeout=500_000)
+    breaker.open()
+    clock.advance(200_000)
+    assert breaker.retry_after == 300_000
+    breaker.half_open()
+    with breaker.calling():
+        clock.advance(300_000)
+        assert breaker.retry_after == 200_000
+
+
 def test_retry_after_can_be_infinite(clock):
     """With reset_timeout=math.inf, for an open circuit as for a running trial."""
     breaker = CircuitBreaker(reset_timeout=math.inf)

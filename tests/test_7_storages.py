@@ -578,6 +578,22 @@ def test_a_trial_whose_circuit_is_moved_from_outside_is_late(kind, recorder):
     assert breaker.current_state == "closed"
 
 
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+def test_a_trial_whose_circuit_was_closed_from_outside_is_late_too(kind, recorder):
+    """It decides nothing in the era of whoever has closed it."""
+    storage = kind("half-open")
+    breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
+
+    def closed_meanwhile():
+        storage.state = "closed"
+        storage.increment_counter()
+
+    breaker.call(closed_meanwhile)
+    assert recorder.transitions == [("half-open", "closed")]
+    assert recorder.names == ["before_call", "state_change", "success"]
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
+
+
 @pytest.mark.parametrize("name", ["open", "half-open"])
 def test_nothing_is_written_because_of_a_change_that_was_found(name):
     """Whoever made it has written what it wanted."""
