@@ -237,6 +237,28 @@ def test_a_snapshot_tells_when_a_circuit_opened_and_when_to_come_back(clock):
         assert breaker.snapshot()["opened_at"] == "2020-02-02T12:00:00+00:00"
 
 
+def test_a_snapshot_still_tells_of_the_last_opening_when_the_circuit_is_closed():
+    """An operator asks about it afterwards."""
+    breaker = CircuitBreaker()
+    breaker.open()
+    opened_at = breaker.snapshot()["opened_at"]
+    breaker.close()
+    assert breaker.snapshot()["opened_at"] == opened_at is not None
+
+
+@pytest.mark.parametrize("watch", [CircuitBreaker.snapshot, repr])
+def test_who_watches_is_told_what_the_storage_says(watch):
+    """Though no call has yet found that somebody else has opened the circuit."""
+    breaker = CircuitBreaker(reset_timeout=math.inf)
+    told = str(watch(breaker))
+    assert "closed" in told
+    assert "open" not in told.replace("opened_at", "")
+    breaker._state_storage.state = "open"
+    told = str(watch(breaker))
+    assert "closed" not in told
+    assert "open" in told.replace("opened_at", "")
+
+
 def test_a_snapshot_has_none_where_there_is_no_end():
     """JSON has no word for infinity."""
     breaker = CircuitBreaker(fail_max=math.inf, reset_timeout=math.inf)

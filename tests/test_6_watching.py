@@ -291,6 +291,25 @@ def test_retry_after_keeps_what_it_promises(clock):
     assert breaker.call(int) == 0
 
 
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda breaker: breaker.retry_after,
+        lambda breaker: breaker.current_state,
+        lambda breaker: breaker.snapshot(),
+        repr,
+    ],
+)
+def test_who_only_watches_moves_nothing(watch, recorder):
+    """A change in the storage is found, and told, by calls and by breaker.state."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    breaker._state_storage.state = "open"
+    watch(breaker)
+    assert recorder.events == []
+    assert breaker.state.name == "open"
+    assert recorder.transitions == [("closed", "open")]
+
+
 # What can be set.
 
 
@@ -495,6 +514,18 @@ def test_a_count_that_was_counted_up_is_counted_from(fail):
     assert 0 < breaker.retry_after <= 60
 
 
+def test_a_count_that_is_set_is_nobodys_failure():
+    """What hears of each failure by _inc_counter() does not hear of it."""
+
+    class Alarming(CircuitBreaker):
+        def _inc_counter(self):
+            raise AssertionError("nothing has failed")
+
+    breaker = Alarming(state_storage=OldStorage())
+    breaker.fail_counter = 2
+    assert breaker.fail_counter == 2
+
+
 # Listeners and exclusions come and go.
 
 
@@ -526,6 +557,25 @@ def test_a_listener_that_is_added_during_a_call_hears_how_it_ends(recorder):
     breaker = CircuitBreaker()
     breaker.call(lambda: breaker.add_listener(recorder))
     assert recorder.names == ["success"]
+
+
+def test_a_listener_that_was_added_twice_is_told_twice():
+    """And removed once, the first of the two."""
+
+    class Counting(CircuitBreakerListener):
+        heard = 0
+
+        def success(self, cb):
+            self.heard += 1
+
+    first, second = Counting(), Counting()
+    breaker = CircuitBreaker(listeners=[first])
+    breaker.add_listeners(second, first)
+    assert breaker.listeners == (first, second, first)
+    breaker.call(int)
+    assert (first.heard, second.heard) == (2, 1)
+    breaker.remove_listener(first)
+    assert breaker.listeners == (second, first)
 
 
 def test_removing_a_listener_that_is_not_there_is_an_error(recorder):
@@ -643,6 +693,13 @@ def test_repr_tells_how_far_a_recovery_is():
 def test_repr_of_a_breaker_without_a_name():
     """It says that there is none."""
     assert "unnamed" in repr(CircuitBreaker())
+
+
+def test_repr_is_one_line_whatever_the_name():
+    """What breaks lines is shown escaped."""
+    breaker = CircuitBreaker(name="db\n<CircuitBreaker 'other': closed>")
+    assert len(repr(breaker).splitlines()) == 1
+    assert repr(breaker).startswith(f"<CircuitBreaker {breaker.name!r}: closed")
 
 
 def test_repr_knows_subclasses():
@@ -1681,6 +1738,15 @@ def test_the_error_of_a_circuit_that_waits_for_somebody():
     assert error.value.retry_after == math.inf
 
 
+def test_the_error_of_a_trip_tells_the_wait_that_a_listener_has_left(fail):
+    """It closed the circuit that had opened, so a call may come at once."""
+    breaker = CircuitBreaker(fail_max=1)
+    breaker.add_listener(Hook("state_change", CircuitBreaker.close))
+    with pytest.raises(CircuitBreakerError) as tripped:
+        breaker.call(fail)
+    assert tripped.value.retry_after == breaker.retry_after == 0.0
+
+
 def test_an_error_that_asks_for_no_wait_speaks_of_none(fail):
     """With reset_timeout=0 the next call may come at once."""
     with pytest.raises(CircuitBreakerError) as error:
@@ -1706,6 +1772,16 @@ def test_the_error_takes_any_arguments(args):
 
 class WithDetails(CircuitBreakerError):
     """An error of the user's own, which lives at module level for pickle."""
+
+
+def test_what_others_have_put_on_the_error_survives_pickling():
+    """Notes, and what a framework keeps there under a name of its own."""
+    error = CircuitBreakerError("message")
+    error.__notes__ = ["while the customer was updated"]
+    error._request_id = 7
+    copied = pickle.loads(pickle.dumps(error))
+    assert copied.__notes__ == ["while the customer was updated"]
+    assert copied._request_id == 7
 
 
 def test_a_subclass_of_the_error_keeps_what_it_carries():

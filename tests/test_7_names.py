@@ -1268,6 +1268,28 @@ def test_a_subclass_whose_open_returns_false_raises_the_original_error(fail, boo
     assert breaker.current_state == "open"
 
 
+def test_a_subclass_may_ask_for_more_trials_instead_of_closing():
+    """Its close() half-opens the circuit, and these are counted from 0."""
+
+    class Careful(CircuitBreaker):
+        is_sure = False
+
+        def close(self):
+            if self.is_sure:
+                super().close()
+            else:
+                self.is_sure = True
+                self.half_open()
+
+    breaker = Careful(success_threshold=2)
+    breaker.half_open()
+    seen = []
+    for _ in range(4):
+        breaker.call(int)
+        seen.append((breaker.current_state, breaker.success_counter))
+    assert seen == [("half-open", 1), ("half-open", 0), ("half-open", 1), ("closed", 0)]
+
+
 def test_a_subclass_sets_attributes_of_its_own():
     """Before super().__init__() and after it."""
 

@@ -285,6 +285,19 @@ def test_the_success_counter_is_in_the_storage(path):
     assert first.success_counter == second.success_counter == 0
 
 
+def test_a_success_of_others_that_comes_with_the_own_one_counts():
+    """What the storage says when a trial was counted is what decides."""
+
+    class Busy(PlainStorage):
+        def increment_success_counter(self):
+            self.write("success", self.values["success"] + 2)
+
+    breaker = CircuitBreaker(success_threshold=2, state_storage=Busy())
+    breaker.half_open()
+    breaker.call(int)
+    assert breaker.current_state == "closed"
+
+
 def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
     """A process that shares the circuit may have had some already."""
     storage = PlainStorage()
@@ -1177,6 +1190,17 @@ def test_calls_that_come_while_the_claim_is_asked_are_rejected(guard, fleet):
     assert (ran, len(storage.claims)) == ([], 1)
 
 
+def test_while_the_claim_is_asked_the_wait_is_for_the_place(guard, fleet, clock):
+    """Whoever watches is told what a call would be, though the timeout is over."""
+    waits = []
+    storage = FleetStorage(
+        fleet, "open", on_claim=lambda: waits.append(breaker.retry_after)
+    )
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    assert guard(breaker, int) == 0
+    assert waits == [60]
+
+
 def test_the_circuit_half_opens_when_the_claim_is_granted(guard, fleet, recorder):
     """Until then current_state says "open", and no listener hears a thing."""
     seen = []
@@ -1611,6 +1635,27 @@ def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
         breaker = CircuitBreaker(state_storage=Both("half-open"))
         assert guard(breaker, int) == 0
     assert asked == ["sync"] * 3 + ["async"] * 4
+
+
+def test_coroutines_that_claim_anew_await_that_claim_too():
+    """The circuit was half-opened again while the first answer was on its way."""
+
+    class Async(PlainStorage):
+        claims = 0
+
+        def claim_trial(self, timeout):
+            raise AssertionError("this would hold up the event loop")
+
+        async def claim_trial_async(self, timeout):
+            self.claims += 1
+            if self.claims == 1:
+                breaker.half_open()
+            return True
+
+    for guard in GUARDS[3:]:
+        breaker = CircuitBreaker(state_storage=Async("half-open"))
+        assert guard(breaker, int) == 0
+        assert breaker._state_storage.claims == 2
 
 
 # The storage in memory.
