@@ -1121,6 +1121,38 @@ def test_a_listener_that_ends_the_era_of_a_trial_has_the_last_word(fail, boom):
     assert breaker.current_state == "half-open"
 
 
+@pytest.mark.parametrize("name", ["closed", "half-open"])
+@pytest.mark.parametrize("later", ["closed", "open", "half-open"])
+def test_a_call_whose_era_a_listener_ends_at_its_beginning_is_late(
+    name, later, fail, boom
+):
+    """It was admitted before that was told, so it changes nothing after that."""
+    breaker = CircuitBreaker(1)
+    breaker.state = name
+    breaker.add_listener(Hook("before_call", lambda cb: setattr(cb, "state", later)))
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert breaker.current_state == later
+    assert breaker.fail_counter == 0
+
+
+@pytest.mark.parametrize("move", [CircuitBreaker.half_open, CircuitBreaker.close])
+def test_a_trial_that_a_listener_begins_goes_on_when_all_are_told(move, clock):
+    """The place was empty when the move was told, and is the listener's now."""
+    trials = []
+
+    def begin(cb):
+        cb.half_open()
+        trials.append(cb.calling())
+        trials[0].__enter__()
+
+    breaker = CircuitBreaker(reset_timeout=60, listeners=[Hook("state_change", begin)])
+    move(breaker)
+    assert breaker.retry_after == 60
+    trials[0].__exit__(None, None, None)
+    assert breaker.current_state == "closed"
+
+
 # The lock, and what listeners may do.
 
 
@@ -1133,6 +1165,35 @@ def test_listeners_are_called_with_the_lock_held(event, clock, fail):
     breaker.call(int)
     failures(breaker, 2, fail)
     assert locked == [True]
+
+
+def test_a_rejection_is_told_with_the_lock_held():
+    """Though no lock was needed to decide on it."""
+    locked = []
+    breaker = CircuitBreaker()
+    breaker.open()
+    hook = Hook("rejected", lambda cb: locked.append(is_locked(cb)))
+    breaker.add_listener(hook)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    assert locked == [True]
+
+
+@pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.half_open])
+def test_a_listener_that_hears_of_a_rejection_does_not_change_it(move, clock):
+    """The error says why the call was rejected, and not how things are since."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.open()
+    clock.advance(20)
+    breaker.add_listener(Hook("rejected", move))
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert rejected.value.retry_after == 40
+    assert str(rejected.value) == (
+        "unnamed breaker: Timeout not elapsed yet, circuit breaker still open "
+        "(next trial in 40.0 s)"
+    )
+    assert breaker.call(int) == 0
 
 
 def test_a_guarded_call_does_not_run_under_the_lock(recorder):

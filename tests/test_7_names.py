@@ -1025,6 +1025,16 @@ def test_a_call_is_rejected_where_half_open_does_nothing(clock):
     assert breaker.call(work) == 1
 
 
+def test_where_half_open_does_nothing_the_error_has_the_usual_words(clock):
+    """Code in the field takes it for the rejection that it is."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.open()
+    clock.advance(60)
+    with mock.patch.object(breaker, "half_open"):
+        with pytest.raises(CircuitBreakerError, match="^unnamed breaker: Timeout not"):
+            breaker.call(int)
+
+
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_create_new_state_makes_a_state_and_moves_nothing(name, class_name, recorder):
     """Suites call it with the constants."""

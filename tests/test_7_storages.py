@@ -1201,6 +1201,13 @@ def test_while_the_claim_is_asked_the_wait_is_for_the_place(guard, fleet, clock)
     assert waits == [60]
 
 
+def test_a_trial_holds_its_place_since_before_the_claim(guard, fleet, clock):
+    """The time that the storage took for its answer is a part of it."""
+    storage = FleetStorage(fleet, on_claim=lambda: clock.advance(25))
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    assert guard(breaker, lambda: breaker.retry_after) == 35
+
+
 def test_the_circuit_half_opens_when_the_claim_is_granted(guard, fleet, recorder):
     """Until then current_state says "open", and no listener hears a thing."""
     seen = []
@@ -1332,6 +1339,16 @@ def test_a_trial_that_lost_its_place_releases_nothing(clock):
     assert storage.asked == []
     late.__exit__(None, None, None)
     assert storage.asked == [("release", "half-open")]
+
+
+def test_who_takes_the_place_over_claims_before_anything_is_released(clock):
+    """Or another breaker would get the trial that this one runs already."""
+    storage = AskedStorage("half-open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    breaker.calling().__enter__()
+    clock.advance(60)
+    breaker.calling().__enter__()
+    assert [event for event, _ in storage.asked] == ["claim", "claim"]
 
 
 @pytest.mark.parametrize("move", ["open", "half_open", "close"])
