@@ -82,6 +82,16 @@ def test_a_change_found_in_the_storage_is_logged_as_that(log):
     assert ": found so in the storage (" in log()[0][1]
 
 
+def test_a_change_is_logged_with_the_count_that_it_left(log):
+    """Somebody else closed the circuit, and has seen failures since."""
+    breaker = CircuitBreaker(fail_max=5)
+    breaker.open()
+    breaker._state_storage.counter = 2
+    breaker._state_storage.state = "closed"
+    assert breaker.state.name == "closed"
+    assert "fail_counter 2" in log()[-1][1]
+
+
 def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
     """It has a reason of its own, which only the listener knows."""
 

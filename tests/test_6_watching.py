@@ -965,6 +965,17 @@ def test_when_a_half_opening_by_hand_is_told_it_is_complete(clock):
     assert listener.pictures["half-open"][:5] == ("half-open", "half-open", 0, 0, 0.0)
 
 
+def test_when_a_move_by_hand_is_told_a_trial_that_runs_has_lost_its_place():
+    """It is of an era that is over, so that nobody has to wait for it."""
+    waits = []
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    breaker.calling().__enter__()
+    breaker.add_listener(Hook("state_change", lambda cb: waits.append(cb.retry_after)))
+    breaker.half_open()
+    assert waits == [0.0]
+
+
 @pytest.mark.parametrize("how", ["trial", "by hand"])
 def test_when_a_closing_is_told_it_is_complete(how, clock, fail):
     """Both counters are 0."""
@@ -1770,6 +1781,16 @@ def test_the_error_survives_pickling(provoke, phrase, retry_after, clock, fail):
         assert copied.retry_after == retry_after
         assert copied.breaker is None
     assert error.value.breaker is breaker
+
+
+def test_the_error_names_the_breaker_in_full():
+    """Whatever is in the name."""
+    name = "db: main\n(replica 2)"
+    breaker = CircuitBreaker(name=name)
+    breaker.open()
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert str(rejected.value).startswith(name + ": Timeout not elapsed yet")
 
 
 def test_a_breaker_without_a_name_is_told_as_one():

@@ -213,6 +213,43 @@ def test_a_function_can_stand_in_for_a_state_class(name, class_name, monkeypatch
     assert isinstance(breaker.state, original)
 
 
+@pytest.mark.parametrize(("name", "class_name"), STATES)
+def test_a_state_class_is_asked_to_notify_where_the_circuit_has_moved(
+    name, class_name, monkeypatch
+):
+    """And only there: what is made by hand or for a look tells nobody."""
+    original, asked = getattr(pybreaker, class_name), []
+
+    def noting(breaker, *, prev_state=None, notify=False):
+        asked.append(notify)
+        return original(breaker, prev_state=prev_state, notify=notify)
+
+    monkeypatch.setattr(pybreaker, class_name, noting)
+    breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(name))
+    breaker._create_new_state(name)
+    assert asked == [False, False]
+    getattr(breaker, MOVES[name])()
+    assert asked == [False, False, True]
+
+
+@pytest.mark.parametrize(("name", "class_name"), STATES)
+def test_a_subclass_that_makes_states_makes_them_all(name, class_name):
+    """The first one, and one for each move."""
+    made = []
+
+    class Maker(CircuitBreaker):
+        def _create_new_state(self, new_state, prev_state=None, notify=False):
+            made.append(super()._create_new_state(new_state, prev_state, notify))
+            return made[-1]
+
+    breaker = Maker(state_storage=CircuitMemoryStorage(name))
+    assert breaker._state is made[-1]
+    getattr(breaker, MOVES[name])()
+    assert breaker._state is made[-1]
+    assert len(made) == 2
+    assert isinstance(made[-1], getattr(pybreaker, class_name))
+
+
 @pytest.fixture
 def counting_states(monkeypatch):
     """Subclasses in place of the three state classes, which count themselves."""
@@ -420,6 +457,16 @@ def test_an_excluded_error_handed_to_a_state_is_a_success(shelter, recorder):
         with pytest.raises(ValueError):
             breaker.state._handle_error(ValueError())
     assert recorder.names == ["success", "success"]
+
+
+def test_an_error_that_is_handed_over_is_raised_untouched(boom):
+    """With the cause that it came with."""
+    exc = boom()
+    exc.__cause__ = cause = OSError()
+    with pytest.raises(boom) as raised:
+        CircuitBreaker().state._handle_error(exc)
+    assert raised.value is exc
+    assert exc.__cause__ is cause
 
 
 def test_an_abandonment_handed_to_a_state_tells_nothing(shelter, recorder):

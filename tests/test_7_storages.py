@@ -685,10 +685,11 @@ def test_calls_to_a_healthy_service_write_nothing():
         datetime(2020, 2, 29, 12, 30, tzinfo=timezone.utc),
         datetime(2020, 2, 29, 12, 30, tzinfo=timezone(timedelta(hours=2))),
         None,
+        False,
     ],
 )
 def test_the_memory_storage_reads_back_what_was_written(moment):
-    """The very value: naive, aware or None."""
+    """The very value: naive, aware or anything false."""
     storage = CircuitMemoryStorage("open")
     storage.opened_at = moment
     assert storage.opened_at is moment
@@ -739,6 +740,16 @@ def test_the_timeout_is_measured_from_the_opened_at_that_is_found(
         assert rejected.value.retry_after == left
     else:
         assert breaker.call(int) == 0
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@freeze_time("2020-02-29 12:30:00")
+def test_fractions_of_a_second_count(kind):
+    """A short timeout has nothing else."""
+    storage = kind("open")
+    breaker = CircuitBreaker(reset_timeout=0.75, state_storage=storage)
+    storage.opened_at = datetime(2020, 2, 29, 12, 29, 59, 500_000)
+    assert breaker.retry_after == 0.25
 
 
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs a settable time zone")
@@ -999,6 +1010,14 @@ def test_a_trial_is_claimed_and_released_once(guard):
     breaker.reset_timeout = 30
     assert guard(breaker, int) == 0
     assert storage.asked == [("claim", 30), ("release", "closed")]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.25, math.inf])
+def test_a_claim_is_for_the_very_timeout(timeout):
+    """However short or long it is: what to make of that is for the storage."""
+    storage = AskedStorage("half-open")
+    CircuitBreaker(reset_timeout=timeout, state_storage=storage).call(int)
+    assert storage.asked[0] == ("claim", timeout)
 
 
 def test_a_failed_trial_is_released_after_the_circuit_has_opened(guard, fail):
@@ -1740,6 +1759,15 @@ def test_a_memory_storage_pickles(how):
     assert CircuitBreaker(reset_timeout=60, state_storage=copied).retry_after == 40
     copied.increment_counter()
     assert storage.counter == 1
+
+
+def test_a_memory_storage_unpickles_on_another_machine(clock):
+    """Whose monotonic clock says something else: the moment is what counts."""
+    storage = CircuitMemoryStorage("open")
+    storage.opened_at = datetime.now(timezone.utc) - MINUTE
+    pickled = pickle.dumps(storage)
+    clock.advance(-900)
+    assert 60 <= pickle.loads(pickled).open_for() < 90
 
 
 @pytest.mark.parametrize(
