@@ -396,6 +396,29 @@ def test_classes_and_predicates_mix_freely():
     assert breaker.is_system_error(ValueError("time"))
 
 
+def test_a_predicate_is_spared_what_something_before_it_has_excluded():
+    """It may count on attributes that only other exceptions have."""
+
+    def is_about_the_client(exc):
+        asked.append(exc)
+        return exc.status < 500
+
+    asked = []
+    breaker = CircuitBreaker(exclude=[KeyError, is_about_the_client])
+    assert not breaker.is_system_error(KeyError())
+    assert asked == []
+
+
+def test_an_exception_is_judged_by_itself_alone():
+    """What caused it, and what was being handled, may be excluded or not."""
+    breaker = CircuitBreaker(exclude=[KeyError])
+    failure, excluded = OSError(), KeyError()
+    failure.__cause__ = failure.__context__ = KeyError()
+    excluded.__cause__ = excluded.__context__ = OSError()
+    assert breaker.is_system_error(failure)
+    assert not breaker.is_system_error(excluded)
+
+
 def test_a_predicate_is_given_the_exception():
     """The very object that was raised, and nothing else."""
     seen = []
@@ -526,6 +549,21 @@ def test_one_method_makes_a_listener(event):
     listener = type("Listener", (), {event: lambda self, *args: None})()
     breaker = CircuitBreaker(listeners=[listener])
     assert breaker.listeners == (listener,)
+
+
+def test_a_class_may_be_a_listener_itself():
+    """One that needs no instance, as its methods are the class's own."""
+
+    class Statistics:
+        successes = 0
+
+        @classmethod
+        def success(cls, cb):
+            cls.successes += 1
+
+    breaker = CircuitBreaker(listeners=[Statistics])
+    breaker.call(int)
+    assert Statistics.successes == 1
 
 
 class Nothing:

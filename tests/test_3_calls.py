@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import datetime
 import functools
+import itertools
 import math
 import sys
 import threading
@@ -638,6 +639,22 @@ def test_a_trial_that_another_breakers_trial_began_in_goes_on_after_it():
     assert outer.success_counter == 1
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_trials_of_several_breakers_may_end_in_any_order(order):
+    """The end of one takes nothing from those that go on, older or younger."""
+    breakers = [CircuitBreaker(success_threshold=2) for _ in order]
+    trials = [breaker.calling() for breaker in breakers]
+    for breaker, trial in zip(breakers, trials):
+        breaker.half_open()
+        trial.__enter__()
+    for ended, number in enumerate(order):
+        trials[number].__exit__(None, None, None)
+        for running in order[ended + 1 :]:
+            breakers[running].call(int)
+            assert breakers[running].success_counter == 0
+            assert rejects(breakers[running])
+
+
 def test_a_trial_of_one_breaker_opens_no_door_of_another(in_flight):
     """Where the other one's place is held, its rejection is the trial's failure."""
     one, other = CircuitBreaker(), CircuitBreaker()
@@ -905,7 +922,9 @@ def test_exclusions_have_no_say_in_an_abandoned_call(guard, recorder, abandonmen
     """No predicate is asked, and no class makes it a success."""
     asked = []
     breaker = CircuitBreaker(
-        fail_max=2, exclude=[asked.append, BaseException], listeners=[recorder]
+        fail_max=2,
+        exclude=[asked.append, type(abandonment), BaseException],
+        listeners=[recorder],
     )
     breaker.fail_counter = 1
     fails(guard(breaker, raising(abandonment)), abandonment)

@@ -1018,6 +1018,12 @@ def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
     with pytest.raises(CircuitBreakerError):
         call()
     assert lock.taken == 0
+    breaker.half_open()
+    contextvars.copy_context().run(breaker.calling().__enter__)
+    lock = count_lock(breaker)
+    with pytest.raises(CircuitBreakerError):
+        call()
+    assert lock.taken == 0
 
 
 @pytest.mark.parametrize("word", CLOSED)

@@ -576,6 +576,21 @@ def test_call_async_returns_what_cannot_be_awaited_as_it_is(make, recorder):
     assert recorder.names == ["before_call", "success"]
 
 
+def test_call_async_returns_what_only_seems_to_be_awaitable():
+    """Python looks for __await__ in the class, and a proxy has any attribute."""
+
+    class Proxy:
+        def __getattr__(self, name):
+            return Proxy()
+
+    result = Proxy()
+
+    async def main():
+        assert await CircuitBreaker().call_async(lambda: result) is result
+
+    run(main)
+
+
 def test_call_async_awaits_once():
     """What a coroutine returns is the result, even if that could be awaited."""
     breaker = CircuitBreaker()

@@ -12,7 +12,7 @@ import types
 import pytest
 from support import drive
 
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
 PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
 
@@ -529,6 +529,26 @@ def test_a_generator_that_refuses_to_be_closed_is_no_success(recorder):
     assert recorder.names == ["before_call", "success"]
 
 
+def test_an_async_generator_that_refuses_to_be_closed_is_no_success(recorder):
+    """No failure either: like the other kind, it has not ended yet."""
+    breaker = CircuitBreaker(listeners=[recorder])
+
+    @breaker
+    async def guarded():
+        with contextlib.suppress(GeneratorExit):
+            yield 1
+        yield 2
+
+    generator = guarded()
+    drive(generator.__anext__())
+    with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+        drive(generator.aclose())
+    assert recorder.names == ["before_call"]
+    with pytest.raises(StopAsyncIteration):
+        drive(generator.__anext__())
+    assert recorder.names == ["before_call", "success"]
+
+
 # @contextmanager over @breaker.
 
 
@@ -760,6 +780,25 @@ def test_a_block_is_left_as_often_as_it_was_entered(entered, recorder):
     with pytest.raises(RuntimeError):
         drive(block.__aexit__(None, None, None))
     assert recorder.names == ["before_call", "success"] * entered
+
+
+def test_a_block_that_is_being_left_cannot_be_left_once_more(recorder):
+    """Not even by a listener that is told how it ended."""
+    errors = []
+
+    class Meddler(CircuitBreakerListener):
+        def success(self, cb):
+            try:
+                block.__exit__(None, None, None)
+            except RuntimeError as exc:
+                errors.append(exc)
+
+    breaker = CircuitBreaker(listeners=[Meddler(), recorder])
+    block = breaker.calling()
+    with block:
+        pass
+    assert len(errors) == 1
+    assert recorder.names == ["before_call", "success"]
 
 
 def test_only_one_of_many_threads_may_enter_a_block(recorder):

@@ -737,6 +737,19 @@ def test_a_decorated_function_keeps_its_attributes():
     assert CircuitBreaker()(func).route == "/customers"
 
 
+def test_what_a_function_wraps_does_not_say_what_it_is():
+    """A plain function that runs a coroutine function for its callers is plain."""
+
+    async def fetch():
+        return "fetched"
+
+    @functools.wraps(fetch)
+    def fetch_at_once():
+        return drive(fetch())
+
+    assert CircuitBreaker()(fetch_at_once)() == "fetched"
+
+
 @every_lazy_kind
 @pytest.mark.parametrize(
     "make",

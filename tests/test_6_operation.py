@@ -95,6 +95,7 @@ def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
     assert ": found so in the storage (" in log()[0][1]
 
 
+<<<<<<< HEAD
 def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
     """A trial may take its time, and somebody may watch the log meanwhile."""
     breaker = CircuitBreaker(reset_timeout=60)
@@ -110,6 +111,16 @@ def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
         breaker.open()
         clock.advance(60)
         assert call() == begun
+=======
+def test_a_change_is_logged_with_the_count_that_it_left(log):
+    """Somebody else closed the circuit, and has seen failures since."""
+    breaker = CircuitBreaker(fail_max=5)
+    breaker.open()
+    breaker._state_storage.counter = 2
+    breaker._state_storage.state = "closed"
+    assert breaker.state.name == "closed"
+    assert "fail_counter 2" in log()[-1][1]
+>>>>>>> 073811b5a1027f237a9aca3c9bfac4928080aa19
 
 
 def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
@@ -265,6 +276,28 @@ def test_a_snapshot_tells_when_a_circuit_opened_and_when_to_come_back(clock):
     ):
         breaker._state_storage.opened_at = moment
         assert breaker.snapshot()["opened_at"] == "2020-02-02T12:00:00+00:00"
+
+
+def test_a_snapshot_still_tells_of_the_last_opening_when_the_circuit_is_closed():
+    """An operator asks about it afterwards."""
+    breaker = CircuitBreaker()
+    breaker.open()
+    opened_at = breaker.snapshot()["opened_at"]
+    breaker.close()
+    assert breaker.snapshot()["opened_at"] == opened_at is not None
+
+
+@pytest.mark.parametrize("watch", [CircuitBreaker.snapshot, repr])
+def test_who_watches_is_told_what_the_storage_says(watch):
+    """Though no call has yet found that somebody else has opened the circuit."""
+    breaker = CircuitBreaker(reset_timeout=math.inf)
+    told = str(watch(breaker))
+    assert "closed" in told
+    assert "open" not in told.replace("opened_at", "")
+    breaker._state_storage.state = "open"
+    told = str(watch(breaker))
+    assert "closed" not in told
+    assert "open" in told.replace("opened_at", "")
 
 
 def test_a_snapshot_has_none_where_there_is_no_end():

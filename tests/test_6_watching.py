@@ -303,6 +303,25 @@ def test_retry_after_keeps_what_it_promises(clock):
     assert breaker.call(int) == 0
 
 
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda breaker: breaker.retry_after,
+        lambda breaker: breaker.current_state,
+        lambda breaker: breaker.snapshot(),
+        repr,
+    ],
+)
+def test_who_only_watches_moves_nothing(watch, recorder):
+    """A change in the storage is found, and told, by calls and by breaker.state."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    breaker._state_storage.state = "open"
+    watch(breaker)
+    assert recorder.events == []
+    assert breaker.state.name == "open"
+    assert recorder.transitions == [("closed", "open")]
+
+
 # What can be set.
 
 
@@ -525,6 +544,18 @@ def test_a_count_that_was_counted_up_is_counted_from(fail):
     assert 0 < breaker.retry_after <= 60
 
 
+def test_a_count_that_is_set_is_nobodys_failure():
+    """What hears of each failure by _inc_counter() does not hear of it."""
+
+    class Alarming(CircuitBreaker):
+        def _inc_counter(self):
+            raise AssertionError("nothing has failed")
+
+    breaker = Alarming(state_storage=OldStorage())
+    breaker.fail_counter = 2
+    assert breaker.fail_counter == 2
+
+
 # Listeners and exclusions come and go.
 
 
@@ -556,6 +587,25 @@ def test_a_listener_that_is_added_during_a_call_hears_how_it_ends(recorder):
     breaker = CircuitBreaker()
     breaker.call(lambda: breaker.add_listener(recorder))
     assert recorder.names == ["success"]
+
+
+def test_a_listener_that_was_added_twice_is_told_twice():
+    """And removed once, the first of the two."""
+
+    class Counting(CircuitBreakerListener):
+        heard = 0
+
+        def success(self, cb):
+            self.heard += 1
+
+    first, second = Counting(), Counting()
+    breaker = CircuitBreaker(listeners=[first])
+    breaker.add_listeners(second, first)
+    assert breaker.listeners == (first, second, first)
+    breaker.call(int)
+    assert (first.heard, second.heard) == (2, 1)
+    breaker.remove_listener(first)
+    assert breaker.listeners == (second, first)
 
 
 def test_removing_a_listener_that_is_not_there_is_an_error(recorder):
@@ -684,6 +734,13 @@ def test_repr_knows_a_state_by_its_name():
 def test_repr_of_a_breaker_without_a_name():
     """It says that there is none."""
     assert "unnamed" in repr(CircuitBreaker())
+
+
+def test_repr_is_one_line_whatever_the_name():
+    """What breaks lines is shown escaped."""
+    breaker = CircuitBreaker(name="db\n<CircuitBreaker 'other': closed>")
+    assert len(repr(breaker).splitlines()) == 1
+    assert repr(breaker).startswith(f"<CircuitBreaker {breaker.name!r}: closed")
 
 
 def test_repr_knows_subclasses():
@@ -949,6 +1006,17 @@ def test_when_a_half_opening_by_hand_is_told_it_is_complete(clock):
     assert listener.pictures["half-open"][:5] == ("half-open", "half-open", 0, 0, 0.0)
 
 
+def test_when_a_move_by_hand_is_told_a_trial_that_runs_has_lost_its_place():
+    """It is of an era that is over, so that nobody has to wait for it."""
+    waits = []
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    breaker.calling().__enter__()
+    breaker.add_listener(Hook("state_change", lambda cb: waits.append(cb.retry_after)))
+    breaker.half_open()
+    assert waits == [0.0]
+
+
 @pytest.mark.parametrize("how", ["trial", "by hand"])
 def test_when_a_closing_is_told_it_is_complete(how, clock, fail):
     """Both counters are 0."""
@@ -1105,6 +1173,38 @@ def test_a_listener_that_ends_the_era_of_a_trial_has_the_last_word(fail, boom):
     assert breaker.current_state == "half-open"
 
 
+@pytest.mark.parametrize("name", ["closed", "half-open"])
+@pytest.mark.parametrize("later", ["closed", "open", "half-open"])
+def test_a_call_whose_era_a_listener_ends_at_its_beginning_is_late(
+    name, later, fail, boom
+):
+    """It was admitted before that was told, so it changes nothing after that."""
+    breaker = CircuitBreaker(1)
+    breaker.state = name
+    breaker.add_listener(Hook("before_call", lambda cb: setattr(cb, "state", later)))
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert breaker.current_state == later
+    assert breaker.fail_counter == 0
+
+
+@pytest.mark.parametrize("move", [CircuitBreaker.half_open, CircuitBreaker.close])
+def test_a_trial_that_a_listener_begins_goes_on_when_all_are_told(move, clock):
+    """The place was empty when the move was told, and is the listener's now."""
+    trials = []
+
+    def begin(cb):
+        cb.half_open()
+        trials.append(cb.calling())
+        trials[0].__enter__()
+
+    breaker = CircuitBreaker(reset_timeout=60, listeners=[Hook("state_change", begin)])
+    move(breaker)
+    assert breaker.retry_after == 60
+    trials[0].__exit__(None, None, None)
+    assert breaker.current_state == "closed"
+
+
 # The lock, and what listeners may do.
 
 
@@ -1117,6 +1217,35 @@ def test_listeners_are_called_with_the_lock_held(event, clock, fail):
     breaker.call(int)
     failures(breaker, 2, fail)
     assert locked == [True]
+
+
+def test_a_rejection_is_told_with_the_lock_held():
+    """Though no lock was needed to decide on it."""
+    locked = []
+    breaker = CircuitBreaker()
+    breaker.open()
+    hook = Hook("rejected", lambda cb: locked.append(is_locked(cb)))
+    breaker.add_listener(hook)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(int)
+    assert locked == [True]
+
+
+@pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.half_open])
+def test_a_listener_that_hears_of_a_rejection_does_not_change_it(move, clock):
+    """The error says why the call was rejected, and not how things are since."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.open()
+    clock.advance(20)
+    breaker.add_listener(Hook("rejected", move))
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert rejected.value.retry_after == 40
+    assert str(rejected.value) == (
+        "unnamed breaker: Timeout not elapsed yet, circuit breaker still open "
+        "(next trial in 40.0 s)"
+    )
+    assert breaker.call(int) == 0
 
 
 def test_a_guarded_call_does_not_run_under_the_lock(recorder):
@@ -1703,6 +1832,16 @@ def test_the_error_survives_pickling(provoke, phrase, retry_after, clock, fail):
     assert error.value.breaker is breaker
 
 
+def test_the_error_names_the_breaker_in_full():
+    """Whatever is in the name."""
+    name = "db: main\n(replica 2)"
+    breaker = CircuitBreaker(name=name)
+    breaker.open()
+    with pytest.raises(CircuitBreakerError) as rejected:
+        breaker.call(int)
+    assert str(rejected.value).startswith(name + ": Timeout not elapsed yet")
+
+
 def test_a_breaker_without_a_name_is_told_as_one():
     """The message does not say None."""
     breaker = CircuitBreaker()
@@ -1730,6 +1869,15 @@ def test_the_error_of_a_circuit_that_waits_for_somebody():
     assert error.value.retry_after == math.inf
 
 
+def test_the_error_of_a_trip_tells_the_wait_that_a_listener_has_left(fail):
+    """It closed the circuit that had opened, so a call may come at once."""
+    breaker = CircuitBreaker(fail_max=1)
+    breaker.add_listener(Hook("state_change", CircuitBreaker.close))
+    with pytest.raises(CircuitBreakerError) as tripped:
+        breaker.call(fail)
+    assert tripped.value.retry_after == breaker.retry_after == 0.0
+
+
 def test_an_error_that_asks_for_no_wait_speaks_of_none(fail):
     """With reset_timeout=0 the next call may come at once."""
     with pytest.raises(CircuitBreakerError) as error:
@@ -1755,6 +1903,16 @@ def test_the_error_takes_any_arguments(args):
 
 class WithDetails(CircuitBreakerError):
     """An error of the user's own, which lives at module level for pickle."""
+
+
+def test_what_others_have_put_on_the_error_survives_pickling():
+    """Notes, and what a framework keeps there under a name of its own."""
+    error = CircuitBreakerError("message")
+    error.__notes__ = ["while the customer was updated"]
+    error._request_id = 7
+    copied = pickle.loads(pickle.dumps(error))
+    assert copied.__notes__ == ["while the customer was updated"]
+    assert copied._request_id == 7
 
 
 def test_a_subclass_of_the_error_keeps_what_it_carries():

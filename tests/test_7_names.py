@@ -214,6 +214,43 @@ def test_a_function_can_stand_in_for_a_state_class(name, class_name, monkeypatch
     assert isinstance(breaker.state, original)
 
 
+@pytest.mark.parametrize(("name", "class_name"), STATES)
+def test_a_state_class_is_asked_to_notify_where_the_circuit_has_moved(
+    name, class_name, monkeypatch
+):
+    """And only there: what is made by hand or for a look tells nobody."""
+    original, asked = getattr(pybreaker, class_name), []
+
+    def noting(breaker, *, prev_state=None, notify=False):
+        asked.append(notify)
+        return original(breaker, prev_state=prev_state, notify=notify)
+
+    monkeypatch.setattr(pybreaker, class_name, noting)
+    breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(name))
+    breaker._create_new_state(name)
+    assert asked == [False, False]
+    getattr(breaker, MOVES[name])()
+    assert asked == [False, False, True]
+
+
+@pytest.mark.parametrize(("name", "class_name"), STATES)
+def test_a_subclass_that_makes_states_makes_them_all(name, class_name):
+    """The first one, and one for each move."""
+    made = []
+
+    class Maker(CircuitBreaker):
+        def _create_new_state(self, new_state, prev_state=None, notify=False):
+            made.append(super()._create_new_state(new_state, prev_state, notify))
+            return made[-1]
+
+    breaker = Maker(state_storage=CircuitMemoryStorage(name))
+    assert breaker._state is made[-1]
+    getattr(breaker, MOVES[name])()
+    assert breaker._state is made[-1]
+    assert len(made) == 2
+    assert isinstance(made[-1], getattr(pybreaker, class_name))
+
+
 @pytest.fixture
 def counting_states(monkeypatch):
     """Subclasses in place of the three state classes, which count themselves."""
@@ -421,6 +458,16 @@ def test_an_excluded_error_handed_to_a_state_is_a_success(shelter, recorder):
         with pytest.raises(ValueError):
             breaker.state._handle_error(ValueError())
     assert recorder.names == ["success", "success"]
+
+
+def test_an_error_that_is_handed_over_is_raised_untouched(boom):
+    """With the cause that it came with."""
+    exc = boom()
+    exc.__cause__ = cause = OSError()
+    with pytest.raises(boom) as raised:
+        CircuitBreaker().state._handle_error(exc)
+    assert raised.value is exc
+    assert exc.__cause__ is cause
 
 
 def test_an_abandonment_handed_to_a_state_tells_nothing(shelter, recorder):
@@ -1039,6 +1086,25 @@ def test_a_call_is_rejected_where_half_open_does_nothing(clock):
     assert breaker.call(work) == 1
 
 
+<<<<<<< HEAD
+def test_a_state_is_made_from_the_one_before_it(monkeypatch):
+    """With the keywords of old, for classes that a project has put in the place of
+    ours: notify says that it is made by a transition."""
+    made = []
+
+    class Noted(CircuitOpenState):
+        def __init__(self, cb, prev_state=None, notify=False):
+            super().__init__(cb, prev_state=prev_state, notify=notify)
+            made.append((prev_state, notify))
+
+    monkeypatch.setattr(pybreaker, "CircuitOpenState", Noted)
+    breaker = CircuitBreaker(state_storage=CircuitMemoryStorage("open"))
+    first = breaker.state
+    breaker.open()
+    breaker._create_new_state("open")
+    assert made == [(None, False), (first, True), (None, False)]
+
+
 def test_looking_at_a_breaker_makes_no_state(monkeypatch):
     """A state class that a project has put in the place of ours is made for eras."""
     made = []
@@ -1056,6 +1122,16 @@ def test_looking_at_a_breaker_makes_no_state(monkeypatch):
     assert "open" in repr(breaker)
     assert breaker.snapshot()["state"] == "open"
     assert made == [breaker.state]
+=======
+def test_where_half_open_does_nothing_the_error_has_the_usual_words(clock):
+    """Code in the field takes it for the rejection that it is."""
+    breaker = CircuitBreaker(reset_timeout=60)
+    breaker.open()
+    clock.advance(60)
+    with mock.patch.object(breaker, "half_open"):
+        with pytest.raises(CircuitBreakerError, match="^unnamed breaker: Timeout not"):
+            breaker.call(int)
+>>>>>>> 073811b5a1027f237a9aca3c9bfac4928080aa19
 
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
@@ -1299,6 +1375,28 @@ def test_a_subclass_whose_open_returns_false_raises_the_original_error(fail, boo
     with pytest.raises(boom):
         breaker.call(fail)
     assert breaker.current_state == "open"
+
+
+def test_a_subclass_may_ask_for_more_trials_instead_of_closing():
+    """Its close() half-opens the circuit, and these are counted from 0."""
+
+    class Careful(CircuitBreaker):
+        is_sure = False
+
+        def close(self):
+            if self.is_sure:
+                super().close()
+            else:
+                self.is_sure = True
+                self.half_open()
+
+    breaker = Careful(success_threshold=2)
+    breaker.half_open()
+    seen = []
+    for _ in range(4):
+        breaker.call(int)
+        seen.append((breaker.current_state, breaker.success_counter))
+    assert seen == [("half-open", 1), ("half-open", 0), ("half-open", 1), ("closed", 0)]
 
 
 def test_a_subclass_sets_attributes_of_its_own():

@@ -296,6 +296,19 @@ def test_the_success_counter_is_in_the_storage(path):
     assert first.success_counter == second.success_counter == 0
 
 
+def test_a_success_of_others_that_comes_with_the_own_one_counts():
+    """What the storage says when a trial was counted is what decides."""
+
+    class Busy(PlainStorage):
+        def increment_success_counter(self):
+            self.write("success", self.values["success"] + 2)
+
+    breaker = CircuitBreaker(success_threshold=2, state_storage=Busy())
+    breaker.half_open()
+    breaker.call(int)
+    assert breaker.current_state == "closed"
+
+
 def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
     """A process that shares the circuit may have had some already."""
     storage = PlainStorage()
@@ -702,10 +715,11 @@ def test_calls_to_a_healthy_service_write_nothing():
         datetime(2020, 2, 29, 12, 30, tzinfo=timezone.utc),
         datetime(2020, 2, 29, 12, 30, tzinfo=timezone(timedelta(hours=2))),
         None,
+        False,
     ],
 )
 def test_the_memory_storage_reads_back_what_was_written(moment):
-    """The very value: naive, aware or None."""
+    """The very value: naive, aware or anything false."""
     storage = CircuitMemoryStorage("open")
     storage.opened_at = moment
     assert storage.opened_at is moment
@@ -756,6 +770,16 @@ def test_the_timeout_is_measured_from_the_opened_at_that_is_found(
         assert rejected.value.retry_after == left
     else:
         assert breaker.call(int) == 0
+
+
+@pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
+@freeze_time("2020-02-29 12:30:00")
+def test_fractions_of_a_second_count(kind):
+    """A short timeout has nothing else."""
+    storage = kind("open")
+    breaker = CircuitBreaker(reset_timeout=0.75, state_storage=storage)
+    storage.opened_at = datetime(2020, 2, 29, 12, 29, 59, 500_000)
+    assert breaker.retry_after == 0.25
 
 
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs a settable time zone")
@@ -1018,6 +1042,14 @@ def test_a_trial_is_claimed_and_released_once(guard):
     assert storage.asked == [("claim", 30), ("release", "closed")]
 
 
+@pytest.mark.parametrize("timeout", [0, 0.25, math.inf])
+def test_a_claim_is_for_the_very_timeout(timeout):
+    """However short or long it is: what to make of that is for the storage."""
+    storage = AskedStorage("half-open")
+    CircuitBreaker(reset_timeout=timeout, state_storage=storage).call(int)
+    assert storage.asked[0] == ("claim", timeout)
+
+
 def test_a_failed_trial_is_released_after_the_circuit_has_opened(guard, fail):
     """Whoever comes next sees what became of it."""
     storage = AskedStorage()
@@ -1207,6 +1239,24 @@ def test_calls_that_come_while_the_claim_is_asked_are_rejected(guard, fleet):
     assert (ran, len(storage.claims)) == ([], 1)
 
 
+def test_while_the_claim_is_asked_the_wait_is_for_the_place(guard, fleet, clock):
+    """Whoever watches is told what a call would be, though the timeout is over."""
+    waits = []
+    storage = FleetStorage(
+        fleet, "open", on_claim=lambda: waits.append(breaker.retry_after)
+    )
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    assert guard(breaker, int) == 0
+    assert waits == [60]
+
+
+def test_a_trial_holds_its_place_since_before_the_claim(guard, fleet, clock):
+    """The time that the storage took for its answer is a part of it."""
+    storage = FleetStorage(fleet, on_claim=lambda: clock.advance(25))
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    assert guard(breaker, lambda: breaker.retry_after) == 35
+
+
 def test_the_circuit_half_opens_when_the_claim_is_granted(guard, fleet, recorder):
     """Until then current_state says "open", and no listener hears a thing."""
     seen = []
@@ -1338,6 +1388,16 @@ def test_a_trial_that_lost_its_place_releases_nothing(clock):
     assert storage.asked == []
     late.__exit__(None, None, None)
     assert storage.asked == [("release", "half-open")]
+
+
+def test_who_takes_the_place_over_claims_before_anything_is_released(clock):
+    """Or another breaker would get the trial that this one runs already."""
+    storage = AskedStorage("half-open")
+    breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
+    breaker.calling().__enter__()
+    clock.advance(60)
+    breaker.calling().__enter__()
+    assert [event for event, _ in storage.asked] == ["claim", "claim"]
 
 
 @pytest.mark.parametrize("move", ["open", "half_open", "close"])
@@ -1643,6 +1703,27 @@ def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
     assert asked == ["sync"] * 3 + ["async"] * 4
 
 
+def test_coroutines_that_claim_anew_await_that_claim_too():
+    """The circuit was half-opened again while the first answer was on its way."""
+
+    class Async(PlainStorage):
+        claims = 0
+
+        def claim_trial(self, timeout):
+            raise AssertionError("this would hold up the event loop")
+
+        async def claim_trial_async(self, timeout):
+            self.claims += 1
+            if self.claims == 1:
+                breaker.half_open()
+            return True
+
+    for guard in GUARDS[3:]:
+        breaker = CircuitBreaker(state_storage=Async("half-open"))
+        assert guard(breaker, int) == 0
+        assert breaker._state_storage.claims == 2
+
+
 # The storage in memory.
 
 
@@ -1708,6 +1789,15 @@ def test_a_memory_storage_pickles(how):
     assert CircuitBreaker(reset_timeout=60, state_storage=copied).retry_after == 40
     copied.increment_counter()
     assert storage.counter == 1
+
+
+def test_a_memory_storage_unpickles_on_another_machine(clock):
+    """Whose monotonic clock says something else: the moment is what counts."""
+    storage = CircuitMemoryStorage("open")
+    storage.opened_at = datetime.now(timezone.utc) - MINUTE
+    pickled = pickle.dumps(storage)
+    clock.advance(-900)
+    assert 60 <= pickle.loads(pickled).open_for() < 90
 
 
 @pytest.mark.parametrize(

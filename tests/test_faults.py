@@ -1357,6 +1357,24 @@ def test_an_interruption_in_a_log_handler_reaches_the_caller(guard, handler, clo
     assert breaker.current_state == "closed"
 
 
+def test_an_interruption_in_a_log_handler_at_the_end_of_a_trial_frees_the_place(
+    guard, handler, clock
+):
+    """The trial is over and has counted, whatever there was to log about it."""
+
+    class Broken(CircuitBreakerListener):
+        def success(self, cb):
+            raise ValueError
+
+    breaker = CircuitBreaker(1, TIMEOUT, success_threshold=2, listeners=[Broken()])
+    breaker.half_open()
+    handler(raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        guard(breaker, lambda: "works")
+    assert breaker.success_counter == 1
+    assert breaker.retry_after == 0.0
+
+
 def test_what_happens_under_a_lock_that_is_held_is_logged_after_it(handler):
     """By whoever uses the breaker next without holding it."""
     log = handler(lambda record: None)

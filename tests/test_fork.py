@@ -169,6 +169,34 @@ def test_a_child_may_be_forked_with_the_lock_held():
     """)
 
 
+def test_a_child_logs_only_what_it_does_itself():
+    """What its parent had still to log when it forked is the parent's."""
+    run("""
+        import logging
+
+        class Handler(logging.Handler):
+            def emit(self, record):
+                lines.append(record.getMessage())
+
+        lines = []
+        logging.getLogger("pybreaker").addHandler(Handler())
+        breaker = CircuitBreaker()
+
+        def child():
+            breaker.half_open()
+            breaker.open()
+            assert len(lines) == 1
+            assert "open, was half-open" in lines[0]
+
+        with breaker._lock:
+            breaker.open()
+            fork(child)
+        assert breaker.state.name == "open"
+        assert len(lines) == 1
+        assert "open, was closed" in lines[0]
+    """)
+
+
 @pytest.mark.parametrize("event", ["before_call", "failure", "success", "state_change"])
 def test_a_child_may_be_forked_while_a_listener_is_told(event):
     """Of a call or a move in another thread, which the child never sees end."""
