@@ -95,7 +95,6 @@ def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
     assert ": found so in the storage (" in log()[0][1]
 
 
-<<<<<<< HEAD
 def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
     """A trial may take its time, and somebody may watch the log meanwhile."""
     breaker = CircuitBreaker(reset_timeout=60)
@@ -111,7 +110,8 @@ def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
         breaker.open()
         clock.advance(60)
         assert call() == begun
-=======
+
+
 def test_a_change_is_logged_with_the_count_that_it_left(log):
     """Somebody else closed the circuit, and has seen failures since."""
     breaker = CircuitBreaker(fail_max=5)
@@ -120,7 +120,6 @@ def test_a_change_is_logged_with_the_count_that_it_left(log):
     breaker._state_storage.state = "closed"
     assert breaker.state.name == "closed"
     assert "fail_counter 2" in log()[-1][1]
->>>>>>> 073811b5a1027f237a9aca3c9bfac4928080aa19
 
 
 def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):

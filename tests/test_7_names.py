@@ -1086,7 +1086,6 @@ def test_a_call_is_rejected_where_half_open_does_nothing(clock):
     assert breaker.call(work) == 1
 
 
-<<<<<<< HEAD
 def test_a_state_is_made_from_the_one_before_it(monkeypatch):
     """With the keywords of old, for classes that a project has put in the place of
     ours: notify says that it is made by a transition."""
@@ -1122,7 +1121,8 @@ def test_looking_at_a_breaker_makes_no_state(monkeypatch):
     assert "open" in repr(breaker)
     assert breaker.snapshot()["state"] == "open"
     assert made == [breaker.state]
-=======
+
+
 def test_where_half_open_does_nothing_the_error_has_the_usual_words(clock):
     """Code in the field takes it for the rejection that it is."""
     breaker = CircuitBreaker(reset_timeout=60)
@@ -1131,7 +1131,6 @@ def test_where_half_open_does_nothing_the_error_has_the_usual_words(clock):
     with mock.patch.object(breaker, "half_open"):
         with pytest.raises(CircuitBreakerError, match="^unnamed breaker: Timeout not"):
             breaker.call(int)
->>>>>>> 073811b5a1027f237a9aca3c9bfac4928080aa19
 
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
