@@ -35,6 +35,7 @@ from pathlib import Path
 import cosmic_ray.commands
 import cosmic_ray.plugins
 import coverage
+import hypothesis  # noqa: F401 (later it would warn of trio, and that is an error)
 import pytest
 import tomllib
 from cosmic_ray.ast import get_ast
@@ -100,6 +101,7 @@ PYTEST = [
     *("-p", "no:cacheprovider"),
     *("-p", "no:randomly"),
     *("-p", "no:xdist"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of hypothesis, see above
     f"--rootdir={ROOT}",
 ]
 
