@@ -239,7 +239,10 @@ class CircuitBreaker:
             guarded = guard(_UNGUARDED, functools.partial(through, func))
         else:
             guarded = guard(self, func)
-        return functools.update_wrapper(guarded, func)
+        try:
+            return functools.update_wrapper(guarded, func)
+        except TypeError:  # its name is no string, as an object can have any
+            return functools.update_wrapper(guarded, func, assigned=())
 
     def call(self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call `func` with the other arguments and return what it returns.
@@ -251,7 +254,7 @@ class CircuitBreaker:
         """
         try:
             may_be_lazy = func.__code__.co_flags & _LAZY_FLAGS
-        except AttributeError:
+        except (AttributeError, TypeError):
             may_be_lazy = True
         if may_be_lazy:
             guard = _guard_for(func)
@@ -545,7 +548,7 @@ class CircuitBreaker:
         """
         if not self._excluded_kinds:
             return True  # as most do; sparing the loop was measured to matter
-        for exclusion in self._excluded_kinds:
+        for exclusion in tuple(self._excluded_kinds):  # which they may change
             try:
                 if isinstance(exclusion, type):
                     excluded = isinstance(exception, exclusion)
@@ -950,7 +953,7 @@ class CircuitBreaker:
         self._heard = frozenset(heard) if self._told_listeners else _NOTHING
 
     def _tell(self, event: str, args: Any, kwargs: Any = None) -> None:
-        for listener in self._told_listeners:
+        for listener in tuple(self._told_listeners):  # which they may change
             try:
                 method = getattr(listener, event, None)
                 if method is None:
@@ -1043,7 +1046,8 @@ class CircuitBreakerState:
         # The same, for calls that neither count nor have to be told.
         self._shortcut: Any = _HIDDEN
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         # A subclass may do more than its base, so it does not inherit this.
         cls._is_plain = vars(cls).get("_is_plain", False)
 
@@ -1293,7 +1297,8 @@ class CircuitBreakerStorage:
     _successes = 0
     _open_book = False  # whether it can be read without the lock
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         # A subclass may do more than its base, so it does not inherit this.
         cls._open_book = vars(cls).get("_open_book", False)
 
@@ -2399,13 +2404,15 @@ def _guard_for(func: Any) -> Any:
     """The guard for what calling `func` makes, as far as its code tells."""
     while isinstance(func, (functools.partial, types.MethodType)):
         func = func.func if isinstance(func, functools.partial) else func.__func__
-    # An AsyncMock has code too. Of an object that can be called it is the code
-    # of its class's __call__ that matters.
-    code = getattr(func, "__code__", None)
-    if code is None:
-        code = getattr(getattr(type(func), "__call__", None), "__code__", None)
-    flags = 0 if code is None else code.co_flags & _LAZY_FLAGS
-    return _GUARDS_BY_FLAGS.get(flags, CircuitBreaker._guard_function)
+    # An AsyncMock has code too, and a method of a remote object has any attribute.
+    # Of an object that can be called it is the code of its class's __call__ that
+    # matters.
+    for called in (func, getattr(type(func), "__call__", None)):
+        flags = getattr(getattr(called, "__code__", None), "co_flags", None)
+        if isinstance(flags, int):
+            guard = _GUARDS_BY_FLAGS.get(flags & _LAZY_FLAGS)
+            return guard or CircuitBreaker._guard_function
+    return CircuitBreaker._guard_function
 
 
 def _called_like(guarded: Any, original: Any) -> Any:
@@ -2425,13 +2432,18 @@ def _is_awaitable(result: Any) -> bool:
 
 def _first_step(generator: Any) -> Any:
     # Unseen by the event loop. It closes what it has seen at its end, which is
-    # for the guard around the generator to do: two at a time cannot.
+    # for the guard around the generator to do: two at a time cannot. Where the loop
+    # would close what is dropped, the collector must not do that either.
     hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, None)
+    sys.set_asyncgen_hooks(None, hooks.finalizer and _leave_it)
     try:
         return generator.__anext__()
     finally:
         sys.set_asyncgen_hooks(*hooks)
+
+
+def _leave_it(generator: Any) -> None:
+    """Let the guard around the generator close it, and not the collector."""
 
 
 def _unless_closed(exc: BaseException, closed: bool) -> BaseException | None:

@@ -388,6 +388,39 @@ def test_leaving_an_async_generator_to_the_event_loop_is_a_success(recorder):
     assert recorder.names == ["before_call"] * 2 + ["success"] * 2
 
 
+def test_an_async_generator_that_the_collector_finds_is_left_to_the_event_loop(
+    recorder,
+):
+    """What it awaits while it cleans up is awaited, as without a breaker."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    complaints, cleaned = [], []
+
+    @breaker
+    async def numbers(holder):
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append(True)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        holder = []
+        generator = numbers(holder)
+        holder.append(generator)
+        assert await generator.__anext__() == 1
+        del generator, holder
+        for _ in range(5):
+            gc.collect()
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert cleaned == [True]
+    assert complaints == []
+    assert recorder.names == ["before_call", "success"]
+
+
 def test_a_generator_that_was_closed_before_it_yielded_is_abandoned(recorder):
     """It got nowhere, so it tells nothing, and a trial gives its place back."""
     breaker = CircuitBreaker()

@@ -737,6 +737,29 @@ def test_a_decorated_function_keeps_its_attributes():
     assert CircuitBreaker()(func).route == "/customers"
 
 
+class RemoteMethod:
+    """As in xmlrpc.client: whatever it is asked for is a method further down."""
+
+    def __init__(self, name):
+        self.name_sent = name
+
+    def __getattr__(self, name):
+        return RemoteMethod(f"{self.name_sent}.{name}")
+
+    def __call__(self, *args):
+        return self.name_sent, args
+
+
+def test_a_method_of_a_remote_object_can_be_called():
+    """It has every attribute, those of functions too, and they say nothing."""
+    breaker = CircuitBreaker()
+    add = RemoteMethod("add")
+    assert breaker.call(add, 1) == ("add", (1,))
+    assert breaker.state.call(add, 2) == ("add", (2,))
+    assert breaker(add)(3) == ("add", (3,))
+    assert drive(breaker.call_async(add, 4)) == ("add", (4,))
+
+
 def test_what_a_function_wraps_does_not_say_what_it_is():
     """A plain function that runs a coroutine function for its callers is plain."""
 

@@ -1272,6 +1272,29 @@ def test_what_a_listener_causes_is_told_at_once(fail, recorder):
     assert recorder.names == ["before_call", "state_change", "failure"]
 
 
+def test_a_listener_that_takes_itself_off_the_list_leaves_the_next_its_news(recorder):
+    """Code in the field changes breaker._listeners in place, even while it is told."""
+    breaker = CircuitBreaker()
+    once = Hook("success", lambda cb: cb._listeners.remove(once))
+    breaker._listeners.extend([once, recorder])
+    breaker.call(int)
+    assert recorder.names == ["before_call", "success"]
+    assert breaker.listeners == (recorder,)
+
+
+def test_a_predicate_that_takes_itself_off_the_list_leaves_the_next_its_say(fail, boom):
+    """The same with breaker._excluded_exceptions."""
+    breaker = CircuitBreaker(1)
+    breaker._excluded_exceptions.append(
+        lambda exc: breaker._excluded_exceptions.pop(0) and False
+    )
+    breaker._excluded_exceptions.append(boom)
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert breaker.current_state == "closed"
+    assert breaker.excluded_exceptions == (boom,)
+
+
 def test_a_listener_hears_of_what_it_causes_itself(recorder):
     """Nothing is kept from it while it is being told."""
     heard = []

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 import types
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from unittest import mock
@@ -23,6 +24,7 @@ from pybreaker import (
     CircuitBreaker,
     CircuitBreakerError,
     CircuitBreakerStorage,
+    CircuitClosedState,
     CircuitMemoryStorage,
 )
 
@@ -1889,6 +1891,23 @@ def test_a_subclass_of_the_memory_storage_hears_of_every_opening():
     breaker.open()
     assert storage.moments == (storage.opened_at,)
     assert 0 < breaker.retry_after <= 60
+
+
+@pytest.mark.parametrize("base", [CircuitBreakerStorage, CircuitClosedState])
+def test_a_subclass_may_have_other_bases_that_hear_of_their_subclasses(base):
+    """Generic is one, and one in the field may take options."""
+    options = []
+
+    class Registry:
+        def __init_subclass__(cls, **given):
+            options.append(given)
+            super().__init_subclass__()
+
+    class Subclass(base, Registry, typing.Generic[typing.TypeVar("T")], key="value"):
+        pass
+
+    assert options == [{"key": "value"}]
+    assert Subclass[int].__origin__ is Subclass
 
 
 def test_a_subclass_of_the_memory_storage_extends_by_super(fail):
