@@ -757,6 +757,7 @@ def test_a_method_of_a_remote_object_can_be_called():
     assert breaker.call(add, 1) == ("add", (1,))
     assert breaker.state.call(add, 2) == ("add", (2,))
     assert breaker(add)(3) == ("add", (3,))
+    assert breaker(add).__wrapped__ is add
     assert drive(breaker.call_async(add, 4)) == ("add", (4,))
 
 
