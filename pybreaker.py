@@ -814,10 +814,7 @@ class CircuitBreaker:
 
     def _vacate(self, trial: _Trial) -> None:
         """End a trial: it gives the place back, if it still has it."""
-        trial.over = True
-        running = _trials.get()
-        if trial in running:
-            _trials.set(tuple(t for t in running if t is not trial))
+        trial.over = True  # so that the next trial in this context forgets it
         with self._lock:
             if self._trial_in_place is trial:
                 self._trial_in_place = None

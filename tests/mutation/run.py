@@ -83,6 +83,7 @@ LAST = (
     "_asyncio_waiter",
     "_trio_waiter",
     "_other_waiter",
+    "_after_fork",
     "_at_exit",
     "_before_fork",
     "_after_fork_in_parent",
