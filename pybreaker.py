@@ -783,7 +783,6 @@ class CircuitBreaker:
                 self._circuit_storage.release_trial()
             self._look()
             if self._trial_in_place is not trial:
-                self._vacate(trial)
                 return None
             if not granted:
                 self._tell("rejected", (self, func, *args), kwargs)

@@ -533,6 +533,7 @@ class Mutants:
             Path(folder, "pybreaker.py").write_text(text)
             sys.path.insert(0, folder)
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            os.environ["PYTHONSAFEPATH"] = "1"  # pybreaker.py is in this folder, too
             first = description(mutation, text) + "\n"
             tests = self.tests_for(mutation)
             is_apt = functools.partial(self.is_apt, mutation)
