@@ -229,7 +229,7 @@ class CircuitBreaker:
             return functools.partial(self._decorated, call_async=call_async)
         return self._decorated(functions[0], call_async)
 
-    def _decorated(self, func: Any, call_async: bool = False) -> Any:
+    def _decorated(self, func: Any, call_async: bool) -> Any:
         if not callable(func):
             raise TypeError(f"a breaker guards what can be called, not {func!r}")
         guard = CircuitBreaker._guard_coroutine if call_async else _guard_for(func)
