@@ -95,6 +95,7 @@ LAST = (
 )
 PASS_MARK = 95.0
 MEMORY = 4 << 30
+os.environ["PYBREAKER_PATIENCE"] = "4"
 
 PYTEST = [
     "-q",
