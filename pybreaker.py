@@ -110,7 +110,7 @@ class CircuitBreakerError(Exception):
 class _OpenList:
     """A tuple for the breaker, and a list for code that reaches for it from
     outside and changes it. Nobody hears of such a change, so a breaker whose
-    listeners were reached for takes the lock and looks, from then on."""
+    listeners were reached for takes the lock and looks, until it has others."""
 
     def __init__(self, attribute: str) -> None:
         self._attribute = attribute
@@ -982,6 +982,8 @@ class CircuitBreaker:
         # A thread that held the lock, ran the trial or moved the circuit stayed
         # with the parent.
         self._lock = threading.RLock()
+        if self._trial_in_place is not None:
+            self._trial_in_place.over = True
         self._trial_in_place = None
         self._cause_of_move = _BY_HAND
         self._unlogged = ()  # the parent logs it
@@ -990,7 +992,7 @@ class CircuitBreaker:
         """Whether telling the listeners of the event would do nothing. Asked
         anew for each, as a method may be patched while its listener is here."""
         try:
-            for listener in self._told_listeners:
+            for listener in tuple(self._told_listeners):
                 if getattr(listener, event, _DEAF_METHOD).__func__ not in _DEAF:
                     return False
         except Exception:  # it has no such method as we know: _tell() finds out

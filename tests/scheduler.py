@@ -316,7 +316,7 @@ def _places(code, opcodes, shared):
         name = instruction.opname
         touches = "ATTR" in name or "METHOD" in name
         if (touches and (shared is None or instruction.argval in shared)) or (
-            "SUBSCR" in name
+            "SUBSCR" in name or instruction.argrepr == "[]"  # as it is called in 3.14
         ):
             places.add(instruction.offset if opcodes else line)
     return places

@@ -971,11 +971,12 @@ def functions_that_run():
         if event == "call" and frame.f_code.co_filename == pybreaker.__file__:
             names.add(frame.f_code.co_name)
 
+    before = sys.getprofile()
     sys.setprofile(note)
     try:
         yield names
     finally:
-        sys.setprofile(None)
+        sys.setprofile(before)
 
 
 @pytest.mark.parametrize("word", CLOSED)
@@ -1010,7 +1011,7 @@ def test_a_call_that_is_heard_does_not_look_for_whoever_hears(recorder):
 
 @pytest.mark.parametrize("listeners", [[], [pybreaker.CircuitBreakerListener()]])
 def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
-    """It is made at once, even where a slow listener is told of something."""
+    """It is made at once, even while a listener in another thread takes its time."""
     breaker = CircuitBreaker(listeners=listeners)
     call = guard(breaker, int)
     breaker.open()

@@ -2,9 +2,9 @@
 
 Each scenario is a circuit, something done to it beforehand, and two or three
 threads that then race. `scheduler` runs them one step at a time, in every order
-with up to two preemptions and in a random sample of orders with more, and after each
-run `Circuit.complaint` says which promise was broken. How many orders there were is
-said at the end.
+with up to two preemptions (or one, where the scenario says so) and in a random sample
+of orders with more, and after each run `Circuit.complaint` says which promise was
+broken. How many orders there were is said at the end.
 
 The last promise is the strongest. `Model` is a circuit where a call is admitted
 at one moment and settled at another, and all else happens at one moment; tried in
@@ -16,9 +16,9 @@ A race that is lost prints its schedule, and so it is run again:
 
     replay("two failures race to trip", "0:b 31:a")
 
-With ``PYBREAKER_ORDERS=few`` it is every order with one preemption, and a sample.
-With ``PYBREAKER_DEEP=1`` (``tox -e deep``) threads stop at instructions as well, and
-there is a third preemption.
+With ``PYBREAKER_ORDERS=few`` it is every order with one preemption, or none of three
+threads, and a sample. With ``PYBREAKER_DEEP=1`` (``tox -e deep``) threads stop at
+instructions as well, and short races have a third preemption.
 """
 
 from __future__ import annotations
@@ -1337,7 +1337,26 @@ def test_steps_that_nobody_can_see_make_no_difference(name, lock):
         scenario, preemptions, lock=lock, shared=Everything()
     )
     assert found == all_found
-    assert count <= all_count
+    assert count < all_count or scenario.quiet
+
+
+def test_what_threads_share_makes_a_step():
+    """All that is written when the circuit moves, and what stands for the rest."""
+    names = shared_names(pybreaker)
+    assert names >= {
+        *("_state", "_trial_in_place", "_cause_of_move", "_told_listeners", "_heard"),
+        *("_unlogged", "_circuit_storage", "_shortcut", "_visible", "_fail_max"),
+        *(
+            "_fail_counter",
+            "_success_counter",
+            "_opened",
+            "_moment",
+            "state",
+            "counter",
+        ),
+        *("over", "begun", "claimed", "_lock", "monotonic", "claim_trial"),
+    }
+    assert names.isdisjoint({"_settle", "_breaker", "since"})
 
 
 # The scheduler itself.

@@ -1370,7 +1370,7 @@ def search(clocks, kind, reached):
 
 @pytest.mark.parametrize("kind", list(STORAGES))
 def test_the_library_does_what_the_model_says(clocks, kind, record_property):
-    """And the search for a difference comes to each corner, and more than once."""
+    """And the search for a difference comes to each corner."""
     reached = collections.Counter()
     corners = CORNERS + CORNERS_OF_A_FLEET if kind == "fleet" else CORNERS
     corners = list(filter(None, map(str.strip, corners.splitlines())))

@@ -8,7 +8,9 @@ changed line until one fails: first those that have killed most mutants of the s
 function, then the quickest. A change outside of functions is imported anew, and so
 are the tests.
 
-What survives must be in survivors.toml with the reason why it changes nothing.
+The tests that search take long; with ``--searches`` they are run on what the others
+have left. What survives these must be in survivors.toml with the reason why it changes
+nothing.
 
 What became of a mutant is kept for as long as its function stays as it is, in files
 that begin with the name of the session: after a change of pybreaker.py the mutants of
@@ -95,6 +97,7 @@ LAST = (
 )
 PASS_MARK = 95.0
 MEMORY = 4 << 30
+OWN_FAULT = 70  # the exit status of a child in which this module has failed
 os.environ["PYBREAKER_PATIENCE"] = "4"
 
 PYTEST = [
@@ -492,7 +495,11 @@ class Mutants:
             output.seek(0)
             said = output.read().decode()
             output.close()
-            survived = os.waitstatus_to_exitcode(status) == 0
+            code = os.waitstatus_to_exitcode(status)
+            if code == OWN_FAULT:
+                print(f"could not be run: {key(work)}")
+                continue
+            survived = code == 0
             diff, _, killer = said.partition("\n")
             outcome = TestOutcome.SURVIVED if survived else TestOutcome.KILLED
             if killer.strip() == "SyntaxError":
@@ -521,7 +528,7 @@ class Mutants:
             self.kills[place_of(work)][result.output] += 1
 
     def run_in_child(self, work, output, folder):
-        status, mutation = 3, work.mutations[0]
+        status, mutation = OWN_FAULT, work.mutations[0]
         try:
             os.setsid()
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -540,10 +547,10 @@ class Mutants:
             is_apt = functools.partial(self.is_apt, mutation)
             runner = Runner(is_apt, self.seconds, self.kills[place_of(work)], output)
             runner.say = lambda said: Runner.say(runner, first + said)
-            runner.say("SyntaxError")
             try:
                 is_in_place = put_in_place(text, self.living)
             except SyntaxError:
+                runner.say("SyntaxError")
                 status = 1
                 return
             if is_in_place:
@@ -552,6 +559,7 @@ class Mutants:
             else:
                 runner.say("import")
                 signal.alarm(120)
+                status = 1  # if it cannot be imported
                 import_anew(text)
                 status = pytest.main(self.options.pytest, plugins=[runner])
         finally:
