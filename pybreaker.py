@@ -982,8 +982,6 @@ class CircuitBreaker:
         # A thread that held the lock, ran the trial or moved the circuit stayed
         # with the parent.
         self._lock = threading.RLock()
-        if self._trial_in_place is not None:
-            self._trial_in_place.over = True
         self._trial_in_place = None
         self._cause_of_move = _BY_HAND
         self._unlogged = ()  # the parent logs it

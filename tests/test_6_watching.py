@@ -1282,6 +1282,21 @@ def test_a_listener_that_takes_itself_off_the_list_leaves_the_next_its_news(reco
     assert breaker.listeners == (recorder,)
 
 
+def test_a_listener_that_is_taken_off_while_it_is_asked_hides_no_other(recorder):
+    """Whoever looks for somebody to tell goes through the listeners of one moment."""
+
+    class Leaves:
+        @property
+        def success(self):
+            breaker._listeners.remove(self)
+            return CircuitBreakerListener().success
+
+    breaker = CircuitBreaker()
+    breaker._listeners.extend([Leaves(), recorder])
+    breaker.call(int)
+    assert recorder.names == ["before_call", "success"]
+
+
 def test_a_predicate_that_takes_itself_off_the_list_leaves_the_next_its_say(fail, boom):
     """The same with breaker._excluded_exceptions."""
     breaker = CircuitBreaker(1)

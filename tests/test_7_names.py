@@ -218,19 +218,21 @@ def test_a_function_can_stand_in_for_a_state_class(name, class_name, monkeypatch
 def test_a_state_class_is_asked_to_notify_where_the_circuit_has_moved(
     name, class_name, monkeypatch
 ):
-    """And only there: what is made by hand or for a look tells nobody."""
+    """And only there: what is made by hand or for a look tells nobody, and comes from
+    no other state."""
     original, asked = getattr(pybreaker, class_name), []
 
     def noting(breaker, *, prev_state=None, notify=False):
-        asked.append(notify)
+        asked.append((prev_state, notify))
         return original(breaker, prev_state=prev_state, notify=notify)
 
     monkeypatch.setattr(pybreaker, class_name, noting)
     breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(name))
     breaker._create_new_state(name)
-    assert asked == [False, False]
+    assert asked == [(None, False)] * 2
+    first = breaker.state
     getattr(breaker, MOVES[name])()
-    assert asked == [False, False, True]
+    assert asked[2:] == [(first, True)]
 
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
@@ -1084,24 +1086,6 @@ def test_a_call_is_rejected_where_half_open_does_nothing(clock):
     work.assert_not_called()
     assert breaker.current_state == "open"
     assert breaker.call(work) == 1
-
-
-def test_a_state_is_made_from_the_one_before_it(monkeypatch):
-    """With the keywords of old, for classes that a project has put in the place of
-    ours: notify says that it is made by a transition."""
-    made = []
-
-    class Noted(CircuitOpenState):
-        def __init__(self, cb, prev_state=None, notify=False):
-            super().__init__(cb, prev_state=prev_state, notify=notify)
-            made.append((prev_state, notify))
-
-    monkeypatch.setattr(pybreaker, "CircuitOpenState", Noted)
-    breaker = CircuitBreaker(state_storage=CircuitMemoryStorage("open"))
-    first = breaker.state
-    breaker.open()
-    breaker._create_new_state("open")
-    assert made == [(None, False), (first, True), (None, False)]
 
 
 def test_looking_at_a_breaker_makes_no_state(monkeypatch):
