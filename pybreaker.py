@@ -1927,7 +1927,6 @@ class _Courier:
         self._nothing: type[Exception] = queue.Empty
         self._is_signalled = False
         self._lock = threading.Lock()
-        self._is_stopping = False
         self._is_running = False
         self._threads: list[threading.Thread] = []
 
@@ -2139,8 +2138,11 @@ class _Picture:
             self.lease = replies[5]
 
     def _value(self, key: str, reply: Any, read: Callable[[Any], _T]) -> _T | None:
-        if isinstance(reply, Exception) and not _is_about_a_value(reply):
-            raise reply
+        if isinstance(reply, Exception):
+            if not _is_about_a_value(reply):
+                raise reply
+            self.broken.add(key)
+            return None
         try:
             return None if reply is None else read(reply)
         except (TypeError, ValueError, OverflowError, OSError):

@@ -1,0 +1,1548 @@
+"""What a storage that is shared through Redis says there, and hears, step by step.
+
+Here no thread carries the errands: they are run when a test says so, and the clock is
+moved. Redis is a table of the circuit's keys, and each breaker stands for a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import logging
+import math
+import os
+import threading
+import time
+import types
+import weakref
+
+import hypothesis.strategies as st
+import pytest
+import redis
+import trio
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from support import BRIEF, DEEP, PATIENCE
+
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
+
+REFRESH = 4.0
+LibrarysCourier = pybreaker._Courier
+
+
+class Boom(Exception):
+    pass
+
+
+def boom():
+    raise Boom
+
+
+def fail(breaker, times=1):
+    for _ in range(times):
+        with contextlib.suppress(Boom, CircuitBreakerError):
+            breaker.call(boom)
+
+
+def trial_of(breaker):
+    """A call that is admitted as a trial, and begun."""
+    block = breaker.calling()
+    block.__enter__()
+    return block
+
+
+def ends(block, exc=None):
+    with contextlib.suppress(CircuitBreakerError):
+        block.__exit__(exc and type(exc), exc, None)
+
+
+@pytest.fixture
+def clock(clock):
+    """It may begin near zero, where the machine does."""
+    clock.now = 5.0
+    return clock
+
+
+class Redis:
+    """The keys of one circuit, and a clock that goes with the test's."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.texts = {}
+        self.lapses = {}  # when keys do, by the clock
+
+    def __getitem__(self, key):
+        """What is there now."""
+        if self.lapses.get(key, math.inf) <= self.clock.now:
+            self.remove(key)
+        return self.texts.get(key)
+
+    def remove(self, key):
+        self.lapses.pop(key, None)
+        return self.texts.pop(key, None)
+
+    def does(self, name, key, *words):
+        text = self[key]
+        if isinstance(text, list) and name in ("GET", "INCRBY"):
+            return redis.ResponseError("WRONGTYPE it is a list")
+        if name == "GET":
+            return text if text is None else str(text).encode()
+        if name == "PTTL":
+            left = self.lapses.get(key, self.clock.now - 0.001) - self.clock.now
+            return -2 if text is None else round(1000 * left)
+        return getattr(self, name.lower())(key, text, *words)
+
+    def set(self, key, text, new, *words):
+        if "NX" in words and text is not None:
+            return None
+        self.remove(key)
+        self.texts[key] = str(new)
+        if "PX" in words:
+            self.pexpire(key, new, words[-1])
+        return True
+
+    def incrby(self, key, text, amount):
+        try:
+            if abs(int(text or 0)) >= 2**63:
+                raise ValueError
+        except ValueError:
+            return redis.ResponseError("value is not an integer or out of range")
+        self.texts[key] = str(int(text or 0) + amount)
+        return int(self.texts[key])
+
+    def pexpire(self, key, text, milliseconds):
+        if text is not None:
+            self.lapses[key] = self.clock.now + milliseconds / 1000
+
+    def __delitem__(self, key):
+        self.remove(key)
+
+    # The command is called like that.
+    locals()["del"] = lambda self, key, text: self.remove(key)
+
+
+class Client:
+    """A process's way to it."""
+
+    def __init__(self, keys):
+        self.keys = keys
+        self.trouble = None  # is raised, instead of an answer
+        self.refusal = None  # is the answer to each write
+        self.meanwhile = None  # is called once, while an answer is on its way
+        self.seconds = 0.0  # that answers take
+        self.sent = []
+        self.looks = self.times = 0
+
+    def execute_command(self, *words):
+        raise AssertionError("commands are sent together")
+
+    def time(self):
+        self.times += 1
+        if self.trouble:
+            raise self.trouble
+        return int(self.keys.clock.now), int(self.keys.clock.now % 1 * 1e6)
+
+    def pipeline(self, transaction):
+        assert not transaction
+        commands = []
+
+        def execute_command(name, key, *words, NEVER_DECODE):
+            commands.append((name, key.rpartition(":")[2], *words))
+
+        def execute(raise_on_error):
+            assert not raise_on_error
+            self.looks += 1
+            self.keys.clock.advance(self.seconds)
+            if self.trouble:
+                self.interrupted()
+                raise self.trouble
+            replies = list(map(self.reply, commands))
+            self.interrupted()
+            return replies
+
+        return types.SimpleNamespace(execute_command=execute_command, execute=execute)
+
+    def reply(self, command):
+        self.sent.append(command)
+        if self.refusal and command[0] not in ("GET", "PTTL"):
+            return self.refusal
+        return self.keys.does(*command)
+
+    def interrupted(self):
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+
+    def sent_to(self, key):
+        """The commands about a key, other than those that look."""
+        return [
+            (name, *words)
+            for name, about, *words in self.sent
+            if about == key and name not in ("GET", "PTTL")
+        ]
+
+
+class Courier:
+    """Takes the place of the library's: who waits for it is waited for by it."""
+
+    def __init__(self, storage):
+        self.storage = weakref.ref(storage)
+        self.done = []
+        self.is_quick = True
+        self.is_under_way = False
+
+    def wake(self):
+        self.done.append("wake")
+        storage = self.storage()
+        for _ in range(3):
+            if not self.is_quick or self.is_under_way:
+                return
+            if not storage._waiting and not storage._unasked:
+                return
+            self.run_errands()
+
+    def run_errands(self):
+        self.is_under_way = True
+        try:
+            return self.storage()._run_errands()
+        finally:
+            self.is_under_way = False
+
+    def start(self):
+        self.done.append("start")
+
+    def stop(self):
+        self.done.append("stop")
+
+    def wait(self, end):
+        self.done.append(("wait", end))
+
+
+class Process:
+    """A breaker, with its storage and its client."""
+
+    def __init__(
+        self,
+        keys,
+        fail_max=3,
+        reset_timeout=60,
+        success_threshold=1,
+        trouble=None,
+        refresh=REFRESH,
+        **settings,
+    ):
+        self.client = Client(keys)
+        self.client.trouble = trouble
+        self.storage = CircuitRedisStorage(
+            settings.pop("state", "closed"), self.client, refresh=refresh, **settings
+        )
+        self.courier = self.storage._courier
+        self.breaker = CircuitBreaker(
+            fail_max,
+            reset_timeout,
+            success_threshold=success_threshold,
+            state_storage=self.storage,
+        )
+
+    def runs_errands(self, times=1):
+        for _ in range(times):
+            leisure = self.courier.run_errands()
+        return leisure
+
+    def is_cut_off(self, why="gone"):
+        self.client.trouble = redis.ConnectionError(why)
+        self.runs_errands()
+
+    def is_back(self):
+        self.client.trouble = None
+        self.runs_errands()
+
+    @property
+    def state(self):
+        return self.breaker.current_state
+
+
+@pytest.fixture
+def keys(clock):
+    return Redis(clock)
+
+
+@pytest.fixture
+def slept(clock):
+    """For how long anybody slept."""
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.advance(seconds)
+
+    pybreaker.time.sleep = sleep
+    return slept
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The timeouts of those who have waited for what had not happened."""
+    waits = []
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            if not self.is_set():
+                waits.append(timeout)
+            return self.is_set()
+
+    fake = types.SimpleNamespace(**{**vars(threading), "Event": Event})
+    monkeypatch.setattr(pybreaker, "threading", fake)
+    return waits
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """With no storages and breakers that other tests have left."""
+    for name in ("_couriered", "_breakers"):
+        monkeypatch.setattr(pybreaker, name, weakref.WeakValueDictionary())
+
+
+@pytest.fixture
+def process(monkeypatch, keys, waits, alone):
+    """Makes processes."""
+    monkeypatch.setattr(pybreaker, "_Courier", Courier)
+    return lambda **settings: Process(keys, **settings)
+
+
+@pytest.fixture
+def said(caplog):
+    """What was logged of Redis."""
+    caplog.set_level(logging.DEBUG, "pybreaker")
+    return lambda: [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if "Redis" in record.getMessage()
+    ]
+
+
+def levels(said):
+    return [level for level, _ in said()]
+
+
+# Openings by the count.
+
+
+def test_a_trip_while_redis_is_away_is_announced_when_it_is_back(process, keys):
+    mine = process()
+    mine.is_cut_off()
+    fail(mine.breaker, 3)
+    assert keys["state"] == "closed"
+    mine.is_back()
+    assert keys["state"] == "open"
+    assert keys["opened_at"] == "5"
+
+
+def test_a_trip_of_a_circuit_that_is_open_elsewhere_is_announced_at_once(process, keys):
+    """What closed it here has not been heard of there, and need not be."""
+    mine, theirs = process(), process()
+    mine.breaker.open()
+    mine.runs_errands()
+    mine.runs_errands()
+    mine.breaker.close()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    theirs.runs_errands()
+    assert keys["state"] == "open"
+    assert ("SET", "closed") not in mine.client.sent_to("state")
+    assert mine.state == theirs.state == "open"
+
+
+@pytest.mark.parametrize("elsewhere", [0, 1, 1000])
+def test_a_trip_is_announced_if_the_count_stands_after_a_refresh(
+    process, keys, clock, elsewhere
+):
+    """Then it may be higher than it takes, as others have failed too. The number is
+    the one in Redis."""
+    mine, theirs = process(), process(fail_max=2000)
+    fail(mine.breaker, 3)
+    assert (mine.state, theirs.state) == ("open", "closed")
+    mine.runs_errands()
+    fail(theirs.breaker, elsewhere)
+    theirs.runs_errands()
+    clock.advance(REFRESH)
+    assert keys["state"] == "closed"
+    assert mine.runs_errands() == 0.0
+    assert mine.runs_errands() == REFRESH
+    assert keys["state"] == "open"
+    assert keys["opened_at"] == "5"
+    assert int(keys["fail_counter"]) == 3 + elsewhere
+
+
+def test_the_courier_comes_when_the_count_is_to_be_judged(process, clock):
+    """Neither sooner nor, where that is later, at its next refresh."""
+    mine = process()
+    fail(mine.breaker, 3)
+    clock.advance(1)
+    assert mine.runs_errands() == REFRESH - 1
+    clock.advance(REFRESH)
+    assert mine.storage._leisure() == 0.0
+
+
+def test_a_count_that_does_not_stand_leaves_the_others_closed(process, keys, clock):
+    mine, theirs = process(), process()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    theirs.runs_errands()
+    theirs.breaker.call(int)
+    theirs.runs_errands()
+    clock.advance(REFRESH)
+    mine.runs_errands(2)
+    theirs.runs_errands()
+    assert (mine.state, theirs.state) == ("open", "closed")
+    assert keys["state"] == "closed"
+
+
+@pytest.fixture
+def apart(process, clock):
+    """Two processes, of which the first has opened, and the count did not stand."""
+    mine, theirs = process(), process()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    theirs.breaker.fail_counter = 0
+    theirs.runs_errands()
+    clock.advance(REFRESH)
+    mine.runs_errands()
+    assert (mine.state, theirs.state) == ("open", "closed")
+    return mine, theirs
+
+
+def test_while_a_count_is_in_doubt_it_is_the_fleets(process, keys):
+    mine, theirs = process(), process()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    theirs.breaker.fail_counter = 1
+    theirs.runs_errands()
+    mine.runs_errands()
+    assert mine.breaker.fail_counter == 1
+
+
+def test_a_process_that_is_open_alone_counts_alone(apart, keys, clock):
+    mine, theirs = apart
+    clock.advance(60)
+    ends(trial_of(mine.breaker), Boom())
+    mine.runs_errands()
+    counted = mine.breaker.fail_counter
+    fail(theirs.breaker)
+    theirs.runs_errands()
+    mine.runs_errands()
+    assert mine.breaker.fail_counter == counted != 1
+    assert keys["fail_counter"] == "1"
+    assert mine.state == "open"
+    assert keys["state"] == "closed"
+    assert keys["trial"] is None
+
+
+def test_a_process_that_was_open_alone_closes_alone_and_counts_with_the_others(
+    apart, keys, clock
+):
+    mine, theirs = apart
+    clock.advance(60)
+    ends(trial_of(mine.breaker))
+    assert mine.state == "closed"
+    fail(mine.breaker, 2)
+    mine.runs_errands()
+    assert keys["fail_counter"] == "2"
+    assert mine.client.sent_to("state") == [("SET", "closed", "NX")]
+    theirs.runs_errands()
+    fail(theirs.breaker)
+    assert theirs.state == "open"
+
+
+def test_a_process_that_is_open_alone_goes_with_the_others_at_their_next_move(
+    apart, keys
+):
+    mine, theirs = apart
+    for move in (theirs.breaker.open, theirs.breaker.close):
+        move()
+        theirs.runs_errands()
+        mine.runs_errands()
+    assert mine.state == "closed"
+    fail(mine.breaker)
+    mine.runs_errands()
+    assert keys["fail_counter"] == "1"
+
+
+def test_a_look_judges_no_trip_that_is_newer_than_it(process, keys, clock, said):
+    """Between the two a move was made by hand, which all hear of."""
+    mine = process()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    clock.advance(REFRESH)
+
+    def meanwhile():
+        mine.breaker.close()
+        fail(mine.breaker, 3)
+
+    mine.client.meanwhile = meanwhile
+    mine.runs_errands()
+    mine.runs_errands()
+    assert keys["state"] == "closed"
+    clock.advance(REFRESH)
+    mine.runs_errands(2)
+    assert keys["state"] == "open"
+    assert said() == []
+
+
+def test_a_look_judges_no_trip_where_a_later_one_was_made_at_the_same_moment(
+    process, keys, clock
+):
+    """As clocks may stand still for a while."""
+    mine = process()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    (until, threshold), mine.storage._doubt = mine.storage._doubt, None
+    mine.storage._doubt = until, threshold
+    clock.advance(REFRESH)
+
+    def meanwhile():
+        mine.storage._doubt = until + 0.0, threshold + 0
+
+    mine.client.meanwhile = meanwhile
+    mine.runs_errands()
+    assert keys["state"] == "closed"
+    assert mine.storage._unsent_move is None
+
+
+def test_a_trip_that_is_forgotten_while_it_is_judged_does_no_harm(process, clock, said):
+    mine = process()
+    fail(mine.breaker, 3)
+    clock.advance(REFRESH)
+    mine.client.meanwhile = mine.breaker.close
+    mine.runs_errands()
+    assert mine.state == "closed"
+    assert said() == []
+
+
+def test_a_trip_during_the_look_that_sends_a_closing_is_not_lost(process, keys, clock):
+    mine = process()
+    mine.breaker.open()
+    mine.breaker.close()
+    mine.client.meanwhile = lambda: fail(mine.breaker, 3)
+    mine.runs_errands()
+    assert mine.state == "open"
+    clock.advance(REFRESH)
+    mine.runs_errands(3)
+    assert keys["state"] == "open"
+
+
+# Counts.
+
+
+def test_counts_that_come_in_during_a_look_are_added_to_what_it_sees(process, keys):
+    mine, theirs = process(fail_max=10), process(fail_max=10)
+    fail(theirs.breaker, 3)
+    theirs.runs_errands()
+    mine.client.meanwhile = lambda: fail(mine.breaker)
+    assert mine.runs_errands() == 0.0
+    assert mine.breaker.fail_counter == 4
+    assert keys["fail_counter"] == "3"
+    mine.runs_errands()
+    assert keys["fail_counter"] == "4"
+    assert mine.breaker.fail_counter == 4
+
+
+def test_a_count_that_is_set_during_a_look_stays(process, keys):
+    mine = process(fail_max=10)
+    keys.texts["fail_counter"] = "3"
+    mine.client.meanwhile = lambda: setattr(mine.breaker, "fail_counter", 7)
+    mine.runs_errands()
+    assert mine.breaker.fail_counter == 7
+    mine.runs_errands()
+    assert keys["fail_counter"] == "7"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_a_count_may_be_set(process, keys, count):
+    mine = process()
+    keys.texts["fail_counter"] = "3"
+    mine.storage.counter = count
+    mine.runs_errands()
+    assert (mine.storage.counter, keys["fail_counter"]) == (count, str(count))
+
+
+@pytest.mark.parametrize("when", ["before it", "during it"])
+def test_failures_that_could_not_be_sent_stay_here(process, keys, when):
+    """And so does a number that was set: the fleet has gone on without it."""
+    mine = process(fail_max=10)
+
+    def count():
+        fail(mine.breaker, 2)
+        mine.storage.success_counter = 5
+
+    if when == "before it":
+        count()
+    else:
+        mine.client.meanwhile = count
+    mine.is_cut_off()
+    assert mine.breaker.fail_counter == 2
+    mine.is_back()
+    assert keys["fail_counter"] is None
+    assert keys["success_counter"] is None
+    assert mine.breaker.fail_counter == 0
+
+
+@pytest.mark.parametrize("when", ["before it", "during it", "after it"])
+def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
+    mine = process()
+    fail(mine.breaker, 2)
+    mine.runs_errands()
+    assert keys["fail_counter"] == "2"
+    if when == "before it":
+        mine.breaker.call(int)
+    elif when == "during it":
+        mine.client.meanwhile = lambda: mine.breaker.call(int)
+    mine.is_cut_off()
+    if when == "after it":
+        mine.breaker.call(int)
+    mine.is_back()
+    assert keys["fail_counter"] == "0"
+
+
+def test_who_was_away_and_made_no_move_sets_no_count_back(process, keys):
+    mine = process(success_threshold=3)
+    mine.is_cut_off()
+    keys.texts.update(fail_counter="2", success_counter="1")
+    mine.is_back()
+    assert (keys["fail_counter"], keys["success_counter"]) == ("2", "1")
+
+
+def test_who_has_opened_while_away_sets_no_failures_back(process, keys):
+    mine = process()
+    mine.is_cut_off()
+    keys.texts.update(fail_counter="2", success_counter="1")
+    mine.storage.state = "open"
+    mine.is_back()
+    assert (keys["fail_counter"], keys["success_counter"]) == ("2", "0")
+
+
+def test_who_has_closed_while_away_sets_all_counts_back(process, keys):
+    """Also where the count was 0 here, and whoever has written the state."""
+    mine = process()
+    mine.is_cut_off()
+    keys.texts.update(fail_counter="2", success_counter="1")
+    mine.storage.state = "".join(["clo", "sed"])
+    mine.is_back()
+    assert (keys["fail_counter"], keys["success_counter"]) == ("0", "0")
+
+
+def test_who_moves_and_was_not_away_sets_back_what_the_breaker_says(process, keys):
+    mine = process()
+    keys.texts.update(fail_counter="2", success_counter="1")
+    mine.runs_errands()
+    mine.storage.state = "open"
+    mine.runs_errands()
+    assert (keys["fail_counter"], keys["success_counter"]) == ("2", "1")
+
+
+# Moves.
+
+
+def test_a_move_that_could_not_be_sent_is_sent_later_with_its_moment(process, keys):
+    mine = process()
+    mine.breaker.open()
+    mine.is_cut_off()
+    mine.is_back()
+    assert (keys["state"], keys["opened_at"]) == ("open", "5")
+
+
+def test_a_move_is_no_opening_and_says_nothing_of_one(process):
+    mine = process()
+    mine.breaker.half_open()
+    mine.runs_errands()
+    mine.breaker.close()
+    mine.runs_errands()
+    assert mine.client.sent_to("opened_at") == []
+
+
+def test_nobody_sees_a_circuit_open_that_has_no_moment_of_opening(process, keys):
+    """It is written first, in a move as in what is put back after a flush."""
+    mine = process()
+    seen = []
+    reply = mine.client.reply
+
+    def watched(command):
+        replied = reply(command)
+        seen.append((keys["state"], keys["opened_at"]))
+        return replied
+
+    mine.client.reply = watched
+    mine.breaker.open()
+    mine.runs_errands()
+    keys.texts.clear()
+    mine.runs_errands()
+    assert ("open", "5") in seen
+    assert ("open", None) not in seen
+
+
+def test_a_moment_of_opening_that_is_set_is_sent_at_once(process, keys, clock):
+    mine = process()
+    mine.breaker.open()
+    mine.runs_errands()
+    mine.courier.done.clear()
+    mine.storage.opened_at = mine.storage.opened_at
+    assert mine.courier.done == ["wake"]
+    assert mine.storage._leisure() == REFRESH
+    mine.runs_errands()
+    assert len(mine.client.sent_to("opened_at")) == 2
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda mine: mine.breaker.open(),
+        lambda mine: fail(mine.breaker),
+        lambda mine: mine.storage._ask(60, int),
+        lambda mine: mine.storage._give_back(pybreaker._Claim(60, int)),
+    ],
+    ids=["a move", "a count", "a claim", "a claim to give back"],
+)
+def test_the_courier_goes_again_at_once_for_what_came_in_meanwhile(process, add):
+    mine = process()
+    mine.client.meanwhile = lambda: add(mine)
+    assert mine.runs_errands() == 0.0
+    assert mine.runs_errands() == REFRESH
+
+
+def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
+    process, keys, clock
+):
+    """By its own circuit it was open, and a trial has closed it."""
+    trouble = redis.ConnectionError("not yet")
+    mine = process(trouble=trouble, fallback_circuit_state="open")
+    keys.texts.update(state="open", opened_at="5")
+    ends(trial_of(mine.breaker))
+    assert mine.state == "closed"
+    mine.is_back()
+    assert keys["state"] == "closed"
+
+
+# Trials.
+
+
+@pytest.fixture
+def due(process, clock, keys):
+    """Makes processes of an open circuit whose timeout is over."""
+
+    def due(number=2, success_threshold=1, reset_timeout=60):
+        processes = [
+            process(success_threshold=success_threshold, reset_timeout=reset_timeout)
+            for _ in range(number)
+        ]
+        processes[0].breaker.open()
+        for each in processes:
+            each.runs_errands()
+            assert each.state == "open"
+        clock.advance(reset_timeout)
+        return processes
+
+    return due
+
+
+def is_refused(breaker):
+    try:
+        breaker.call(int)
+    except CircuitBreakerError:
+        return True
+    return False
+
+
+def test_nobody_waits_for_an_answer_that_has_come(due, keys, waits):
+    mine, theirs = due()
+    trial = trial_of(mine.breaker)
+    assert keys["trial"] is not None
+    assert is_refused(theirs.breaker)
+    ends(trial)
+    assert waits == []
+
+
+def test_who_was_refused_asks_nothing_for_a_tenth_of_a_second(due, clock):
+    mine, theirs = due()
+    trial_of(mine.breaker)
+    for passed, asked in ((0.0, 1), (0.09, 1), (0.02, 2)):
+        clock.advance(passed)
+        assert is_refused(theirs.breaker)
+        theirs.runs_errands()
+        assert len(theirs.client.sent_to("trial")) == asked
+
+
+def test_a_claim_that_was_granted_without_redis_is_not_made_there_later(
+    due, keys, clock
+):
+    mine, _ = due()
+    mine.is_cut_off()
+    trial = trial_of(mine.breaker)
+    mine.is_back()
+    assert keys["trial"] is None
+    ends(trial)
+
+
+@pytest.mark.parametrize("reset_timeout", [0, 0.0004, 0.4, 60, math.inf, 1e9])
+def test_the_lease_of_a_claim_is_the_timeout_and_a_day_at_most(process, reset_timeout):
+    mine = process()
+    claim = mine.storage._ask(reset_timeout, int)
+    lease = {0: 1, 0.0004: 1, 0.4: 400, 60: 60_000}.get(reset_timeout, 86_400_000)
+    assert mine.client.sent_to("trial")[0] == ("SET", claim.token, "NX", "PX", lease)
+
+
+def test_a_claim_that_follows_ones_own_is_made_when_that_is_given_back(due, keys):
+    mine, theirs = due(success_threshold=3)
+    for each in (mine, theirs):
+        each.breaker.half_open()
+        each.runs_errands(3)
+    ends(trial_of(mine.breaker))
+    assert keys["trial"] is not None  # that is still to be given back
+    trial = trial_of(mine.breaker)
+    assert keys["trial"] == mine.storage._claim.token
+    assert is_refused(theirs.breaker)
+    ends(trial)
+
+
+def test_a_claim_of_nobody_lapses(due, keys, clock):
+    """Somebody's hand may have written it, without a lease."""
+    mine, _ = due()
+    keys.texts["trial"] = "somebody"
+    assert is_refused(mine.breaker)
+    clock.advance(59.9)
+    assert keys["trial"] == "somebody"
+    clock.advance(0.2)
+    assert keys["trial"] is None
+
+
+def test_the_claim_of_somebody_is_not_made_longer(due, keys, clock):
+    mine, theirs = due()
+    trial_of(theirs.breaker)
+    assert is_refused(mine.breaker)
+    assert [words[0] for words in mine.client.sent_to("trial")] == ["SET"]
+
+
+def test_a_claim_is_refused_where_the_circuit_has_moved(due, keys):
+    """What was claimed is given back at once."""
+    mine, theirs = due()
+    theirs.breaker.close()
+    theirs.runs_errands()
+    assert not is_refused(mine.breaker) or mine.state == "closed"
+    assert mine.state == "closed"
+    mine.runs_errands()
+    assert keys["trial"] is None
+
+
+# Of a lease of a minute a quarter of a second is for the way; of one of 0.4 s a
+# quarter, and so it is for one that is nearly over.
+@pytest.mark.parametrize(
+    ("lease", "left", "is_safe"),
+    [
+        (60, 60, True),
+        (5, 5, True),
+        (10, 0.255, True),
+        (10, 0.25, False),
+        (10, 0.245, False),
+        (10, 0, False),
+        (0.4, 0.11, True),
+        (0.4, 0.09999, False),
+        (0.4, 0.09, False),
+    ],
+)
+def test_a_claim_that_is_about_to_lapse_is_not_given_back(
+    process, keys, clock, lease, left, is_safe
+):
+    """When Redis hears of it, it may be another's."""
+    mine = process()
+    assert mine.storage.claim_trial(lease)
+    clock.now += lease - left
+    mine.storage.release_trial()
+    keys.lapses.clear()
+    mine.runs_errands(2)
+    assert (keys["trial"] is None) == is_safe
+
+
+def test_without_a_claim_there_is_none_to_give_back(process):
+    mine = process()
+    mine.storage.release_trial()
+    assert mine.runs_errands() == REFRESH
+
+
+@pytest.mark.parametrize("when", ["sent", "asked meanwhile"])
+def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, when):
+    """And may go on, as it would in a while."""
+    mine = process()
+    mine.courier.is_quick = False
+    told, claims = [], []
+
+    def ask():
+        claims.append(mine.storage._ask(60, lambda: told.append(claims[0].granted)))
+
+    if when == "sent":
+        ask()
+    else:
+        mine.client.meanwhile = ask
+    assert told == []
+    mine.is_cut_off()
+    assert told == [True]
+
+
+def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
+    """The event loop of who asked may be gone."""
+    mine = process()
+    mine.courier.is_quick = False
+
+    def gone():
+        raise RuntimeError("Event loop is closed")
+
+    claims = [mine.storage._ask(60, gone), mine.storage._ask(60, int)]
+    mine.runs_errands()
+    assert [claim.granted for claim in claims] == [True, False]
+    assert said() == []
+
+
+def test_a_trial_whose_claim_was_never_heard_of_runs(due, waits, keys):
+    """After the patience; and what it may still get is given back."""
+    mine, _ = due()
+    mine.courier.is_quick = False
+    trial = trial_of(mine.breaker)
+    assert waits == [0.25]
+    ends(trial)
+    mine.runs_errands(3)
+    assert keys["trial"] is None
+
+
+def test_the_patience_and_the_refresh_have_defaults():
+    parameters = inspect.signature(CircuitRedisStorage).parameters
+    assert parameters["patience"].default == 0.25
+    assert parameters["refresh"].default == 1.0
+
+
+# Redis that is away, slow, or odd.
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_back"), [(0.0, True), (8.0, True), (8.5, False), (13.0, False)]
+)
+def test_redis_is_back_when_it_answers_within_two_refreshes(
+    process, clock, said, seconds, is_back
+):
+    mine = process()
+    mine.is_cut_off()
+    mine.client.seconds = seconds
+    clock.now = 3.0
+    mine.is_back()
+    assert levels(said) == ["WARNING"] + ["INFO"] * is_back
+
+
+def test_a_redis_that_refuses_to_write_stays_away(process, keys, said):
+    """Though it may be read, and nothing is to be written: it is asked to keep what
+    it has. It is said once."""
+    mine = process()
+    mine.client.refusal = redis.ReadOnlyError("READONLY you cannot write here")
+    fail(mine.breaker)
+    for _ in range(3):
+        mine.runs_errands()
+    assert levels(said) == ["WARNING"]
+    assert keys["fail_counter"] is None
+    assert mine.breaker.fail_counter == 1
+    mine.client.refusal = None
+    mine.runs_errands()
+    assert levels(said) == ["WARNING", "INFO"]
+
+
+def test_a_redis_that_refuses_to_read_is_away(process, keys, said):
+    mine = process()
+    does = keys.does
+    loading = redis.ResponseError("LOADING the dataset is in memory soon")
+    keys.does = lambda name, *rest: loading if name == "GET" else does(name, *rest)
+    mine.runs_errands()
+    assert levels(said) == ["WARNING"]
+    keys.does = does
+    mine.runs_errands()
+    assert levels(said) == ["WARNING", "INFO"]
+
+
+def test_a_redis_that_keeps_nothing_is_asked_three_times_and_is_away(
+    process, keys, said
+):
+    mine = process()
+    keys.texts.clear()
+    keys.set = lambda *_: True
+    looks = mine.client.looks
+    assert mine.runs_errands() == REFRESH
+    assert mine.client.looks == looks + 3
+    assert levels(said) == ["WARNING"]
+    assert "does not keep" in said()[0][1]
+
+
+@pytest.mark.parametrize("state", ["closed", "half-open", "open"])
+def test_a_flush_is_made_good(process, keys, state):
+    """State, moment and counts are put back by whoever looks first."""
+    mine, theirs = process(), process(fail_max=10)
+    fail(theirs.breaker, 2)
+    theirs.runs_errands()
+    theirs.storage.state = state
+    theirs.storage.success_counter = 4
+    theirs.runs_errands()
+    if state == "open":
+        theirs.breaker.open()
+        theirs.runs_errands()
+    before = dict(keys.texts)
+    mine.runs_errands()
+    keys.texts.clear()
+    mine.runs_errands()
+    assert keys.texts == before
+
+
+def test_who_was_away_does_not_put_its_own_counts_where_there_are_none(process, keys):
+    """Redis has started anew, and empty. What failed meanwhile stays here."""
+    mine = process()
+    mine.is_cut_off()
+    fail(mine.breaker, 2)
+    keys.texts.clear()
+    mine.is_back()
+    assert keys["fail_counter"] is None
+    assert keys["state"] == "closed"
+    assert mine.breaker.fail_counter == 0
+
+
+def test_a_count_that_was_deleted_is_none_whatever_else_is_mended(process, keys):
+    mine = process()
+    fail(mine.breaker, 2)
+    mine.runs_errands()
+    del keys["fail_counter"]
+    keys.texts["opened_at"] = "yesterday"
+    mine.runs_errands()
+    assert keys["fail_counter"] is None
+    assert mine.breaker.fail_counter == 0
+
+
+def test_nonsense_for_a_moment_is_deleted_where_there_was_no_opening(process, keys):
+    mine = process()
+    keys.texts["opened_at"] = "yesterday"
+    mine.runs_errands()
+    assert keys["opened_at"] is None
+    assert keys["state"] == "closed"
+
+
+def test_a_good_moment_stays_where_only_the_state_was_lost(process, keys):
+    mine = process()
+    keys.texts["opened_at"] = "3"
+    del keys["state"]
+    mine.runs_errands()
+    assert (keys["state"], keys["opened_at"]) == ("closed", "3")
+
+
+def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
+    mine = process()
+    mine.breaker.open()
+    mine.runs_errands()
+    keys.texts["opened_at"] = "yesterday"
+    mine.runs_errands()
+    assert (keys["state"], keys["opened_at"]) == ("open", "5")
+
+
+@pytest.mark.parametrize("nonsense", [["a", "list"], "10.5", "-1", str(10**20)])
+def test_a_count_that_is_none_is_set_to_what_is_known_here(
+    process, keys, nonsense, said
+):
+    """A failure that could not be added is in it."""
+    mine = process(fail_max=10)
+    fail(mine.breaker, 2)
+    mine.runs_errands()
+    keys.texts["fail_counter"] = nonsense
+    fail(mine.breaker)
+    mine.runs_errands()
+    if nonsense == "-1":  # to which one could be added
+        assert keys["fail_counter"] == "0"
+    else:
+        assert keys["fail_counter"] == "3"
+        assert mine.breaker.fail_counter == 3
+        assert levels(said) == ["WARNING"]
+
+
+def test_a_claim_that_is_no_text_is_deleted(due, keys, clock, said):
+    mine, _ = due()
+    keys.texts["trial"] = ["a", "list"]
+    assert is_refused(mine.breaker)
+    assert keys["trial"] is None
+    assert levels(said) == ["WARNING"]
+    clock.advance(0.11)
+    assert not is_refused(mine.breaker)
+
+
+def test_the_clock_of_redis_is_asked_for_what_is_new_and_open(process, keys, clock):
+    mine, theirs = process(), process()
+    theirs.runs_errands(3)
+    theirs.breaker.half_open()
+    theirs.runs_errands()
+    mine.runs_errands()
+    assert mine.client.times == 0
+    theirs.breaker.open()
+    theirs.runs_errands()
+    clock.advance(2)
+    mine.runs_errands(3)
+    assert mine.client.times == 1
+    assert mine.storage.open_for() == 2
+
+
+def test_the_clock_of_redis_has_microseconds(process, clock):
+    mine = process()
+    clock.now = 12.5
+    assert mine.storage._link.time() == 12.5
+
+
+# All together.
+
+
+class AnyFleet(RuleBasedStateMachine):
+    """Three processes that do anything, in any order, over a Redis to which anything
+    happens. In the end all say the same."""
+
+    who = st.integers(0, 2)
+    states = st.sampled_from(["closed", "half-open", "open"])
+    actions = st.sampled_from(["fails", "succeeds", "opens", "closes", "half-opens"])
+
+    def __init__(self, process, keys):
+        super().__init__()
+        keys.texts.clear()
+        keys.lapses.clear()
+        self.keys = keys
+        self.processes = [
+            process(success_threshold=2, reset_timeout=20) for _ in range(3)
+        ]
+        self.trials = []
+
+    def act(self, process, action):
+        breaker = process.breaker
+        if action == "fails":
+            fail(breaker)
+        elif action == "succeeds":
+            with contextlib.suppress(CircuitBreakerError):
+                breaker.call(int)
+        else:
+            by_hand = {"opens": "open", "closes": "close", "half-opens": "half_open"}
+            getattr(breaker, by_hand[action])()
+
+    @rule(who=who, action=actions)
+    def acts(self, who, action):
+        self.act(self.processes[who], action)
+
+    @rule(who=who, times=st.integers(1, 3))
+    def fails(self, who, times):
+        fail(self.processes[who].breaker, times)
+
+    @rule(who=who)
+    def begins(self, who):
+        with contextlib.suppress(CircuitBreakerError):
+            self.trials.append(trial_of(self.processes[who].breaker))
+
+    @precondition(lambda self: self.trials)
+    @rule(exc=st.sampled_from([None, Boom(), GeneratorExit()]))
+    def ends(self, exc):
+        ends(self.trials.pop(0), exc)
+
+    @rule(who=who, count=st.integers(0, 3))
+    def counts(self, who, count):
+        self.processes[who].breaker.fail_counter = count
+
+    @rule(who=who, times=st.integers(1, 3))
+    def runs_errands(self, who, times):
+        self.processes[who].runs_errands(times)
+
+    @rule(who=who, action=actions)
+    def is_busy_meanwhile(self, who, action):
+        process = self.processes[who]
+        process.client.meanwhile = lambda: self.act(process, action)
+
+    @rule(seconds=st.sampled_from([0.1, 1, REFRESH, 20]))
+    def time_passes(self, seconds):
+        self.keys.clock.advance(seconds)
+
+    @rule(who=who, trouble=st.sampled_from([None, redis.ConnectionError("gone")]))
+    def is_cut_off(self, who, trouble):
+        self.processes[who].client.trouble = trouble
+
+    @rule(who=who, refusal=st.sampled_from([None, redis.ReadOnlyError("READONLY")]))
+    def is_refused(self, who, refusal):
+        self.processes[who].client.refusal = refusal
+
+    @rule()
+    def redis_starts_anew(self):
+        self.keys.texts.clear()
+
+    @rule(
+        key=st.sampled_from(
+            ["state", "opened_at", "fail_counter", "success_counter", "trial"]
+        ),
+        text=st.sampled_from(["closed", "half-open", "open", "2", "", ["list"]]),
+    )
+    def somebody_writes(self, key, text):
+        self.keys.remove(key)
+        self.keys.texts[key] = text
+
+    def teardown(self):
+        for trial in self.trials:
+            ends(trial)
+        for process in self.processes:
+            process.client.trouble = process.client.refusal = None
+            process.client.meanwhile = None
+        for _ in range(4):
+            self.keys.clock.advance(REFRESH)
+            for process in self.processes:
+                process.runs_errands(3)
+        for process in self.processes:
+            self.check(process)
+
+    def check(self, process):
+        assert process.runs_errands() == REFRESH
+        if process.state == "open" and self.keys["state"] != "open":
+            return  # by itself: it has opened by a count that did not stand
+        storage = process.storage
+        assert process.state == self.keys["state"]
+        assert storage.counter == int(self.keys["fail_counter"] or 0)
+        assert storage.success_counter == int(self.keys["success_counter"] or 0)
+        if process.state == "open":
+            assert self.keys["opened_at"] is not None
+            age = self.keys.clock.now - int(self.keys["opened_at"])
+            assert age - 0.001 <= storage.open_for() <= max(age, 0) + 1.001
+
+
+def test_in_the_end_all_of_a_fleet_say_the_same(process, keys):
+    """Whatever they have done, and whatever was done to Redis."""
+    run_state_machine_as_test(
+        functools.partial(AnyFleet, process, keys),
+        settings=settings(
+            max_examples=1000 if DEEP else 20 if BRIEF else 60,
+            stateful_step_count=30,
+            deadline=None,
+            database=None,
+            derandomize=not DEEP,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+# Threads, forks, and the end of the program.
+
+
+class Owner:
+    """What a courier asks of its storage, and a list of what it was asked."""
+
+    def __init__(self):
+        self.heard = heard = []
+        self._refresh = REFRESH
+        self._link = types.SimpleNamespace(
+            asked_at=None, close=lambda: heard.append("close")
+        )
+        self._run_errands = lambda: heard.append("errands")
+        self._goes_away = heard.append
+
+
+@pytest.fixture
+def courier(clock):
+    """The library's, whose threads are not started."""
+    owner = Owner()
+    courier = LibrarysCourier(owner)
+    courier.owner = owner
+    courier._is_stopping = False
+    return courier
+
+
+def test_a_courier_that_has_a_signal_is_given_no_other(courier):
+    """A million calls that fail leave one."""
+    for _ in range(3):
+        courier.wake()
+    assert courier._signals.qsize() == 1
+
+
+class Lock:
+    """Tells when it is taken, and calls somebody when it was released."""
+
+    def __init__(self, released=lambda: None):
+        self.taken = 0
+        self.is_held = False
+        self.released = released
+
+    def __enter__(self):
+        self.taken += 1
+        self.is_held = True
+
+    def __exit__(self, *exc_info):
+        self.is_held = False
+        released, self.released = self.released, lambda: None
+        released()
+
+
+def test_a_courier_that_two_threads_start_is_started_once(courier, monkeypatch):
+    """The other one comes as soon as the lock is free."""
+    started = []
+
+    class Thread:
+        def __init__(self, target, args, name, daemon):
+            assert daemon
+            self.name = name
+
+        def start(self):
+            started.append(self.name)
+
+    fake = types.SimpleNamespace(**{**vars(threading), "Thread": Thread})
+    monkeypatch.setattr(pybreaker, "threading", fake)
+    courier._lock = Lock(released=courier.start)
+    courier.start()
+    assert sorted(started) == ["pybreaker courier", "pybreaker courier's watch"]
+
+
+def test_a_courier_that_stops_says_so_before_it_ends(courier):
+    """With the lock held, so that who starts it meanwhile starts another."""
+    courier._is_running, over = True, threading.Event()
+    courier._lock = lock = Lock()
+    courier.stop()
+    assert lock.taken == 1
+    courier._carry(over)
+    assert lock.taken == 2
+    assert over.is_set()
+    assert not courier._is_running
+    assert courier.owner.heard == []
+
+
+def test_a_courier_parts_from_redis_at_its_end(courier):
+
+    def errands():
+        courier.owner.heard.append("errands")
+        courier.stop()
+        return 3600.0
+
+    courier.owner._run_errands = errands
+    courier._carry(threading.Event())
+    assert courier.owner.heard == ["errands", "close"]
+
+
+def test_a_courier_ends_at_once_when_its_storage_is_gone(courier):
+    """However long it would have slept."""
+    asleep = threading.Event()
+    courier.owner._run_errands = lambda: asleep.set() or 3600.0
+    over = threading.Event()
+    thread = threading.Thread(target=courier._carry, args=(over,), daemon=True)
+    thread.start()
+    assert asleep.wait(PATIENCE)
+    del courier.owner
+    gc.collect()
+    assert over.wait(PATIENCE)
+    thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("asked_at", "now", "said"),
+    [
+        (None, 100.0, []),
+        (3.0, 3.0, []),
+        (3.0, 11.0, []),
+        (3.0, 11.5, ["no answer for 8.5 s"]),
+        (3.0, 14.0, ["no answer for 11.0 s"]),
+        (3.0, 19.5, ["no answer for 16.5 s"]),
+    ],
+)
+def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
+    courier, clock, asked_at, now, said
+):
+    """Somebody looks for that twice in each."""
+    periods = []
+
+    def wait(period):
+        periods.append(period)
+        return len(periods) == 3
+
+    courier.owner._link.asked_at, clock.now = asked_at, now
+    courier._watch(types.SimpleNamespace(wait=wait))
+    assert periods == [0.0, REFRESH / 2, REFRESH / 2]
+    assert courier.owner.heard == said * 2
+
+
+def test_nobody_is_asked_when_the_answer_has_come(process):
+    """So there is no silence between two errands."""
+    mine = process()
+    assert mine.storage._link.asked_at is None
+    mine.is_cut_off()
+    assert mine.storage._link.asked_at is None
+
+
+def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slept):
+    """One after the other, and for no longer than it said."""
+    timeouts = []
+
+    def join(timeout):
+        timeouts.append(timeout)
+        clock.advance(2.0)
+
+    courier._threads = [types.SimpleNamespace(join=join, native_id=-1)] * 3
+    courier.wait(clock.now + 3.0)
+    assert timeouts == [3.0, 1.0, 0.0]
+    assert slept == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
+def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
+    courier, clock, slept
+):
+    """Python warns of a fork where the system still has another thread."""
+    me = types.SimpleNamespace(
+        join=lambda timeout: None, native_id=threading.get_native_id()
+    )
+    courier._threads = [me]
+    courier.wait(clock.now + 0.01)
+    assert set(slept) == {0.0001}
+    assert sum(slept) == pytest.approx(0.01, abs=0.0002)
+
+
+def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock):
+    """They are told to stop before one is waited for."""
+    processes = [process(), process()]
+    told = []
+    for each in processes:
+        each.courier.done = told
+    clock.now = 1000.5
+    pybreaker._before_fork()
+    assert told == ["stop", "stop", ("wait", 1000.75), ("wait", 1000.75)]
+    pybreaker._after_fork_in_parent()
+    assert told[4:] == ["start", "start"]
+
+
+def test_a_child_begins_with_errands_of_its_own(process, monkeypatch, clock):
+    """With nothing of its parent's, whatever that was in the middle of."""
+    mine = process()
+    storage, link, courier = mine.storage, mine.storage._link, mine.courier
+    mine.courier.is_quick = False
+    held, over = threading.Event(), threading.Event()
+
+    def another_thread():
+        with storage._mutex:
+            held.set()
+            over.wait(PATIENCE)
+
+    trial_of(mine.breaker)
+    storage._claim = storage._lapsing = storage._ask(60, int)
+    mine.breaker.open()
+    fail(mine.breaker)
+    storage._give_back(storage._claim)
+    thread = threading.Thread(target=another_thread)
+    thread.start()
+    assert held.wait(PATIENCE)
+    pybreaker._after_fork()
+    assert storage._mutex.acquire(blocking=False)
+    storage._mutex.release()
+    over.set()
+    thread.join(PATIENCE)
+    assert storage._leisure() == REFRESH
+    assert storage._claim is storage._lapsing is None
+    assert storage._link is not link
+    assert (storage._link.client, storage._link.prefix) == (link.client, link.prefix)
+    assert storage._courier is not courier
+    assert storage._courier.done == ["start"]
+    assert "start" not in courier.done[1:]
+
+
+def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
+    """For all processes' storages together no longer than the patience."""
+    idle, busy, under_way = process(), process(), process()
+    for each in (idle, busy, under_way):
+        each.courier.is_quick = False
+    fail(busy.breaker)
+    pybreaker._at_exit()
+    assert waits == [0.25]
+    waits.clear()
+    under_way.client.meanwhile = pybreaker._at_exit
+    under_way.courier.run_errands()
+    assert waits == [0.25, 0.25]
+    waits.clear()
+    busy.runs_errands()
+    pybreaker._at_exit()
+    assert waits == []
+
+
+def test_the_end_waits_once_for_all_that_are_silent(process, waits, clock):
+    """What one has used up is not there for the next."""
+    for each in [process(), process(), process()]:
+        each.courier.is_quick = False
+        each.courier.wake = lambda: clock.advance(0.15)
+        fail(each.breaker)
+        process.kept = [*getattr(process, "kept", []), each]
+    clock.now = 1000.0
+    pybreaker._at_exit()
+    assert waits == [pytest.approx(0.1), 0.0, 0.0]
+
+
+# Clients, and who waits.
+
+
+def test_an_asyncio_client_without_a_pool_is_refused_at_once(alone):
+    """One of a cluster. A connection of its own cannot be made like it."""
+
+    class Cluster:
+        async def __aenter__(self):
+            return self
+
+        def pipeline(self):
+            raise AssertionError
+
+        execute_command = time = pipeline
+
+    with pytest.raises(TypeError, match="redis_object"):
+        CircuitRedisStorage("closed", Cluster())
+    assert len(pybreaker._couriered) == 0
+
+
+@pytest.mark.parametrize("name", ["refresh", "patience"])
+@pytest.mark.parametrize("value", [0, -1, 0.0, float("inf"), float("nan"), -math.inf])
+def test_times_are_some_seconds(process, name, value):
+    with pytest.raises(ValueError, match=name):
+        process(**{name: value})
+
+
+def test_a_coroutine_on_no_event_loop_waits_for_its_answer(monkeypatch):
+    """For as long as a call would."""
+    wait, hear = pybreaker._waiter(30.0)
+    timer = threading.Timer(0.05, hear)
+    began = time.monotonic()
+    timer.start()
+    with contextlib.suppress(StopIteration):
+        wait().send(None)
+    assert 0.05 <= time.monotonic() - began < 25
+
+
+def test_no_trio_loop_stalls_while_a_trial_is_asked_for():
+    """Another task runs, and it is that which has the answer."""
+    order = []
+
+    async def main():
+        wait, hear = pybreaker._waiter(30.0)
+        async with trio.open_nursery() as nursery:
+
+            async def other():
+                order.append("another task")
+                hear()
+
+            nursery.start_soon(other)
+            with trio.fail_after(20):
+                await wait()
+            order.append("the answer")
+
+    trio.run(main)
+    assert order == ["another task", "the answer"]
+
+
+def test_a_task_of_trio_waits_no_longer_than_its_patience():
+    async def main():
+        wait, _ = pybreaker._waiter(0.01)
+        with trio.fail_after(20):
+            await wait()
+
+    trio.run(main)
