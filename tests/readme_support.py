@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import re
 import textwrap
 from pathlib import Path
@@ -42,6 +43,7 @@ MARKS = (
 )
 
 
+@functools.cache
 def blocks_of(source):
     """Every block whose lines stay as they are, whatever it is.
 

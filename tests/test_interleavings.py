@@ -16,7 +16,7 @@ A race that is lost prints its schedule, and so it is run again:
 
     replay("two failures race to trip", "0:b 31:a")
 
-With ``PYBREAKER_ORDERS=few`` it is every order with one preemption, or none of three
+With ``PYBREAKER_BRIEF=1`` it is every order with one preemption, or none of three
 threads, and a sample. With ``PYBREAKER_DEEP=1`` (``tox -e deep``) threads stop at
 instructions as well, and short races have a third preemption.
 """
@@ -30,7 +30,6 @@ import gc
 import inspect
 import logging
 import math
-import os
 import platform
 import random
 import sys
@@ -41,13 +40,13 @@ from datetime import datetime
 
 import pytest
 from scheduler import Decision, Scheduler, explore, sample, written_names
-from support import DEEP
+from support import BRIEF, DEEP
 
 import pybreaker
 
 # Tracing turns PyPy's compiler off: a step takes twenty times as long.
 SLOW = platform.python_implementation() == "PyPy" and not DEEP
-FEW = SLOW or os.environ.get("PYBREAKER_ORDERS") == "few"
+FEW = SLOW or BRIEF
 SAMPLES = 500 if DEEP else 5 if SLOW else 20 if FEW else 60
 # So few schedules with two preemptions leave time for those with three.
 NOT_MANY = 500

@@ -60,6 +60,7 @@ NOT_RUN = ("packaging", "readme", "examples", "6_ops_console")
 # not killed.
 SEARCHES = (
     "9_fleet",
+    "9_redis_clients",
     "9_redis_faults",
     "cancellation",
     "faults",
@@ -547,6 +548,7 @@ class Mutants:
             is_apt = functools.partial(self.is_apt, mutation)
             runner = Runner(is_apt, self.seconds, self.kills[place_of(work)], output)
             runner.say = lambda said: Runner.say(runner, first + said)
+            runner.say("")  # perhaps there are no tests
             try:
                 is_in_place = put_in_place(text, self.living)
             except SyntaxError:
