@@ -2069,7 +2069,8 @@ class _RedisLink:
         self._own = self._loop = None
         if loop is not None:
             try:
-                loop.run_until_complete(getattr(own, "aclose", own.close)())
+                close = getattr(own, "aclose", None) or own.close
+                loop.run_until_complete(close())
                 loop.run_until_complete(own.connection_pool.disconnect())
             except Exception as exc:
                 _log(logging.DEBUG, "%s the connection was lost: %r", self.prefix, exc)
@@ -2142,12 +2143,12 @@ class _Picture:
             if not _is_about_a_value(reply):
                 raise reply
             self.broken.add(key)
-            return None
-        try:
-            return None if reply is None else read(reply)
-        except (TypeError, ValueError, OverflowError, OSError):
-            self.broken.add(key)
-            return None
+        elif reply is not None:
+            try:
+                return read(reply)
+            except (TypeError, ValueError, OverflowError, OSError):
+                self.broken.add(key)
+        return None
 
 
 def _known_state(text: str) -> str:
