@@ -1928,7 +1928,6 @@ class _Courier:
         self._is_signalled = False
         self._lock = threading.Lock()
         self._is_running = False
-        self._threads: list[threading.Thread] = []
 
     def wake(self) -> None:
         if not self._is_signalled:
@@ -1946,7 +1945,7 @@ class _Courier:
                 return
             self._is_running = True
         over = threading.Event()
-        self._threads = [
+        self._threads: list[threading.Thread] = [
             threading.Thread(target=target, args=(over,), name=name, daemon=True)
             for target, name in (
                 (self._carry, "pybreaker courier"),

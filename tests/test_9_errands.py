@@ -487,6 +487,19 @@ def test_a_trip_that_is_not_judged_when_redis_goes_away_is_announced(process, ke
     assert keys["state"] == "open"
 
 
+def test_a_trip_is_judged_where_a_trial_has_failed_meanwhile(process, keys, clock):
+    mine = process(reset_timeout=1)
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    clock.advance(1)
+    ends(trial_of(mine.breaker), Boom())
+    mine.runs_errands()
+    assert keys["state"] == "closed"
+    clock.advance(REFRESH - 1)
+    mine.runs_errands(2)
+    assert keys["state"] == "open"
+
+
 def test_a_trip_is_judged_no_more_when_a_trial_has_closed_the_circuit(
     process, keys, clock
 ):
@@ -1129,6 +1142,37 @@ def test_a_count_that_is_none_is_set_to_what_is_known_here(
         assert keys["fail_counter"] == "3"
         assert mine.breaker.fail_counter == 3
         assert levels(said) == ["WARNING"]
+
+
+@pytest.mark.parametrize("count", ["-1", "-2"])
+def test_a_count_is_never_below_zero(process, keys, said, count):
+    mine = process()
+    fail(mine.breaker, 2)
+    mine.runs_errands()
+    keys.texts["fail_counter"] = count
+    mine.runs_errands()
+    assert keys["fail_counter"] == "2"
+    assert levels(said) == ["WARNING"]
+
+
+@pytest.mark.parametrize("opened_at", ["5", "6", "1000000"])
+def test_no_opening_lies_in_the_future(process, keys, opened_at):
+    mine = process()
+    keys.texts.update(state="open", opened_at=opened_at)
+    mine.runs_errands()
+    assert mine.storage.open_for() == 0
+
+
+def test_an_opening_that_has_no_moment_may_be_said_again(process, keys, said):
+    """Other software may have written the state alone. So a trial is due."""
+    mine = process()
+    keys.texts["state"] = "open"
+    mine.runs_errands()
+    assert mine.breaker.retry_after == 0
+    mine.storage.state = "open"
+    mine.runs_errands()
+    assert keys["opened_at"] is None
+    assert said() == []
 
 
 def test_a_claim_that_is_no_text_is_deleted(due, keys, clock, said):

@@ -95,6 +95,7 @@ LAST = (
     "_SAFE",
     "_couriered",
     "_some_time",
+    "",  # what is done at a fork and at the end is said in no function
 )
 PASS_MARK = 95.0
 MEMORY = 4 << 30
