@@ -187,6 +187,11 @@ def test_outage_makes_callers_wait_who_have_no_breaker(signs, table):
     assert table["time callers waited for nothing"][1] >= without.count("x") / 2 * 0.1
 
 
+def hear_ctrl_c():
+    """Where the tests run in the background, it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a signal like that of Ctrl-C")
 def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
     """In the middle of the story it says that it stops, and no more."""
@@ -195,6 +200,7 @@ def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
         env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     )
     guard = threading.Timer(60, process.kill)
     guard.start()
@@ -342,6 +348,7 @@ def test_fleet_can_be_stopped_and_stops_all_that_it_has_started(where_servers_ar
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     guard = threading.Timer(60, process.kill)
     guard.start()
