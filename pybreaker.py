@@ -2430,10 +2430,10 @@ def _is_awaitable(result: Any) -> bool:
 
 def _first_step(generator: Any) -> Any:
     # Unseen by the event loop. It closes what it has seen at its end, which is
-    # for the guard around the generator to do: two at a time cannot. Where the loop
-    # would close what is dropped, the collector must not do that either.
+    # for the guard around the generator to do: two at a time cannot. Nor must the
+    # collector, which may come to what is inside first.
     hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, hooks.finalizer and _leave_it)
+    sys.set_asyncgen_hooks(None, _leave_it)
     try:
         return generator.__anext__()
     finally:

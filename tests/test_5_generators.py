@@ -424,6 +424,30 @@ def test_an_async_generator_that_the_collector_finds_is_left_to_the_event_loop()
     assert outcomes == ["success"]
 
 
+def test_an_async_generator_may_be_collected_before_its_guard():
+    """Where there is no event loop. In a cycle the older one is closed first, and a
+    generator that is closed already would answer the other with None."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    closed, cycle = [], []
+
+    async def numbers(cycle):
+        try:
+            yield 1
+        finally:
+            closed.append(True)
+
+    made = numbers(cycle)
+    guarded = breaker.call(lambda made=made: made)
+    assert drive(guarded.__anext__()) == 1
+    cycle += [guarded, made]
+    del guarded, made, cycle
+    for _ in range(3):
+        gc.collect()
+    assert closed == [True]
+    assert breaker.current_state == "closed"
+
+
 def test_a_generator_that_was_closed_before_it_yielded_is_abandoned(recorder):
     """It got nowhere, so it tells nothing, and a trial gives its place back."""
     breaker = CircuitBreaker()
