@@ -11,7 +11,7 @@ import pytest
 
 # Set by "tox -e deep": there is time for everything.
 DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
-# Set by tox for all Pythons but one: what takes long is done there.
+# Set by tox for all Pythons but the newest: what takes long is done there.
 BRIEF = os.environ.get("PYBREAKER_BRIEF") == "1"
 
 PATIENCE = 30.0  # seconds that a test waits before it gives up
