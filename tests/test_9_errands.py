@@ -1310,9 +1310,10 @@ class AnyFleet(RuleBasedStateMachine):
 
     def check(self, process):
         assert process.runs_errands() == REFRESH
-        if process.state == "open" and self.keys["state"] != "open":
-            return  # by itself: it has opened by a count that did not stand
         storage = process.storage
+        if storage._apart:  # it has opened by a count that did not stand
+            assert process.state != "closed"
+            return
         if process.state != "half-open" or self.keys["state"] != "open":
             # (between two trials an open circuit is half-open where they run)
             assert process.state == self.keys["state"]
