@@ -641,6 +641,17 @@ def test_failures_that_could_not_be_sent_stay_here(process, keys, when):
     assert mine.breaker.fail_counter == 1
 
 
+def test_what_is_counted_while_a_word_is_lost_is_newer_than_it(process, keys):
+    """A success, after a number that was set."""
+    mine = process(fail_max=10)
+    mine.breaker.fail_counter = 2
+    mine.client.meanwhile = lambda: mine.breaker.call(int)
+    mine.is_cut_off()
+    keys.texts["fail_counter"] = "3"
+    mine.is_back()
+    assert keys["fail_counter"] == "0"
+
+
 @pytest.mark.parametrize("when", ["before it", "during it", "after it"])
 def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
     mine = process()
@@ -783,6 +794,42 @@ def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
     assert keys["state"] == "closed"
 
 
+def test_the_moment_that_is_sent_is_that_of_the_move_that_is_sent(process, keys, clock):
+    """Whatever happens while the clock of Redis is asked."""
+    mine = process()
+    mine.breaker.open()
+    clock.advance(7)
+    time = mine.client.time
+
+    def meanwhile():
+        mine.client.time = time
+        mine.breaker.open()
+        return time()
+
+    mine.client.time = meanwhile
+    mine.runs_errands()
+    assert mine.client.sent_to("opened_at") == [("SET", "5")]
+    mine.runs_errands()
+    assert keys["opened_at"] == "12"
+
+
+def test_a_moment_that_is_set_by_a_process_that_is_open_alone_stays_here(apart, keys):
+    mine, _ = apart
+    mine.storage.opened_at = mine.storage.opened_at
+    mine.runs_errands()
+    assert keys["opened_at"] is None
+
+
+def test_who_closes_by_hand_what_was_open_alone_tells_all(apart, keys):
+    """Who made it by hand meant the fleet."""
+    mine, theirs = apart
+    for move in ("half_open", "open", "close"):
+        getattr(mine.breaker, move)()
+        mine.runs_errands()
+        theirs.runs_errands()
+        assert keys["state"] == theirs.state == mine.state
+
+
 # Trials.
 
 
@@ -883,6 +930,18 @@ def test_all_who_ask_meanwhile_are_answered_when_it_is_given_back(due):
     claims = [mine.storage._ask(60, int) for _ in range(2)]
     mine.runs_errands(2)
     assert [claim.granted for claim in claims] == [True, False]
+
+
+def test_a_claim_is_not_granted_in_a_look_that_brings_news(due, keys):
+    """Though Redis has it: the circuit is another than the one it was asked for."""
+    mine, theirs = due()
+    mine.courier.is_quick = False
+    theirs.storage.state = "half-open"
+    theirs.runs_errands()
+    claim = mine.storage._ask(60, int)
+    mine.runs_errands()
+    assert claim.granted is False
+    assert keys["trial"] is None
 
 
 def test_a_claim_of_nobody_lapses(due, keys, clock):
@@ -1770,6 +1829,24 @@ def test_nothing_is_left_in_a_loop_that_has_waited():
     asyncio.run(main())
     (timer,) = timers
     assert timer.cancelled()
+
+
+def test_an_answer_that_comes_twice_is_heard_once():
+    """Once the patience is over, and again when Redis has answered."""
+    complaints = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        wait, hear = pybreaker._waiter(0.001)
+        hear()
+        hear()
+        await wait()
+        hear()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert complaints == []
 
 
 def test_a_coroutine_on_no_event_loop_waits_for_its_answer(monkeypatch):
