@@ -441,6 +441,9 @@ def test_a_process_that_is_open_alone_counts_alone(apart, keys, clock):
     theirs.runs_errands()
     mine.runs_errands()
     assert mine.breaker.fail_counter == counted != 1
+    mine.storage.reset_counter()
+    mine.runs_errands()
+    assert mine.breaker.fail_counter == 0
     assert keys["fail_counter"] == "1"
     assert mine.state == "open"
     assert keys["state"] == "closed"
