@@ -429,6 +429,9 @@ def test_while_a_count_is_in_doubt_it_is_the_fleets(process, keys):
     theirs.runs_errands()
     mine.runs_errands()
     assert mine.breaker.fail_counter == 1
+    mine.storage.increment_counter()
+    mine.runs_errands()
+    assert keys["fail_counter"] == "2"
 
 
 def test_a_process_that_is_open_alone_counts_alone(apart, keys, clock):
@@ -1139,6 +1142,17 @@ def test_a_flush_is_made_good(process, keys, state):
     assert keys.texts == before
 
 
+def test_a_count_that_another_puts_back_first_stays(process, keys):
+    mine = process(fail_max=10)
+    fail(mine.breaker, 2)
+    mine.runs_errands()
+    keys.texts.clear()
+    mine.client.meanwhile = lambda: keys.texts.update(fail_counter="9")
+    mine.runs_errands()
+    assert keys["fail_counter"] == "9"
+    assert mine.breaker.fail_counter == 9
+
+
 def test_who_was_away_does_not_put_its_own_counts_where_there_are_none(process, keys):
     """Redis has started anew, and empty. What failed meanwhile stays here."""
     mine = process()
@@ -1511,6 +1525,28 @@ def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     courier.owner._run_errands = lambda: 7.0
     courier._carry(threading.Event())
     assert waited == [0.0, 7.0, 7.0]
+
+
+def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
+    courier._is_running = courier._is_stopping = True
+    courier.start()
+    assert not courier._is_stopping
+
+
+def test_a_courier_that_is_woken_during_its_errands_goes_again(courier):
+    def errands():
+        courier.owner.heard.append("errands")
+        courier.wake() if len(courier.owner.heard) == 1 else courier.stop()
+        return 3600.0
+
+    courier.owner._run_errands = errands
+    courier.wake()
+    thread = threading.Thread(
+        target=courier._carry, args=(threading.Event(),), daemon=True
+    )
+    thread.start()
+    thread.join(PATIENCE)
+    assert courier.owner.heard == ["errands", "errands", "close"]
 
 
 def test_a_courier_ends_at_once_when_its_storage_is_gone(courier):
