@@ -631,6 +631,7 @@ class CircuitBreaker:
                     except BaseException as exc:
                         closed = isinstance(exc, GeneratorExit) and not awaited
                         item = generator.throw(exc)
+                        closed = False  # it goes on
                     else:
                         item = generator.send(sent)
             except StopIteration as stop:
@@ -671,6 +672,7 @@ class CircuitBreaker:
                     except BaseException as exc:
                         closed = isinstance(exc, GeneratorExit)
                         item = await generator.athrow(exc)
+                        closed = False  # it goes on
                     else:
                         item = await generator.asend(sent)
             except StopAsyncIteration:

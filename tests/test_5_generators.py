@@ -424,6 +424,42 @@ def test_an_async_generator_that_the_collector_finds_is_left_to_the_event_loop()
     assert outcomes == ["success"]
 
 
+@pytest.mark.parametrize("kind", ["generator", "async generator"])
+def test_a_generator_that_ignores_its_closing_may_be_given_up_later(kind):
+    """What ends it then is no closing, though one came before."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+
+    @breaker
+    def sync():
+        with contextlib.suppress(GeneratorExit):
+            yield 1
+        yield 2
+        raise GeneratorExit
+
+    @breaker
+    async def not_sync():
+        with contextlib.suppress(GeneratorExit):
+            yield 1
+        yield 2
+        raise GeneratorExit
+
+    if kind == "generator":
+        made = sync()
+        next(made)
+        assert made.throw(GeneratorExit()) == 2
+        with pytest.raises(GeneratorExit):
+            next(made)
+    else:
+        made = not_sync()
+        drive(made.__anext__())
+        assert drive(made.athrow(GeneratorExit())) == 2
+        with pytest.raises(GeneratorExit):
+            drive(made.__anext__())
+    assert breaker.current_state == "half-open"
+    assert breaker.retry_after == 0
+
+
 def test_an_async_generator_may_be_collected_before_its_guard():
     """Where there is no event loop. In a cycle the older one is closed first, and a
     generator that is closed already would answer the other with None."""
