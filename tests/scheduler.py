@@ -2,10 +2,11 @@
 
 A *step* is a line of one file, or an instruction of it, that reads or writes an
 attribute which somebody writes while threads race: no other can be seen by another
-thread, and between two steps it makes no difference who runs. A trace function stops
-each thread before each of its steps. One thread runs at a time; at every step it is
-decided who goes on, and that decision is all there is of chance in a program
-whose threads share memory and nothing else.
+thread, and between two steps it makes no difference who runs. `sys.monitoring`
+(Python 3.12) stops each thread before each of its steps, and lets all other code run
+at full speed. One thread runs at a time; at every step it is decided who goes on, and
+that decision is all there is of chance in a program whose threads share memory and
+nothing else.
 
 By default the thread goes on that ran last, and when it has ended or waits for
 a `Lock`, the first that can. A *schedule* says where to decide otherwise:
@@ -30,16 +31,6 @@ import dis
 import sys
 import threading
 import types
-from typing import NamedTuple
-
-
-class Decision(NamedTuple):
-    """Who ran, who went on, who could have, and the line where it was decided."""
-
-    before: int | None
-    chosen: int
-    ready: tuple[int, ...]
-    line: int | None
 
 
 class Stuck(BaseException):
@@ -50,11 +41,10 @@ class Scheduler:
     """Runs as many programs at once as it has threads: see the module. `shared` are
     the names of the attributes that make a step, by default all.
 
-    `trail` is the list of the decisions of the last run, `current` the number of
+    `trail` is the list of the decisions of the last run: who ran, who went on, who
+    could have, and the line where it was decided. `current` the number of
     the thread that runs, `waiting` says which lock a thread waits for, and
-    `stuck` why a run could not go on, or is None. `met_new_code` says that the
-    last run came to code for the first time: from Python 3.12 on, instructions
-    are not traced before the second, so that it has to be repeated.
+    `stuck` why a run could not go on, or is None.
     """
 
     def __init__(self, threads, filename, opcodes=False, shared=None, patience=100_000):
@@ -62,14 +52,12 @@ class Scheduler:
         self.trail = []
         self.stuck = None
         self.waiting = {}
-        self.met_new_code = False
         self._patience = patience  # steps
         self._schedule = {}
         self._ready = ()
         self._programs = [None] * threads
         self._results = [None] * threads
-        self._known = {}  # see _tracer()
-        self._trace = _tracer(filename, opcodes, shared, self.step, self._known)
+        self._steps = _Steps(filename, opcodes, shared, self.step)
         # A thread that does not run waits for its baton; the caller, for its own.
         self._batons = [_taken() for _ in range(threads)]
         self._over = _taken()
@@ -79,6 +67,7 @@ class Scheduler:
         ]
 
     def __enter__(self):
+        self._steps.watch()
         for thread in self._threads:
             thread.start()
         return self
@@ -89,11 +78,11 @@ class Scheduler:
             baton.release()
         for thread in self._threads:
             thread.join()
+        self._steps.leave()
 
     def run(self, programs, schedule):
         """Run each program in a thread and a context of its own. Returns what
         they returned, or the exceptions that they raised."""
-        known = len(self._known)
         self._programs = programs
         self._results = [None] * len(programs)
         self._schedule = schedule
@@ -104,7 +93,6 @@ class Scheduler:
         self._go_on()
         self._over.acquire()
         self.current = None
-        self.met_new_code = len(self._known) > known
         return self._results
 
     def step(self, line=None):
@@ -113,10 +101,13 @@ class Scheduler:
         me = self.current
         if me is None:  # nothing is being run
             return
-        if len(self.trail) >= self._patience:
+        number = len(self.trail)
+        if number >= self._patience:
             self.stuck = f"no end after {self._patience} steps"
             raise Stuck
-        if self._go_on(line) != me:
+        if number not in self._schedule:  # as most are
+            self.trail.append((me, me, self._ready, line))
+        elif self._go_on(line) != me:
             self._batons[me].acquire()
 
     def lock(self):
@@ -124,22 +115,16 @@ class Scheduler:
         return Lock(self)
 
     def _work(self, me):
-        previous = sys.gettrace()
-        try:
-            while True:
-                self._batons[me].acquire()
-                if self._programs is None:
-                    return
-                if sys.gettrace() != self._trace:  # at first, and after Stuck
-                    sys.settrace(self._trace)
-                try:
-                    result = contextvars.Context().run(self._programs[me])
-                except BaseException as exc:
-                    result = exc
-                self._results[me] = result
-                self._retire()
-        finally:
-            sys.settrace(previous)
+        while True:
+            self._batons[me].acquire()
+            if self._programs is None:
+                return
+            try:
+                result = contextvars.Context().run(self._programs[me])
+            except BaseException as exc:
+                result = exc
+            self._results[me] = result
+            self._retire()
 
     def _go_on(self, line=None):
         """Decide who goes on, and set that thread off."""
@@ -147,7 +132,7 @@ class Scheduler:
         chosen = self._schedule.get(len(self.trail))
         if chosen not in ready:
             chosen = me if me in ready else ready[0]
-        self.trail.append(Decision(me, chosen, ready, line))
+        self.trail.append((me, chosen, ready, line))
         if chosen != me:
             self.current = chosen
             self._batons[chosen].release()
@@ -227,21 +212,39 @@ class Lock:
     _is_owned = is_mine  # as that of threading.RLock, which Condition uses
 
 
-def explore(run, preemptions):
+def explore(run, preemptions, alike=()):
     """Call `run(schedule)`, which returns a trail, with each schedule that has at
-    most so many preemptions, and with each of them once. Yields the schedules."""
+    most so many preemptions, and with each of them once. Yields the schedules.
+
+    `alike` has a label for each thread. Where equal labels say that threads do the
+    same, it is always the first of them that begins first.
+    """
     pending = [({}, 0)]
     while pending:
         schedule, spent = pending.pop()
         trail = run(schedule)
         yield schedule
-        for number in range(max(schedule, default=-1) + 1, len(trail)):
+        fresh = max(schedule, default=-1) + 1
+        begun = {chosen for _, chosen, _, _ in trail[:fresh]}
+        for number in range(fresh, len(trail)):
             before, chosen, ready, _ = trail[number]
             total = spent + (before in ready)
             if total <= preemptions:
                 for other in ready:
-                    if other != chosen:
+                    if other != chosen and not (
+                        alike and _is_like_an_earlier(other, begun, alike)
+                    ):
                         pending.append(({**schedule, number: other}, total))
+            begun.add(chosen)
+
+
+def _is_like_an_earlier(thread, begun, alike):
+    """Whether neither this thread has begun nor an earlier one that does the same."""
+    return thread not in begun and any(
+        alike[earlier] == alike[thread]
+        for earlier in range(thread)
+        if earlier not in begun
+    )
 
 
 def sample(run, rng, switches, threads, length, count):
@@ -277,40 +280,49 @@ def written_names(code):
     return names
 
 
-def _tracer(filename, opcodes, shared, step, tracers):
-    """A trace function that calls `step(line)` before each step in the file. The
-    tracers are by the identity of the code, as hashing a code takes long."""
-    event_of_interest = "opcode" if opcodes else "line"
+class _Steps:
+    """Calls `step(line)` before each step in the file, in whatever thread."""
 
-    def trace(frame, event, arg):
-        code = frame.f_code
+    TOOL = 4  # a number that sys.monitoring leaves to anybody
+
+    def __init__(self, filename, opcodes, shared, step):
+        self._filename = filename
+        self._opcodes = opcodes
+        self._shared = shared
+        self._step = step
+        self._places = {}  # with the code, by its identity: hashing a code takes long
+
+    def watch(self):
+        monitoring = sys.monitoring
+        monitoring.use_tool_id(self.TOOL, __name__)
+        events = monitoring.events
+        event = events.INSTRUCTION if self._opcodes else events.LINE
+        monitoring.register_callback(self.TOOL, event, self._reach)
+        monitoring.set_events(self.TOOL, event)
+        monitoring.restart_events()  # of earlier schedulers' places, too
+
+    def leave(self):
+        sys.monitoring.set_events(self.TOOL, 0)
+        sys.monitoring.free_tool_id(self.TOOL)
+
+    def _reach(self, code, place):
+        """The running thread is at this line, or this offset, of the code."""
         try:
-            tracer, _ = tracers[id(code)]
+            places, _ = self._places[id(code)]
         except KeyError:
-            tracer = follow(code) if code.co_filename == filename else None
-            tracers[id(code)] = tracer, code
-        if opcodes and tracer is not None:
-            frame.f_trace_opcodes = True
-        return tracer
-
-    def follow(code):
-        places = _places(code, opcodes, shared)
-
-        def tracer(frame, event, arg):
-            if event == event_of_interest:
-                if (frame.f_lasti if opcodes else frame.f_lineno) in places:
-                    step(frame.f_lineno)
-            return tracer
-
-        return tracer
-
-    return trace
+            ours = code.co_filename == self._filename
+            places = _places(code, self._opcodes, self._shared) if ours else {}
+            self._places[id(code)] = places, code
+        if place not in places:
+            return sys.monitoring.DISABLE  # it is not asked about again
+        self._step(places[place])
 
 
 def _places(code, opcodes, shared):
-    """The lines of the code, or the offsets in it, that touch such an attribute."""
+    """The lines of the code, or the offsets in it, that touch such an attribute. As a
+    dict, with the lines as its values."""
     starts = dict(dis.findlinestarts(code))
-    places, line = set(), None
+    places, line = {}, None
     for instruction in dis.get_instructions(code):
         line = starts.get(instruction.offset, line)
         name = instruction.opname
@@ -318,5 +330,5 @@ def _places(code, opcodes, shared):
         if (touches and (shared is None or instruction.argval in shared)) or (
             "SUBSCR" in name or instruction.argrepr == "[]"  # as it is called in 3.14
         ):
-            places.add(instruction.offset if opcodes else line)
+            places[instruction.offset if opcodes else line] = line
     return places

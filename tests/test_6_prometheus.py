@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import urllib.request
@@ -77,7 +78,11 @@ def prometheus(registry):
         0, addr=LOOPBACK, registry=registry
     )
     yield Prometheus(server.server_port)
-    server.shutdown()
+    # It looks twice a second whether it should end, and when somebody calls.
+    end = threading.Thread(target=server.shutdown)
+    end.start()
+    socket.create_connection((LOOPBACK, server.server_port)).close()
+    end.join(PATIENCE)
     server.server_close()
     thread.join(PATIENCE)
 

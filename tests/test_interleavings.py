@@ -2,9 +2,9 @@
 
 Each scenario is a circuit, something done to it beforehand, and two or three
 threads that then race. `scheduler` runs them one step at a time, in every order
-with up to two preemptions (or one, where the scenario says so) and in a random sample
-of orders with more, and after each run `Circuit.complaint` says which promise was
-broken. How many orders there were is said at the end.
+with up to two preemptions and in a random sample of orders with more, and after each
+run `Circuit.complaint` says which promise was broken. How many orders there were is
+said at the end.
 
 The last promise is the strongest. `Model` is a circuit where a call is admitted
 at one moment and settled at another, and all else happens at one moment; tried in
@@ -18,7 +18,7 @@ A race that is lost prints its schedule, and so it is run again:
 
 With ``PYBREAKER_BRIEF=1`` it is every order with one preemption, or none of three
 threads, and a sample. With ``PYBREAKER_DEEP=1`` (``tox -e deep``) threads stop at
-instructions as well, and short races have a third preemption.
+instructions as well, and short races have a third preemption. It takes Python 3.12.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import contextvars
 import functools
 import gc
 import inspect
+import itertools
 import logging
 import math
-import platform
 import random
 import sys
 import threading
@@ -39,19 +39,22 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import pytest
-from scheduler import Decision, Scheduler, explore, sample, written_names
+from scheduler import Scheduler, explore, sample, written_names
 from support import BRIEF, DEEP
 
 import pybreaker
 
-# Tracing turns PyPy's compiler off: a step takes twenty times as long.
-SLOW = platform.python_implementation() == "PyPy" and not DEEP
-FEW = SLOW or BRIEF
-SAMPLES = 500 if DEEP else 5 if SLOW else 20 if FEW else 60
-# So few schedules with two preemptions leave time for those with three.
+pytestmark = pytest.mark.skipif(
+    not hasattr(sys, "monitoring"), reason="the scheduler takes sys.monitoring"
+)
+
+PREEMPTIONS = 2
+SAMPLES = 500 if DEEP else 20 if BRIEF else 60
+# So few schedules leave time for those with one preemption more.
 NOT_MANY = 500
 TIMEOUT = 10.0
 NAMES = "abc"  # of the threads
+LISTENERS = 1 if DEEP else 0  # of the longest races
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,13 @@ class Scenario:
     listeners: int = 1
     way: str = "call"
     storage: str = "memory"
-    preemptions: int = 2
     quiet: bool = False  # so the threads take no lock
     logged: bool = False  # what else is logged is told to nobody
 
     @property
     def fewer_preemptions(self):
         """For where there is no time for all of them."""
-        if SLOW or len(self.threads) > 2:
-            return 0
-        return min(self.preemptions, 1)
+        return 0 if len(self.threads) > 2 else 1
 
     def __str__(self):
         return self.name
@@ -356,7 +356,7 @@ def possible(scenario):
         trail = []
         while ready:
             chosen = schedule.get(len(trail), ready[0])
-            trail.append(Decision(None, chosen, tuple(ready), None))
+            trail.append((None, chosen, tuple(ready), None))
             if next(programs[chosen], "end") == "end":
                 ready.remove(chosen)
         for _ in model.do(scenario.after):
@@ -791,7 +791,6 @@ class Race(logging.Handler):
         self.scenario = scenario
         self.module = module
         self.make_lock = lock
-        self.opcodes = opcodes
         watched = module.CircuitBreaker.call.__code__.co_filename
         self.scheduler = Scheduler(
             len(scenario.threads), watched, opcodes, shared or shared_names(module)
@@ -829,18 +828,14 @@ class Race(logging.Handler):
         self.runs += 1
         if not self.runs % 1000:
             gc.collect()
-        while True:
-            self.logged = []
-            lock = self.make_lock(self.scheduler)
-            circuit = Circuit(self.scenario, self.module, self.scheduler, lock)
-            self.circuit = circuit
-            programs = [
-                functools.partial(circuit.do, words) for words in self.scenario.threads
-            ]
-            raised = [exc for exc in self.scheduler.run(programs, schedule) if exc]
-            trail = self.scheduler.trail
-            if not (self.opcodes and self.scheduler.met_new_code):
-                break
+        self.logged = []
+        lock = self.make_lock(self.scheduler)
+        circuit = Circuit(self.scenario, self.module, self.scheduler, lock)
+        self.circuit = circuit
+        programs = [
+            functools.partial(circuit.do, words) for words in self.scenario.threads
+        ]
+        raised = [exc for exc in self.scheduler.run(programs, schedule) if exc]
         if raised and not self.scheduler.stuck:
             self.complaint = f"{raised[0]!r} was raised"
         else:
@@ -848,7 +843,7 @@ class Race(logging.Handler):
         moves, logged = circuit.breaker.moves, len(self.logged)
         if self.scenario.logged and moves != logged:
             self.complaint = f"{moves} moves, and {logged} of them logged"
-        return trail
+        return self.scheduler.trail
 
 
 S = Scenario
@@ -870,7 +865,6 @@ SCENARIOS = [
         "fail",
         listeners=0,
         way="coroutine",
-        preemptions=1,
     ),
     S(
         "two generators race",
@@ -878,7 +872,6 @@ SCENARIOS = [
         "fail",
         listeners=0,
         way="generator",
-        preemptions=1,
     ),
     S(
         "two blocks race",
@@ -886,9 +879,8 @@ SCENARIOS = [
         "fail",
         listeners=0,
         way="block",
-        preemptions=1,
     ),
-    S("three failures race to trip", ("fail",) * 3, "fail", preemptions=1),
+    S("three failures race to trip", ("fail",) * 3, "fail", listeners=LISTENERS),
     S("a failure against a success", ("fail", "succeed"), "fail"),
     S("a failure against an unheard success", ("fail", "succeed"), "fail", listeners=0),
     S("a trip against a quiet success", ("fail", "succeed"), fail_max=1, listeners=0),
@@ -903,8 +895,8 @@ SCENARIOS = [
     S("three quiet calls", ("succeed",) * 3, listeners=0, quiet=True),
     S("two successes forget failures", ("succeed",) * 2, "fail", listeners=0),
     S("a quiet call against opening", ("succeed", "open"), listeners=0),
-    S("a trip is logged", ("fail", "close"), "fail", logged=True, preemptions=1),
-    S("a trial is logged", ("enter", "open"), "half_open", logged=True, preemptions=1),
+    S("a trip is logged", ("fail", "close"), "fail", logged=True),
+    S("a trial is logged", ("enter", "open"), "half_open", logged=True),
     # Listeners come and go.
     S("a listener is added during a quiet call", ("succeed", "listen"), listeners=0),
     S("a listener is added in a new era", ("succeed", "close listen"), listeners=0),
@@ -925,16 +917,15 @@ SCENARIOS = [
     # An open circuit.
     S("two arrivals at the end of a timeout", ("enter", "enter"), "open expire"),
     S("two unheard arrivals", ("enter", "enter"), "open expire", listeners=0),
-    S("two whole trials", ("succeed", "fail"), "open expire", preemptions=1),
+    S("two whole trials", ("succeed", "fail"), "open expire", listeners=LISTENERS),
     S(
         "two whole coroutines",
         ("succeed", "fail"),
         "half_open",
         way="coroutine",
-        preemptions=1,
     ),
-    S("two arrivals that give up", ("abandon", "abandon"), "half_open", preemptions=1),
-    S("three arrivals", ("enter", "enter", "succeed"), "half_open", preemptions=1),
+    S("two arrivals that give up", ("abandon", "abandon"), "half_open"),
+    S("three arrivals", ("enter",) * 3, "half_open"),
     S("an arrival against the timeout's end", ("succeed", "expire"), "open"),
     S("an arrival against opening again", ("enter", "open"), "open expire"),
     S("an arrival against half-opening", ("enter", "half_open"), "open expire"),
@@ -1129,7 +1120,7 @@ def written(schedule):
 def every_order(race, preemptions):
     """Run all schedules with so many preemptions, then some with more. Yields them."""
     scenario, length = race.scenario, 0
-    for schedule in explore(race.run, preemptions):
+    for schedule in explore(race.run, preemptions, alike=scenario.threads):
         length = max(length, len(race.scheduler.trail))
         yield schedule
     yield from sample(
@@ -1146,8 +1137,8 @@ def first_violation(scenario, **version):
     """The schedule that breaks a promise, as text, and which one; or None. One with
     few preemptions is easier to understand, and sooner found."""
     with Race(scenario, **version) as race:
-        for preemptions in range(scenario.preemptions + 1):
-            for schedule in explore(race.run, preemptions):
+        for preemptions in range(PREEMPTIONS + 1):
+            for schedule in explore(race.run, preemptions, scenario.threads):
                 if race.complaint:
                     return written(schedule), race.complaint
     return None
@@ -1246,7 +1237,7 @@ def keeps_promises(record_property):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_promises_are_kept_in_every_order(scenario, keeps_promises):
     """No order in which threads can take turns breaks a promise of section 4."""
-    preemptions = scenario.fewer_preemptions if FEW else scenario.preemptions
+    preemptions = scenario.fewer_preemptions if BRIEF else PREEMPTIONS
     with Race(scenario) as race:
         keeps_promises(race, every_order(race, preemptions))
 
@@ -1262,10 +1253,11 @@ def test_promises_are_kept_between_any_two_instructions(scenario, keeps_promises
 def test_promises_are_kept_with_one_preemption_more(scenario, keeps_promises):
     """Nor does one preemption more, where its orders can be counted."""
     with Race(scenario) as race:
-        count = sum(1 for _ in explore(race.run, scenario.preemptions))
-        if scenario.preemptions > 1 and count > NOT_MANY:
-            pytest.skip(f"{count} schedules with {scenario.preemptions} preemptions")
-        keeps_promises(race, explore(race.run, scenario.preemptions + 1))
+        alike = scenario.threads
+        count = sum(1 for _ in explore(race.run, PREEMPTIONS, alike))
+        if count > NOT_MANY:
+            pytest.skip(f"{count} schedules with {PREEMPTIONS} preemptions")
+        keeps_promises(race, explore(race.run, PREEMPTIONS + 1, alike))
 
 
 @pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)
@@ -1330,7 +1322,7 @@ def test_steps_that_nobody_can_see_make_no_difference(name, lock):
     """Where threads also stop at attributes that nobody writes in a race, more
     orders come to the same, with the lock and without it."""
     scenario = named(name)
-    preemptions = scenario.preemptions if DEEP else 1
+    preemptions = PREEMPTIONS if DEEP and len(scenario.threads) < 3 else 1
     found, count = outcomes(scenario, preemptions, lock=lock)
     all_found, all_count = outcomes(
         scenario, preemptions, lock=lock, shared=Everything()
@@ -1387,7 +1379,7 @@ class Counter:
 )
 
 
-def trails_of_a_counter(preemptions, *, locked, threads=2):
+def trails_of_a_counter(preemptions, *, locked, threads=2, alike=()):
     """The orders of the threads' steps, and the sum that each comes to."""
     with Scheduler(threads, "<counter>") as scheduler:
 
@@ -1405,8 +1397,8 @@ def trails_of_a_counter(preemptions, *, locked, threads=2):
 
         counter = None
         return [
-            (tuple(decision.chosen for decision in scheduler.trail), counter.value)
-            for _ in explore(run, preemptions)
+            (tuple(chosen for _, chosen, _, _ in scheduler.trail), counter.value)
+            for _ in explore(run, preemptions, alike)
         ]
 
 
@@ -1416,6 +1408,31 @@ def test_every_order_is_run_and_each_once():
     # Each thread has a beginning and two steps that touch an attribute, and
     # after the first thread's end there is one more decision, with no choice.
     assert len(set(orders)) == len(orders) == math.factorial(6) // 6**2
+
+
+def test_of_threads_that_do_the_same_the_first_begins_first():
+    """All other orders are these with the threads' numbers exchanged."""
+    every = {order for order, _ in trails_of_a_counter(2, locked=False, threads=3)}
+    orders = [
+        order
+        for order, _ in trails_of_a_counter(2, locked=False, threads=3, alike="aaa")
+    ]
+    exchanged = {
+        tuple(numbers[thread] for thread in order)
+        for order in orders
+        for numbers in itertools.permutations(range(3))
+    }
+    assert exchanged == every
+    assert len(every) == 6 * len(orders)
+
+
+def test_threads_that_differ_begin_in_any_order():
+    """Only threads with the same label are exchanged."""
+    every = trails_of_a_counter(2, locked=False, threads=3)
+    assert trails_of_a_counter(2, locked=False, threads=3, alike="abc") == every
+    some = trails_of_a_counter(2, locked=False, threads=3, alike="aab")
+    assert 2 * len(some) == len(every)
+    assert {order[0] for order, _ in some} == {0, 2}
 
 
 def test_a_lost_update_takes_one_preemption():
@@ -1470,9 +1487,13 @@ def test_a_thread_that_never_ends_is_ended():
         assert len(scheduler.trail) > 4
 
 
-def test_a_scheduler_leaves_tracing_as_it_was():
-    """Coverage and debuggers see the rest of the program as before."""
-    tracer, running = sys.gettrace(), threading.active_count()
+def monitoring_tools():
+    return [sys.monitoring.get_tool(number) for number in range(6)]
+
+
+def test_a_scheduler_leaves_nothing_behind():
+    """Neither threads, nor a place taken among those who monitor the program."""
+    tools, running = monitoring_tools(), threading.active_count()
     trails_of_a_counter(1, locked=True)
-    assert sys.gettrace() is tracer
+    assert monitoring_tools() == tools
     assert threading.active_count() == running
