@@ -1655,9 +1655,13 @@ class CircuitRedisStorage(CircuitMemoryStorage):
 
     def _move(self, state: str, by_hand: bool) -> None:
         with self._mutex:
-            self._state = state
             if state == STATE_HALF_OPEN and not by_hand:
-                return  # between the trial and its claim: Redis goes on saying open
+                # For a trial: Redis goes on saying open. If it has just said something
+                # else, that stands, and the breaker finds it at its next look.
+                if self._state == STATE_OPEN:
+                    self._state = state
+                return
+            self._state = state
             if by_hand:
                 self._let_others_try()
             elif state == STATE_OPEN:  # no other trial before the claim lapses

@@ -257,6 +257,20 @@ def sample(run, rng, switches, threads, length, count):
         yield schedule
 
 
+NAMES = "abc"  # of the threads, in what is printed
+
+
+def written(schedule):
+    """It as text, such as "0:b 31:a"."""
+    return " ".join(f"{step}:{NAMES[schedule[step]]}" for step in sorted(schedule))
+
+
+def parsed(text):
+    """The schedule that was written so."""
+    switches = (switch.split(":") for switch in text.split())
+    return {int(step): NAMES.index(name) for step, name in switches}
+
+
 def _taken():
     baton = threading.Lock()
     baton.acquire()

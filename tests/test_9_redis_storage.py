@@ -345,7 +345,7 @@ def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
     """Whatever they change: that is carried after them."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port, fail_max=8)
-    proxy.delay = 1.0
+    proxy.delay = 2.5
     began = time.monotonic()
     fail(breaker, 3)
     breaker.call(int)
@@ -355,7 +355,7 @@ def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
     breaker.call(int)
     breaker.open()
     breaker.snapshot(), repr(breaker)
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 2
     until(lambda: key("state") == "open")
 
 
@@ -730,13 +730,13 @@ def test_without_an_answer_in_time_a_trial_is_granted(server, due_of):
     server.pause()
     began = time.monotonic()
     assert breaker.call(int) == 0
-    assert 0.2 < time.monotonic() - began < 1.0
+    assert 0.2 < time.monotonic() - began < 5
     assert breaker.current_state == "closed"
 
 
 def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
     """They are rejected at once, and can look at the breaker."""
-    (breaker,) = due_of(number=1, patience=1.0, refresh=60)
+    (breaker,) = due_of(number=1, patience=2.5, refresh=60)
     server.pause()
     done = []
     thread = threading.Thread(target=lambda: done.append(breaker.call(int)))
@@ -747,7 +747,7 @@ def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
         if not done:
             assert not succeeds(breaker) or done
             breaker.snapshot(), repr(breaker), breaker.current_state
-    assert time.monotonic() - began < 0.8
+    assert time.monotonic() - began < 2
     thread.join(fleet.PATIENCE)
     assert done == [0]
 
@@ -771,7 +771,7 @@ def test_no_event_loop_stalls_while_a_trial_is_asked_for(server, due_of):
     began = time.monotonic()
     result, steps = asyncio.run(main())
     assert result == "done"
-    assert 0.4 < time.monotonic() - began < 1.5
+    assert 0.4 < time.monotonic() - began < 5
     assert steps > 10
 
 
@@ -1000,7 +1000,7 @@ def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
 ):
     """Whether it refuses or is silent; calls go on as if each process were alone."""
     proxy = proxies(server)
-    breaker = breaker_of(port=proxy.port, fail_max=3)
+    breaker = breaker_of(port=proxy.port, fail_max=3, refresh=0.5)
     getattr(proxy, how)()
     until(lambda: said() == ["WARNING"])
     fail(breaker, 2)
@@ -1020,7 +1020,7 @@ def test_moves_wait_for_redis(server, proxies, breaker_of, said, key):
     breaker = breaker_of(port=proxy.port)
     until(lambda: key("state") == "closed")
     proxy.cut()
-    until(lambda: said() == ["WARNING"])
+    until(lambda: said()[-1:] == ["WARNING"])
     breaker.half_open()
     breaker.open()
     assert key("state") == "closed"
@@ -1036,11 +1036,11 @@ def test_counts_stay_local_while_redis_is_away(server, proxies, breaker_of, said
     fail(breaker)
     until(lambda: key("fail_counter") == "1")
     proxy.cut()
-    until(lambda: said() == ["WARNING"])
+    until(lambda: said()[-1:] == ["WARNING"])
     fail(breaker, 5)
     assert breaker.fail_counter == 6
     proxy.heal()
-    until(lambda: said() == ["WARNING", "INFO"])
+    until(lambda: said()[-1:] == ["INFO"])
     never(lambda: key("fail_counter") != "1", within=0.3)
 
 
@@ -1053,10 +1053,10 @@ def test_a_success_while_redis_is_away_is_told_when_it_is_back(
     fail(breaker, 2)
     until(lambda: key("fail_counter") == "2")
     proxy.cut()
-    until(lambda: said() == ["WARNING"])
+    until(lambda: said()[-1:] == ["WARNING"])
     assert succeeds(breaker)
     proxy.heal()
-    until(lambda: said() == ["WARNING", "INFO"])
+    until(lambda: said()[-1:] == ["INFO"])
     until(lambda: key("fail_counter") == "0")
     assert breaker.fail_counter == 0
 
@@ -1117,7 +1117,7 @@ def test_what_others_did_meanwhile_is_known_when_redis_is_back(
     proxy = proxies(server)
     mine, theirs = breaker_of(port=proxy.port), breaker_of()
     proxy.cut()
-    until(lambda: said() == ["WARNING"])
+    until(lambda: said()[-1:] == ["WARNING"])
     theirs.open()
     until(lambda: key("state") == "open")
     assert mine.current_state == "closed"
@@ -1182,7 +1182,7 @@ def test_a_storage_can_be_collected_while_redis_is_silent(
     breaker = breaker_of(port=proxy.port)
     near = {t for t in threading.enumerate() if t.name != "proxy"} - before
     proxy.swallow()
-    until(lambda: said() == ["WARNING"])
+    until(lambda: said()[-1:] == ["WARNING"])
     fail(breaker)
     del breaker
     proxy.heal()
@@ -1382,10 +1382,10 @@ def test_a_fork_does_not_wait_for_redis(run, server, proxies, trouble):
             began = time.monotonic()
             fail(breaker)
             assert breaker.call(int) == 0
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 3
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        assert took < 0.75, took
+        assert took < 3, took
         """,
         port=proxy.port,
     )

@@ -39,7 +39,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import pytest
-from scheduler import Scheduler, explore, sample, written_names
+from scheduler import (
+    NAMES,
+    Scheduler,
+    explore,
+    parsed,
+    sample,
+    written,
+    written_names,
+)
 from support import BRIEF, DEEP
 
 import pybreaker
@@ -53,7 +61,6 @@ SAMPLES = 500 if DEEP else 20 if BRIEF else 60
 # So few schedules leave time for those with one preemption more.
 NOT_MANY = 500
 TIMEOUT = 10.0
-NAMES = "abc"  # of the threads
 LISTENERS = 1 if DEEP else 0  # of the longest races
 
 
@@ -1104,17 +1111,9 @@ def replay(scenario, text, **version):
     Returns the complaint, or None if all promises were kept."""
     if isinstance(scenario, str):
         (scenario,) = (each for each in SCENARIOS if each.name == scenario)
-    schedule = {}
-    for switch in text.split():
-        step, name = switch.split(":")
-        schedule[int(step)] = NAMES.index(name)
     with Race(scenario, **version) as race:
-        race.run(schedule)
+        race.run(parsed(text))
         return race.complaint
-
-
-def written(schedule):
-    return " ".join(f"{step}:{NAMES[schedule[step]]}" for step in sorted(schedule))
 
 
 def every_order(race, preemptions):

@@ -1,0 +1,457 @@
+"""A shared circuit's calls and its courier, in every order that they can take turns in.
+
+One thread makes calls and moves in a process, another carries its errands to Redis and
+back. `scheduler` runs them one step at a time, in every order with one preemption.
+Whatever comes of an order has to come of one, too, in which the threads take turns only
+where the storage's lock has been given back, where Redis has answered, and where
+somebody waits: what is done with the lock held is done at one moment, with all that was
+looked at for it. And in the end this process says what Redis says.
+
+With ``PYBREAKER_DEEP=1`` it is two preemptions, and threads stop at single instructions
+as well. It takes Python 3.12.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import re
+import sys
+import threading
+import types
+import weakref
+from dataclasses import dataclass
+
+import pytest
+from errands import (
+    REFRESH,
+    Boom,
+    Courier,
+    Process,
+    Redis,
+    check,
+    ends,
+    fail,
+    trial_of,
+)
+from scheduler import (
+    NAMES,
+    Lock,
+    Scheduler,
+    explore,
+    parsed,
+    written,
+    written_names,
+)
+from support import DEEP
+
+import pybreaker
+from pybreaker import CircuitBreakerError
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(sys, "monitoring"), reason="the scheduler takes sys.monitoring"
+)
+
+PREEMPTIONS = 2 if DEEP else 1
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is done before the race and by each thread in it, in words that are methods
+    of `World`."""
+
+    name: str
+    before: str
+    threads: tuple[str, str]
+
+    def __str__(self):
+        return self.name
+
+
+class Mutex(Lock):
+    """The storage's. Lets others in when it has been given back."""
+
+    def __exit__(self, *_):
+        self.release()
+        self._scheduler.step()
+
+
+class NoMutex(Mutex):
+    """Lets everybody in."""
+
+    def acquire(self):
+        return True
+
+    __enter__ = acquire
+
+    def release(self):
+        """There is nothing to give back."""
+
+
+class World:
+    """This process and another, and what is done in them."""
+
+    def __init__(self, scenario, scheduler, clock, mutex):
+        clock.now = 5.0
+        self.clock = clock
+        self.step = scheduler.step
+        self.keys = Redis(clock)
+        self.mine = Process(self.keys, fail_max=2, reset_timeout=TIMEOUT)
+        self.breaker = self.mine.breaker
+        self.block = None
+        self.heard = []
+        self.breaker.add_listener(Listener(self.heard))
+        self.do(scenario.before)
+        self.mine.courier.is_quick = False
+        self.mine.client.interrupted = scheduler.step
+        self.mine.storage._mutex = mutex(scheduler)
+        self.breaker._lock = Lock(scheduler)
+        self.results = {}
+
+    @functools.cached_property
+    def theirs(self):
+        return Process(self.keys, fail_max=2, reset_timeout=TIMEOUT)
+
+    def do(self, words):
+        return tuple([getattr(self, word)() for word in words.split()])
+
+    def boom(self):
+        self.step()
+        raise Boom
+
+    def fails(self):
+        try:
+            self.breaker.call(self.boom)
+        except (Boom, CircuitBreakerError) as exc:
+            return type(exc).__name__
+
+    def succeeds(self):
+        with contextlib.suppress(CircuitBreakerError):
+            return self.breaker.call(self.step)
+
+    def opens(self):
+        self.breaker.open()
+
+    def closes(self):
+        self.breaker.close()
+
+    def half_opens(self):
+        self.breaker.half_open()
+
+    def counts_nothing(self):
+        self.breaker.fail_counter = 0
+
+    def enters(self):
+        try:
+            self.block = trial_of(self.breaker)
+        except CircuitBreakerError:
+            return "rejected"
+
+    def leaves(self, exc=None):
+        if self.block is not None:
+            ends(self.block, exc)
+
+    def leaves_failing(self):
+        self.leaves(Boom())
+
+    def leaves_abandoned(self):
+        self.leaves(GeneratorExit())
+
+    def errands(self):
+        self.mine.runs_errands()
+
+    def they_fail(self):
+        fail(self.theirs.breaker)
+        self.theirs.runs_errands()
+
+    def they_succeed(self):
+        self.theirs.runs_errands()
+        self.theirs.breaker.call(int)
+        self.theirs.runs_errands()
+
+    def they_open(self):
+        self.theirs.breaker.open()
+        self.theirs.runs_errands()
+
+    def they_close(self):
+        self.theirs.breaker.close()
+        self.theirs.runs_errands()
+
+    def is_cut_off(self):
+        self.mine.client.trouble = ConnectionError("gone")
+
+    def is_mended(self):
+        self.mine.client.trouble = None
+
+    def waits(self):
+        self.clock.advance(REFRESH)
+
+    def expires(self):
+        self.clock.advance(TIMEOUT)
+
+    def seen(self):
+        storage = self.mine.storage
+        return (
+            self.mine.state,
+            storage.counter,
+            storage.success_counter,
+            storage.open_for() if storage.state == "open" else None,
+        )
+
+    def outcome(self):
+        """What came of it, then, and when all errands have been run."""
+        found = [tuple(sorted(self.results.items())), self.seen()]
+        self.is_mended()
+        for _ in range(2):  # at the second a count is judged
+            self.waits()
+            self.mine.runs_errands(2)
+        check(self.mine)
+        names = "state", "fail_counter", "success_counter", "opened_at", "trial"
+        found += [self.seen(), tuple(map(self.keys.__getitem__, names[:-1]))]
+        found += [self.keys["trial"] is None, tuple(self.heard)]
+        return tuple(found)
+
+
+class Listener(pybreaker.CircuitBreakerListener):
+    def __init__(self, heard):
+        self.heard = heard
+
+    def state_change(self, cb, old_state, new_state):
+        self.heard.append((old_state.name, new_state.name))
+
+
+@functools.cache
+def shared_names():
+    """The names of what a storage and its claims write, and of the lock."""
+    names = {"_mutex", "_lock"}
+    for each in (
+        pybreaker.CircuitRedisStorage,
+        pybreaker.CircuitMemoryStorage,
+        pybreaker._Claim,
+    ):
+        names |= written_names(compile(inspect.getsource(each), "<class>", "exec"))
+    return names
+
+
+class Race:
+    """Runs a scenario again and again, by steps of the library, or by whole moments."""
+
+    def __init__(self, scenario, clock, steps="lines", mutex=Mutex):
+        self.scenario = scenario
+        self.clock = clock
+        self.mutex = mutex
+        self.scheduler = Scheduler(
+            len(scenario.threads),
+            None if steps == "moments" else pybreaker.__file__,
+            opcodes=steps == "instructions",
+            shared=shared_names(),
+        )
+
+    def __enter__(self):
+        self.scheduler.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self.scheduler.__exit__()
+
+    def run(self, schedule):
+        """Run it by the schedule, set `outcome`, and return the trail."""
+        world = World(self.scenario, self.scheduler, self.clock, self.mutex)
+        pybreaker.threading.step = self.scheduler.step
+        programs = [functools.partial(world.do, each) for each in self.scenario.threads]
+        results = self.scheduler.run(programs, schedule)
+        trail = self.scheduler.trail
+        world.results = dict(zip(NAMES, results))
+        try:
+            assert not self.scheduler.stuck
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            self.outcome = world.outcome()
+        except Exception as exc:
+            exc.add_note(self.replay(schedule))
+            raise
+        return trail
+
+    def replay(self, schedule):
+        return f'replay("{self.scenario}", "{written(schedule)}")'
+
+
+@pytest.fixture
+def clock(clock, monkeypatch):
+    """A world where nobody waits, and where no other storage is."""
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            fake.step()
+            return self.is_set()
+
+    fake = types.SimpleNamespace(**{**vars(threading), "Event": Event})
+    fake.step = lambda: None
+    monkeypatch.setattr(pybreaker, "threading", fake)
+    monkeypatch.setattr(pybreaker, "_Courier", Courier)
+    for name in ("_couriered", "_breakers"):
+        monkeypatch.setattr(pybreaker, name, weakref.WeakValueDictionary())
+    return clock
+
+
+S = Scenario
+SCENARIOS = [
+    S("a failure", "", ("fails", "errands")),
+    S("a trip", "fails errands", ("fails", "errands")),
+    S("a trip during a look", "fails", ("fails", "errands")),
+    S("a trip against news of failures", "they_fail", ("fails", "errands")),
+    S("a trip against news of an opening", "fails they_open", ("fails", "errands")),
+    S("a success", "fails", ("succeeds", "errands")),
+    S(
+        "a success against news of failures",
+        "they_fail errands",
+        ("succeeds", "errands"),
+    ),
+    S("a count that is set", "fails", ("counts_nothing", "errands")),
+    S("an opening", "", ("opens", "errands")),
+    S("an opening against news", "opens errands they_close", ("opens", "errands")),
+    S("a closing against news", "they_open", ("closes", "errands")),
+    S("two moves", "", ("opens closes", "errands")),
+    S("two openings", "opens waits", ("opens", "errands")),
+    S("a half-opening against news", "they_open", ("half_opens", "errands")),
+    S(
+        "a trip that is judged against a closing",
+        "fails fails errands waits",
+        ("closes", "errands"),
+    ),
+    S(
+        "a trip that is judged against an opening",
+        "fails fails errands waits",
+        ("opens", "errands"),
+    ),
+    S(
+        "a trip that does not stand",
+        "fails fails errands they_succeed waits",
+        ("half_opens", "errands"),
+    ),
+    S("a trial", "opens errands expires", ("enters", "errands")),
+    S(
+        "a trial against news",
+        "opens errands expires they_close",
+        ("enters", "errands"),
+    ),
+    S("a trial's success", "opens errands expires enters", ("leaves", "errands")),
+    S(
+        "a trial's failure",
+        "opens errands expires enters",
+        ("leaves_failing", "errands"),
+    ),
+    S(
+        "a trial given up",
+        "opens errands expires enters",
+        ("leaves_abandoned", "errands"),
+    ),
+    S(
+        "a trial's success against news",
+        "opens errands expires enters they_open",
+        ("leaves", "errands"),
+    ),
+    S("a failure while Redis goes away", "fails is_cut_off", ("fails", "errands")),
+    S("a success while Redis goes away", "fails is_cut_off", ("succeeds", "errands")),
+    S("a move while Redis goes away", "opens is_cut_off", ("closes", "errands")),
+    S(
+        "a trial while Redis goes away",
+        "opens errands expires is_cut_off",
+        ("enters", "errands"),
+    ),
+    S(
+        "a failure while Redis comes back",
+        "is_cut_off fails errands is_mended",
+        ("fails", "errands"),
+    ),
+    S(
+        "a success while Redis comes back",
+        "is_cut_off fails errands is_mended",
+        ("succeeds", "errands"),
+    ),
+    S(
+        "a move while Redis comes back",
+        "is_cut_off errands is_mended",
+        ("opens", "errands"),
+    ),
+]
+
+
+LOST_WITHOUT_THE_LOCK = [
+    "a failure",
+    "a trip",
+    "an opening against news",
+    "a move while Redis goes away",
+    "a trial while Redis goes away",
+]
+STEPS = ["lines", "instructions"] if DEEP else ["lines"]
+
+
+@functools.cache
+def possible(scenario, clock):
+    """All that it can come to where the threads take turns between moments only."""
+    found = set()
+    with Race(scenario, clock, "moments") as race:
+        for _ in explore(race.run, math.inf if DEEP else 3):
+            found.add(race.outcome)
+    return found
+
+
+def orders(scenario, clock, steps="lines", **version):
+    """Run it in all orders, and see that each comes to something that is possible.
+    Returns how many they were."""
+    expected = possible(scenario, clock)
+    count = 0
+    with Race(scenario, clock, steps, **version) as race:
+        preemptions = 1 if steps == "instructions" else PREEMPTIONS
+        for schedule in explore(race.run, preemptions):
+            count += 1
+            assert race.outcome in expected, race.replay(schedule)
+    return count
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_what_is_done_with_the_lock_is_done_at_one_moment(
+    scenario, steps, clock, record_property
+):
+    """No order of steps comes to what no order of whole moments comes to."""
+    count = orders(scenario, clock, steps)
+    record_property("schedules", [scenario.name, count])
+
+
+@pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)
+def test_a_storage_without_a_lock_is_found_out(name, clock):
+    """With one that lets everybody in, the same races are lost."""
+    with pytest.raises(AssertionError):
+        orders(named(name), clock, mutex=NoMutex)
+
+
+def test_a_race_that_was_lost_is_lost_again(clock):
+    """By the schedule that it prints."""
+    with pytest.raises(AssertionError) as lost:
+        orders(named("a failure"), clock, mutex=NoMutex)
+    said = str(lost.value) + "".join(getattr(lost.value, "__notes__", ()))
+    schedule = re.search('replay\\("a failure", "(.*?)"', said)[1]
+    assert replay("a failure", schedule, clock, mutex=NoMutex)
+    assert not replay("a failure", schedule, clock)
+
+
+def replay(name, text, clock, **version):
+    """Whether the race of that name is lost by a schedule such as "0:b 31:a"."""
+    scenario = named(name)
+    with Race(scenario, clock, **version) as race:
+        try:
+            race.run(parsed(text))
+        except AssertionError:
+            return True
+        return race.outcome not in possible(scenario, clock)
+
+
+def named(name):
+    (scenario,) = (each for each in SCENARIOS if each.name == name)
+    return scenario
