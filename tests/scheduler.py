@@ -115,6 +115,7 @@ class Scheduler:
         return Lock(self)
 
     def _work(self, me):
+        self._steps.threads.add(threading.get_ident())
         while True:
             self._batons[me].acquire()
             if self._programs is None:
@@ -295,7 +296,7 @@ def written_names(code):
 
 
 class _Steps:
-    """Calls `step(line)` before each step in the file, in whatever thread."""
+    """Calls `step(line)` before each step in the file that one of `threads` makes."""
 
     TOOL = 4  # a number that sys.monitoring leaves to anybody
 
@@ -304,6 +305,7 @@ class _Steps:
         self._opcodes = opcodes
         self._shared = shared
         self._step = step
+        self.threads = set()  # their identities
         self._places = {}  # with the code, by its identity: hashing a code takes long
 
     def watch(self):
@@ -329,7 +331,8 @@ class _Steps:
             self._places[id(code)] = places, code
         if place not in places:
             return sys.monitoring.DISABLE  # it is not asked about again
-        self._step(places[place])
+        if threading.get_ident() in self.threads:
+            self._step(places[place])
 
 
 def _places(code, opcodes, shared):

@@ -48,7 +48,7 @@ from scheduler import (
     written,
     written_names,
 )
-from support import BRIEF, DEEP
+from support import BRIEF, DEEP, PATIENCE
 
 import pybreaker
 
@@ -1407,6 +1407,28 @@ def test_every_order_is_run_and_each_once():
     # Each thread has a beginning and two steps that touch an attribute, and
     # after the first thread's end there is one more decision, with no choice.
     assert len(set(orders)) == len(orders) == math.factorial(6) // 6**2
+
+
+def test_a_thread_that_is_none_of_its_own_is_left_alone():
+    """It may run the watched code meanwhile, as a courier does that a test has left."""
+    mine, others, seen = COUNTER.Counter(), COUNTER.Counter(), threading.Event()
+
+    def count():
+        for _ in range(1000):
+            others.add()
+        seen.set()
+
+    with Scheduler(1, "<counter>") as scheduler:
+
+        def program():
+            threading.Thread(target=count).start()
+            assert seen.wait(PATIENCE)
+            mine.add()
+
+        assert scheduler.run([program], {}) == [None]
+        assert scheduler.stuck is None
+        assert len(scheduler.trail) == 3  # the beginning, a look and a write
+    assert others.value == 1000
 
 
 def test_of_threads_that_do_the_same_the_first_begins_first():
