@@ -17,7 +17,7 @@ many there are grows with the square of the length and not exponentially.
 (Musuvathi and Qadeer showed this in 2007, and called it context bounding.)
 
     with Scheduler(2, watched.__file__) as scheduler:
-        for schedule in explore(run, 2):  # which calls scheduler.run(programs, schedule)
+        for schedule in explore(run, 2):  # run calls scheduler.run(programs, schedule)
             check(...)
 
 The lock of the watched code has to be a `Lock` of the scheduler: a thread that

@@ -12,6 +12,7 @@ import contextvars
 import functools
 import gc
 import logging
+import math
 import sys
 import threading
 import time
@@ -23,7 +24,8 @@ from support import BRIEF, DEEP, drive, pairwise
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-CALLS = 1_000_000 if DEEP else 1_000 if BRIEF else 2_000
+CALLS = 100_000 if DEEP else 1_000 if BRIEF else 2_000
+A_MILLION = 100_000 if BRIEF else 1_000_000
 
 counts_references = pytest.mark.skipif(
     sys.implementation.name != "cpython", reason="needs reference counting"
@@ -379,6 +381,29 @@ def test_calls_grow_no_memory(way, move, work):
             guarded(work)
 
     assert_nothing_grows(repeat)
+
+
+@counts_references
+@pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.open])
+@pytest.mark.parametrize("work", [int, fails])
+def test_a_million_calls_grow_no_memory(move, work):
+    """A quarter of them in each case. An object has one or more blocks of memory."""
+    breaker = CircuitBreaker(math.inf)
+    move(breaker)
+
+    def repeat(times):
+        for _ in range(times):
+            try:
+                breaker.call(work)
+            except (Down, CircuitBreakerError):
+                continue
+
+    repeat(1000)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    repeat(A_MILLION // 4)
+    gc.collect()
+    assert sys.getallocatedblocks() - before < A_MILLION / 100
 
 
 @counts_references
