@@ -66,11 +66,16 @@ SEARCHES = (
     "faults",
     "fork",
     "interleavings",
+    "interleavings_of_errands",
     "model",
     "nothing_left",
 )
-# These trace, or fork, so it is not known which lines they reach.
-ALWAYS_RUN = ("test_interleavings.py", "test_fork.py")
+# These monitor, or fork, so it is not known which lines they reach.
+ALWAYS_RUN = (
+    "test_interleavings.py",
+    "test_interleavings_of_errands.py",
+    "test_fork.py",
+)
 # What shares a circuit through Redis comes last, as its tests take time.
 LAST = (
     "CircuitRedisStorage",
