@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
+import threading
+import time
 import types
 
 import pytest
@@ -30,6 +34,32 @@ def pytest_terminal_summary(terminalreporter):
             f"compared {circuits} circuits with the model: {calls} calls, {trials} "
             f"trials"
         )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def impatient_clients():
+    """Clients of Redis that find nobody try again at once, and not for a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("redis.retry", "valkey.retry"):
+            with contextlib.suppress(ImportError):
+                retry = importlib.import_module(name)
+                patch.setattr(retry, "sleep", lambda _: time.sleep(0.01), raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_couriers_left():
+    """A test's couriers end with it: their threads would disturb who counts threads,
+    objects, or the numbers that chance has given."""
+    yield
+    if pybreaker._couriered:
+        gc.collect()
+        for storage in list(pybreaker._couriered.values()):
+            storage._courier.stop()
+    end = time.monotonic() + 5
+    for thread in threading.enumerate():
+        if "pybreaker courier" in thread.name:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 class Clock:

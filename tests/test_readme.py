@@ -20,10 +20,8 @@ from unittest import mock
 import prometheus_client
 import pytest
 import redis
-import redis.retry
 from docutils import nodes
 from readme_support import ROOT, RUNNERS, Block, blocks_of, parse, run
-from support import PATIENCE
 
 import pybreaker
 
@@ -131,19 +129,12 @@ def page(service, clock, monkeypatch, tmp_path):
     registry = prometheus_client.CollectorRegistry()
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:9")  # where nobody listens
-    # Or the client would go on for a minute to look for somebody.
-    monkeypatch.setattr(redis.retry, "sleep", lambda seconds: None, raising=False)
     django_redis = types.ModuleType("django_redis")
     django_redis.get_redis_connection = {"default": redis.Redis(port=9)}.get
     monkeypatch.setitem(sys.modules, "django_redis", django_redis)
     yield Page(service, clock)
     for database in databases:
         database.close()
-    for storage in list(pybreaker._couriered.values()):
-        storage._courier.stop()
-    for thread in threading.enumerate():
-        if "courier" in thread.name:
-            thread.join(PATIENCE)
 
 
 def trip(breaker, func, *args):
