@@ -63,9 +63,9 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
     print_blob=False,
 )
-settings.register_profile("model-deep", settings.get_profile("model"), max_examples=500)
+settings.register_profile("model-deep", settings.get_profile("model"), max_examples=300)
 PROFILE = settings.get_profile("model-deep" if DEEP else "model")
-SEEDS = 6 if DEEP else 3
+SEEDS = 3
 ENOUGH = 3 if DEEP else 1  # times that the search has to come to each corner
 
 
