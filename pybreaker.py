@@ -901,15 +901,17 @@ class CircuitBreaker:
         self._state = new
         old._shortcut = _HIDDEN
         self._find_shortcut()
-        if trial is not None and not (cause.by_trial and trial.begun):
-            self._vacate(trial)
-        level = logging.WARNING if name == STATE_OPEN else logging.INFO
-        if logger.isEnabledFor(level):
-            message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
-            who = repr(self._name) if self._name else "unnamed breaker"
-            what = who, name, old.name, new.reason, count, self._reset_timeout
-            self._log_later(level, message, *what)
-        self._tell("state_change", (self, old, new))
+        try:
+            if trial is not None and not (cause.by_trial and trial.begun):
+                self._vacate(trial)
+        finally:  # it has moved, even if the storage doesn't take its claim back
+            level = logging.WARNING if name == STATE_OPEN else logging.INFO
+            if logger.isEnabledFor(level):
+                message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
+                who = repr(self._name) if self._name else "unnamed breaker"
+                what = who, name, old.name, new.reason, count, self._reset_timeout
+                self._log_later(level, message, *what)
+            self._tell("state_change", (self, old, new))
 
     def _because(self, cause: _Cause, move: Callable[[], _T]) -> _T:
         """Make a move that nobody makes by hand."""

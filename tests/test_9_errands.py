@@ -1235,6 +1235,20 @@ def test_a_courier_that_has_a_signal_is_given_no_other(courier):
     assert courier._signals.qsize() == 1
 
 
+def test_a_courier_that_is_quicker_than_who_wakes_it_can_be_woken_again(courier):
+    """It may have its signal, and have run its errands, before wake() goes on."""
+    signals = []
+
+    def put(signal):
+        signals.append(signal)
+        courier._is_signalled = False  # as the courier says when it has got one
+
+    courier._signals = types.SimpleNamespace(put=put)
+    courier.wake()
+    courier.wake()
+    assert signals == [None, None]
+
+
 class Lock:
     """Tells when it is taken, and calls somebody when it was released."""
 

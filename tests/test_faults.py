@@ -473,6 +473,49 @@ def test_a_storage_that_raises_at_any_use_by_hand_only_tells_who_asked(
     assert number == len(storage.uses)
 
 
+def fails_guarded(breaker):
+    def fails():
+        raise ServiceDown
+
+    breaker.call(fails)
+
+
+@pairwise(
+    prepare=PREPARED,
+    fault=FAULTS,
+    after=BEFORE_OR_AFTER,
+    move={
+        **MOVES,
+        "a success": lambda breaker: breaker.call(int),
+        "a failure": fails_guarded,
+    },
+)
+def test_no_move_goes_untold_where_a_storage_raises(
+    prepare, fault, after, move, clock, recorder
+):
+    """What a fault has interrupted is told at the next look, and told once: each move
+    begins where the last one has led to, and the last one leads to the present."""
+    number = 0
+    while True:
+        the = Situation(clock, prepare)
+        breaker, storage = the.breaker, the.storage
+        state = breaker.state.name
+        recorder.events.clear()
+        breaker.add_listener(recorder)
+        storage.fail(number, fault("the storage is gone"), after)
+        with contextlib.suppress(fault, ServiceDown, CircuitBreakerError):
+            move(breaker)
+        if not storage.has_failed:
+            break
+        storage.mend()
+        now = breaker.state.name
+        for old, new in recorder.transitions:
+            assert old == state
+            state = new
+        assert state == now
+        number += 1
+
+
 @every_fault
 def test_a_storage_that_cannot_be_read_makes_no_breaker(fault, clock):
     """Whoever makes the breaker hears of it."""
