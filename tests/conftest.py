@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
 import threading
@@ -47,19 +46,29 @@ def impatient_clients():
         yield
 
 
-@pytest.fixture(autouse=True)
-def no_couriers_left():
-    """A test's couriers end with it: their threads would disturb who counts threads,
-    objects, or the numbers that chance has given."""
-    yield
-    if pybreaker._couriered:
-        gc.collect()
-        for storage in list(pybreaker._couriered.values()):
-            storage._courier.stop()
-    end = time.monotonic() + 5
+def stop_couriers(patience):
+    """Let them end that there are, and wait for so many seconds until they have."""
+    for storage in list(pybreaker._couriered.values()):
+        storage._courier.stop()
+    end = time.monotonic() + patience
     for thread in threading.enumerate():
         if "pybreaker courier" in thread.name:
             thread.join(max(0.0, end - time.monotonic()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown():
+    """A test's couriers end with it, before anybody closes their clients, which they
+    would open again."""
+    stop_couriers(patience=0.2)
+
+
+@pytest.fixture(autouse=True)
+def no_couriers_left():
+    """Nor do those go on that had to wait for a server: they would disturb who counts
+    threads, objects, or the numbers that chance has given."""
+    yield
+    stop_couriers(patience=5)
 
 
 class Clock:
