@@ -56,19 +56,15 @@ def stop_couriers(patience):
             thread.join(max(0.0, end - time.monotonic()))
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown():
-    """A test's couriers end with it, before anybody closes their clients, which they
-    would open again."""
-    stop_couriers(patience=0.2)
-
-
-@pytest.fixture(autouse=True)
-def no_couriers_left():
-    """Nor do those go on that had to wait for a server: they would disturb who counts
-    threads, objects, or the numbers that chance has given."""
-    yield
-    stop_couriers(patience=5)
+    """A test's couriers end with it. They would disturb who counts threads, objects, or
+    the numbers that chance has given."""
+    stop_couriers(patience=0.2)  # or they would open clients again that are closed now
+    try:
+        return (yield)
+    finally:
+        stop_couriers(patience=5)  # some had to wait for a server that has gone on now
 
 
 class Clock:

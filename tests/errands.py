@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import types
 import weakref
 
 import redis
 
+import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
 REFRESH = 4.0  # seconds
-
-
-class Boom(Exception):
-    pass
-
-
-def boom():
-    raise Boom
-
-
-def fail(breaker, times=1):
-    for _ in range(times):
-        with contextlib.suppress(Boom, CircuitBreakerError):
-            breaker.call(boom)
 
 
 def trial_of(breaker):
@@ -42,6 +30,25 @@ def trial_of(breaker):
 def ends(block, exc=None):
     with contextlib.suppress(CircuitBreakerError):
         block.__exit__(exc and type(exc), exc, None)
+
+
+def let_nobody_wait(monkeypatch, wait):
+    """The library's events call this with their timeout, and wait for nothing."""
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            if not self.is_set():
+                wait(timeout)
+            return self.is_set()
+
+    fake = types.SimpleNamespace(**{**vars(threading), "Event": Event})
+    monkeypatch.setattr(pybreaker, "threading", fake)
+
+
+def leave_alone(monkeypatch):
+    """There are no storages and breakers that other tests have left."""
+    for name in ("_couriered", "_breakers"):
+        monkeypatch.setattr(pybreaker, name, weakref.WeakValueDictionary())
 
 
 class Redis:

@@ -32,6 +32,12 @@ import sys
 import threading
 import types
 
+import pytest
+
+needs_monitoring = pytest.mark.skipif(
+    not hasattr(sys, "monitoring"), reason="the scheduler takes sys.monitoring"
+)
+
 
 class Stuck(BaseException):
     """Ends a thread that cannot go on, or that never ends."""
@@ -312,13 +318,14 @@ class _Steps:
         monitoring = sys.monitoring
         monitoring.use_tool_id(self.TOOL, __name__)
         events = monitoring.events
-        event = events.INSTRUCTION if self._opcodes else events.LINE
-        monitoring.register_callback(self.TOOL, event, self._reach)
-        monitoring.set_events(self.TOOL, event)
+        self._event = events.INSTRUCTION if self._opcodes else events.LINE
+        monitoring.register_callback(self.TOOL, self._event, self._reach)
+        monitoring.set_events(self.TOOL, self._event)
         monitoring.restart_events()  # of earlier schedulers' places, too
 
     def leave(self):
         sys.monitoring.set_events(self.TOOL, 0)
+        sys.monitoring.register_callback(self.TOOL, self._event, None)
         sys.monitoring.free_tool_id(self.TOOL)
 
     def _reach(self, code, place):

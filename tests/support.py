@@ -1,4 +1,4 @@
-"""What tests that go through many cases share: how many, and how to run them."""
+"""What tests share: calls that fail, and how many cases to go through."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import sys
 
 import pytest
+
+from pybreaker import CircuitBreakerError
 
 # Set by "tox -e deep": there is time for everything.
 DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
@@ -24,6 +26,25 @@ def drive(coroutine):
     except StopIteration as stop:
         return stop.value
     raise AssertionError("the coroutine waited for something")
+
+
+class Boom(Exception):
+    """What the guarded service raises."""
+
+
+def boom():
+    raise Boom
+
+
+def fail(breaker, times=1):
+    """Calls that fail. Returns what the last one raised."""
+    raised = None
+    for _ in range(times):
+        try:
+            breaker.call(boom)
+        except (Boom, CircuitBreakerError) as exc:
+            raised = exc
+    return raised
 
 
 def let_go():

@@ -17,7 +17,6 @@ import os
 import threading
 import time
 import types
-import weakref
 
 import hypothesis.strategies as st
 import pytest
@@ -25,15 +24,14 @@ import redis
 import trio
 from errands import (
     REFRESH,
-    Boom,
     Client,
     Courier,
     Process,
     Redis,
     agree,
-    boom,
     ends,
-    fail,
+    leave_alone,
+    let_nobody_wait,
     trial_of,
 )
 from hypothesis import HealthCheck, settings
@@ -43,7 +41,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import BRIEF, DEEP, PATIENCE
+from support import BRIEF, DEEP, PATIENCE, Boom, boom, fail
 
 import pybreaker
 from pybreaker import CircuitBreakerError, CircuitRedisStorage
@@ -81,22 +79,13 @@ def waits(monkeypatch):
     """The timeouts of those who have waited for what had not happened."""
     waits = []
 
-    class Event(threading.Event):
-        def wait(self, timeout=None):
-            if not self.is_set():
-                waits.append(timeout)
-            return self.is_set()
-
-    fake = types.SimpleNamespace(**{**vars(threading), "Event": Event})
-    monkeypatch.setattr(pybreaker, "threading", fake)
+    let_nobody_wait(monkeypatch, waits.append)
     return waits
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    """With no storages and breakers that other tests have left."""
-    for name in ("_couriered", "_breakers"):
-        monkeypatch.setattr(pybreaker, name, weakref.WeakValueDictionary())
+    leave_alone(monkeypatch)
 
 
 @pytest.fixture

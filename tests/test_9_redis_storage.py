@@ -23,29 +23,12 @@ import pytest
 import redis
 import trio
 from fleet import never, until
+from support import Boom, boom, fail
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
 KEYS = {"state", "fail_counter", "success_counter", "opened_at", "trial"}
-
-
-class Boom(Exception):
-    pass
-
-
-def boom():
-    raise Boom
-
-
-def fail(breaker, times=1):
-    """Calls that fail. Returns what the last one raised."""
-    for _ in range(times):
-        try:
-            breaker.call(boom)
-        except (Boom, CircuitBreakerError) as exc:
-            raised = exc
-    return raised
 
 
 def succeeds(breaker):

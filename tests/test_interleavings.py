@@ -43,6 +43,7 @@ from scheduler import (
     NAMES,
     Scheduler,
     explore,
+    needs_monitoring,
     parsed,
     sample,
     written,
@@ -52,9 +53,7 @@ from support import BRIEF, DEEP, PATIENCE
 
 import pybreaker
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(sys, "monitoring"), reason="the scheduler takes sys.monitoring"
-)
+pytestmark = needs_monitoring
 
 PREEMPTIONS = 2
 SAMPLES = 500 if DEEP else 20 if BRIEF else 60

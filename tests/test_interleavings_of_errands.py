@@ -18,22 +18,18 @@ import functools
 import inspect
 import math
 import re
-import sys
-import threading
-import types
-import weakref
 from dataclasses import dataclass
 
 import pytest
 from errands import (
     REFRESH,
-    Boom,
     Courier,
     Process,
     Redis,
     check,
     ends,
-    fail,
+    leave_alone,
+    let_nobody_wait,
     trial_of,
 )
 from scheduler import (
@@ -41,18 +37,17 @@ from scheduler import (
     Lock,
     Scheduler,
     explore,
+    needs_monitoring,
     parsed,
     written,
     written_names,
 )
-from support import DEEP
+from support import DEEP, Boom, fail
 
 import pybreaker
 from pybreaker import CircuitBreakerError
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(sys, "monitoring"), reason="the scheduler takes sys.monitoring"
-)
+pytestmark = needs_monitoring
 
 PREEMPTIONS = 2 if DEEP else 1
 TIMEOUT = 60.0
@@ -60,12 +55,12 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done before the race and by each thread in it, in words that are methods
-    of `World`."""
+    """What is done before the race, and by the thread that races with the errands, in
+    words that are methods of `World`."""
 
     name: str
     before: str
-    threads: tuple[str, str]
+    race: str
 
     def __str__(self):
         return self.name
@@ -97,7 +92,7 @@ class World:
     def __init__(self, scenario, scheduler, clock, mutex):
         clock.now = 5.0
         self.clock = clock
-        self.step = scheduler.step
+        self.step = clock.step = scheduler.step
         self.keys = Redis(clock)
         self.mine = Process(self.keys, fail_max=2, reset_timeout=TIMEOUT)
         self.breaker = self.mine.breaker
@@ -209,8 +204,8 @@ class World:
             self.waits()
             self.mine.runs_errands(2)
         check(self.mine)
-        names = "state", "fail_counter", "success_counter", "opened_at", "trial"
-        found += [self.seen(), tuple(map(self.keys.__getitem__, names[:-1]))]
+        names = "state", "fail_counter", "success_counter", "opened_at"
+        found += [self.seen(), tuple(map(self.keys.__getitem__, names))]
         found += [self.keys["trial"] is None, tuple(self.heard)]
         return tuple(found)
 
@@ -244,7 +239,7 @@ class Race:
         self.clock = clock
         self.mutex = mutex
         self.scheduler = Scheduler(
-            len(scenario.threads),
+            2,
             None if steps == "moments" else pybreaker.__file__,
             opcodes=steps == "instructions",
             shared=shared_names(),
@@ -260,8 +255,8 @@ class Race:
     def run(self, schedule):
         """Run it by the schedule, set `outcome`, and return the trail."""
         world = World(self.scenario, self.scheduler, self.clock, self.mutex)
-        pybreaker.threading.step = self.scheduler.step
-        programs = [functools.partial(world.do, each) for each in self.scenario.threads]
+        both = self.scenario.race, "errands"
+        programs = [functools.partial(world.do, each) for each in both]
         results = self.scheduler.run(programs, schedule)
         trail = self.scheduler.trail
         world.results = dict(zip(NAMES, results))
@@ -282,102 +277,61 @@ class Race:
 
 @pytest.fixture
 def clock(clock, monkeypatch):
-    """A world where nobody waits, and where no other storage is."""
-
-    class Event(threading.Event):
-        def wait(self, timeout=None):
-            fake.step()
-            return self.is_set()
-
-    fake = types.SimpleNamespace(**{**vars(threading), "Event": Event})
-    fake.step = lambda: None
-    monkeypatch.setattr(pybreaker, "threading", fake)
+    """One of a world where who would wait lets others in, and does not."""
+    let_nobody_wait(monkeypatch, lambda timeout: clock.step())
+    leave_alone(monkeypatch)
     monkeypatch.setattr(pybreaker, "_Courier", Courier)
-    for name in ("_couriered", "_breakers"):
-        monkeypatch.setattr(pybreaker, name, weakref.WeakValueDictionary())
     return clock
 
 
 S = Scenario
 SCENARIOS = [
-    S("a failure", "", ("fails", "errands")),
-    S("a trip", "fails errands", ("fails", "errands")),
-    S("a trip during a look", "fails", ("fails", "errands")),
-    S("a trip against news of failures", "they_fail", ("fails", "errands")),
-    S("a trip against news of an opening", "fails they_open", ("fails", "errands")),
-    S("a success", "fails", ("succeeds", "errands")),
-    S(
-        "a success against news of failures",
-        "they_fail errands",
-        ("succeeds", "errands"),
-    ),
-    S("a count that is set", "fails", ("counts_nothing", "errands")),
-    S("an opening", "", ("opens", "errands")),
-    S("an opening against news", "opens errands they_close", ("opens", "errands")),
-    S("a closing against news", "they_open", ("closes", "errands")),
-    S("two moves", "", ("opens closes", "errands")),
-    S("two openings", "opens waits", ("opens", "errands")),
-    S("a half-opening against news", "they_open", ("half_opens", "errands")),
-    S(
-        "a trip that is judged against a closing",
-        "fails fails errands waits",
-        ("closes", "errands"),
-    ),
-    S(
-        "a trip that is judged against an opening",
-        "fails fails errands waits",
-        ("opens", "errands"),
-    ),
+    S("a failure", "", "fails"),
+    S("a trip", "fails errands", "fails"),
+    S("a trip during a look", "fails", "fails"),
+    S("a trip against news of failures", "they_fail", "fails"),
+    S("a trip against news of an opening", "fails they_open", "fails"),
+    S("a success", "fails", "succeeds"),
+    S("a success against news of failures", "they_fail errands", "succeeds"),
+    S("a count that is set", "fails", "counts_nothing"),
+    S("an opening", "", "opens"),
+    S("an opening against news", "opens errands they_close", "opens"),
+    S("a closing against news", "they_open", "closes"),
+    S("two moves", "", "opens closes"),
+    S("two openings", "opens waits", "opens"),
+    S("a half-opening against news", "they_open", "half_opens"),
+    S("a trip that is judged against a closing", "fails fails errands waits", "closes"),
+    S("a trip that is judged against an opening", "fails fails errands waits", "opens"),
     S(
         "a trip that does not stand",
         "fails fails errands they_succeed waits",
-        ("half_opens", "errands"),
+        "half_opens",
     ),
-    S("a trial", "opens errands expires", ("enters", "errands")),
-    S(
-        "a trial against news",
-        "opens errands expires they_close",
-        ("enters", "errands"),
-    ),
-    S("a trial's success", "opens errands expires enters", ("leaves", "errands")),
-    S(
-        "a trial's failure",
-        "opens errands expires enters",
-        ("leaves_failing", "errands"),
-    ),
-    S(
-        "a trial given up",
-        "opens errands expires enters",
-        ("leaves_abandoned", "errands"),
-    ),
+    S("a trial", "opens errands expires", "enters"),
+    S("a trial against news", "opens errands expires they_close", "enters"),
+    S("a trial's success", "opens errands expires enters", "leaves"),
+    S("a trial's failure", "opens errands expires enters", "leaves_failing"),
+    S("a trial given up", "opens errands expires enters", "leaves_abandoned"),
     S(
         "a trial's success against news",
         "opens errands expires enters they_open",
-        ("leaves", "errands"),
+        "leaves",
     ),
-    S("a failure while Redis goes away", "fails is_cut_off", ("fails", "errands")),
-    S("a success while Redis goes away", "fails is_cut_off", ("succeeds", "errands")),
-    S("a move while Redis goes away", "opens is_cut_off", ("closes", "errands")),
-    S(
-        "a trial while Redis goes away",
-        "opens errands expires is_cut_off",
-        ("enters", "errands"),
-    ),
+    S("a failure while Redis goes away", "fails is_cut_off", "fails"),
+    S("a success while Redis goes away", "fails is_cut_off", "succeeds"),
+    S("a move while Redis goes away", "opens is_cut_off", "closes"),
+    S("a trial while Redis goes away", "opens errands expires is_cut_off", "enters"),
     S(
         "a failure while Redis comes back",
         "is_cut_off fails errands is_mended",
-        ("fails", "errands"),
+        "fails",
     ),
     S(
         "a success while Redis comes back",
         "is_cut_off fails errands is_mended",
-        ("succeeds", "errands"),
+        "succeeds",
     ),
-    S(
-        "a move while Redis comes back",
-        "is_cut_off errands is_mended",
-        ("opens", "errands"),
-    ),
+    S("a move while Redis comes back", "is_cut_off errands is_mended", "opens"),
 ]
 
 
