@@ -474,7 +474,9 @@ def test_breakers_that_come_and_go_grow_no_memory():
 def are_freed(refs):
     for _ in range(3):  # PyPy's finalizers take more than one
         gc.collect()
-    return all(ref() is None for ref in refs)
+        if all(ref() is None for ref in refs):
+            return True
+    return False
 
 
 @every_way
