@@ -60,7 +60,7 @@ def stop_couriers(patience):
 def pytest_runtest_teardown():
     """A test's couriers end with it. They would disturb who counts threads, objects, or
     the numbers that chance has given."""
-    stop_couriers(patience=0.2)  # or they would open clients again that are closed now
+    stop_couriers(patience=0.2)  # they need not wait for a server that ends now
     try:
         return (yield)
     finally:
@@ -183,6 +183,19 @@ def namespace():
     import fleet
 
     return next(fleet.names)
+
+
+@pytest.fixture
+def closing():
+    """Closes clients of Redis when the test is over and no courier opens them again."""
+    with contextlib.ExitStack() as stack:
+
+        def closing(client):
+            stack.callback(client.close)
+            return client
+
+        yield closing
+        stop_couriers(patience=5)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import subprocess
@@ -78,18 +77,6 @@ def share(namespace):
         calls_are_shared(*breakers)
 
     return share
-
-
-@pytest.fixture
-def closing():
-    """Closes clients when the test is over."""
-    with contextlib.ExitStack() as stack:
-
-        def closing(client):
-            stack.callback(client.close)
-            return client
-
-        yield closing
 
 
 @pytest.mark.parametrize("module", [redis, valkey], ids=["redis-py", "valkey-py"])
@@ -323,16 +310,15 @@ def test_a_client_of_ones_own_class_will_do(server, share, closing):
     share(lambda: closing(Counted(port=server.port)))
 
 
-def test_the_client_is_the_programs_to_close(server, namespace):
+def test_the_client_is_the_programs_to_close(server, namespace, closing):
     """That does no harm: it opens again, as those clients do."""
-    client = redis.Redis(port=server.port)
+    client = closing(redis.Redis(port=server.port))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=0.05)
     storage.increment_counter()
     until(lambda: server.key(namespace, "fail_counter") == "1")
     client.close()
     storage.state = "open"
     until(lambda: server.key(namespace, "state") == "open")
-    client.close()
 
 
 def test_the_module_needs_no_client_that_is_not_used(tmp_path):
@@ -352,13 +338,13 @@ except TypeError as exc:
     subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=60)
 
 
-def test_a_busy_pool_holds_no_call_up(server, namespace):
+def test_a_busy_pool_holds_no_call_up(server, namespace, closing):
     """Where all of the client's connections are in use, the circuit is not shared
     for a while, and that is all."""
     pool = redis.BlockingConnectionPool(
         port=server.port, max_connections=1, timeout=None
     )
-    client = redis.Redis(connection_pool=pool)
+    client = closing(redis.Redis(connection_pool=pool))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=0.05)
     breaker = CircuitBreaker(1000, state_storage=storage)
     taken = pool.get_connection() if _needs_no_name(pool) else pool.get_connection("_")
@@ -369,7 +355,6 @@ def test_a_busy_pool_holds_no_call_up(server, namespace):
     assert time.monotonic() - began < 3
     pool.release(taken)
     until(lambda: server.key(namespace, "fail_counter") not in (None, "0"))
-    client.close()
 
 
 def _needs_no_name(pool):

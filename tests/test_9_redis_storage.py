@@ -45,16 +45,16 @@ def is_due(breaker):
 
 
 @pytest.fixture
-def storage_of(server, namespace):
+def storage_of(server, namespace, closing):
     """Makes storages that share a circuit, each with a client of its own."""
-    clients, storages = [], weakref.WeakSet()
+    storages = weakref.WeakSet()
 
     def make(refresh=0.1, patience=0.25, port=server.port, **settings):
-        clients.append(redis.Redis(port=port))
+        client = closing(redis.Redis(port=port))
         state = settings.pop("state", "closed")
         settings.setdefault("namespace", namespace)
         storage = CircuitRedisStorage(
-            state, clients[-1], refresh=refresh, patience=patience, **settings
+            state, client, refresh=refresh, patience=patience, **settings
         )
         storages.add(storage)
         return storage
@@ -64,8 +64,6 @@ def storage_of(server, namespace):
     # What is left of a test would put its keys back where the next one begins.
     with contextlib.suppress(AssertionError):
         until(lambda: gc.collect() is not None and not storages, timeout=2)
-    for client in clients:
-        client.close()
 
 
 @pytest.fixture
@@ -148,9 +146,9 @@ def trial_in(breaker):
 # Making one
 
 
-def test_settings_that_are_new_are_given_by_name(server):
+def test_settings_that_are_new_are_given_by_name(server, closing):
     """The others by position too, as in 1.4.1."""
-    client = redis.Redis(port=server.port)
+    client = closing(redis.Redis(port=server.port))
     with pytest.raises(TypeError):
         CircuitRedisStorage("closed", client, None, "closed", False, 1.0)
     CircuitRedisStorage("closed", client, None, "closed", False)
@@ -1070,10 +1068,10 @@ def test_a_log_filter_that_raises_does_not_end_the_courier(
 
 @pytest.mark.parametrize("name", ["state", "fail_counter", "trial"])
 def test_what_is_no_text_is_mended_with_a_client_that_decodes(
-    server, namespace, write, key, name, caplog
+    server, namespace, write, key, name, caplog, closing
 ):
     """Such a client would stumble over it at each look."""
-    client = redis.Redis(port=server.port, decode_responses=True)
+    client = closing(redis.Redis(port=server.port, decode_responses=True))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=0.1, patience=1)
     breaker = CircuitBreaker(reset_timeout=0.2, state_storage=storage)
     breaker.open()
@@ -1082,7 +1080,6 @@ def test_what_is_no_text_is_mended_with_a_client_that_decodes(
     until(lambda: succeeds(breaker))
     until(lambda: key("state") == "closed")
     assert f"{namespace}:pybreaker: Redis is away" not in caplog.text
-    client.close()
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, None])
@@ -1443,15 +1440,14 @@ def test_a_moment_of_opening_that_is_set_moves_the_opening_of_all(
 
 
 def test_a_count_that_is_no_number_is_mended_when_a_failure_is_added(
-    server, namespace, write, key
+    server, namespace, write, key, closing
 ):
     """The failure is in the count that it is given."""
-    client = redis.Redis(port=server.port)
+    client = closing(redis.Redis(port=server.port))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=60)
     write(fail_counter="nonsense")
     storage.increment_counter()
     until(lambda: key("fail_counter") == "1")
-    client.close()
 
 
 def test_a_courier_that_runs_is_not_started_twice(storage_of):

@@ -1,5 +1,5 @@
-"""What Cosmic Ray does not do to a program: statements left out, and locks held
-for less than all of a block."""
+"""What Cosmic Ray does not do to a program: statements left out, questions not asked,
+and locks held for less than all of a block."""
 
 import parso
 from cosmic_ray.operators.operator import Example, Operator
@@ -30,9 +30,65 @@ class RemoveStatement(Operator):
         return [Example("a = 1\nb = 2\n", "pass\nb = 2\n")]
 
 
+class _Answer(Operator):
+    """Does not ask the questions that are among the children of a node."""
+
+    questions = {}  # by type of node: where they are
+
+    def mutation_positions(self, node):
+        for question in self.asked(node):
+            yield question.start_pos, question.end_pos
+
+    def asked(self, node):
+        if node.type not in self.questions:
+            return []
+        questions = node.children[self.questions[node.type]]
+        return [q for q in questions if q.type != "operator"]  # the colon of an "else"
+
+    def mutate(self, node, index):
+        question = self.asked(node)[index]
+        prefix = question.get_first_leaf().prefix
+        lines = question.get_code(include_prefix=False).count("\n")
+        answer = self.answer(node)
+        code = f"({lines * chr(10)}{answer})" if lines else answer
+        node.children[node.children.index(question)] = parso.parse(prefix + code)
+        return node
+
+    @classmethod
+    def examples(cls):
+        return []
+
+
+class SayYes(_Answer):
+    """Do what is done under a condition in any case."""
+
+    questions = {"if_stmt": slice(1, None, 4), "ternary": slice(2, 3)}
+
+    def answer(self, node):
+        return "True"
+
+
+class SayNo(_Answer):
+    """Do what is done under a condition in no case."""
+
+    questions = {**SayYes.questions, "while_stmt": slice(1, 2)}
+
+    def answer(self, node):
+        return "False"
+
+
+class DropOperand(_Answer):
+    """Ask one question less of those between which there is "and" or "or"."""
+
+    questions = {"and_test": slice(None, None, 2), "or_test": slice(None, None, 2)}
+
+    def answer(self, node):
+        return "True" if node.type == "and_test" else "False"
+
+
 class _ShortenLock(Operator):
     def mutation_positions(self, node):
-        if node.type == "with_stmt" and "_lock" in node.children[1].get_code():
+        if node.type == "with_stmt" and _is_lock(node.children[1].get_code()):
             if self.is_possible(node.children[3].children[1:]):
                 yield node.start_pos, node.children[2].end_pos
 
@@ -76,6 +132,10 @@ class ReleaseLockSooner(_ShortenLock):
         return _replaced(node, head + "".join(body) + _dedented(last))
 
 
+def _is_lock(code):
+    return "_lock" in code or "_mutex" in code
+
+
 def _dedented(code):
     lines = code.splitlines(keepends=True)
     return "".join(line.replace("    ", "", 1) for line in lines)
@@ -85,5 +145,8 @@ class Provider(dict):
     """Finds the operators above by their names, as Cosmic Ray asks for them."""
 
     def __init__(self):
-        found = (RemoveStatement, RemoveLock, TakeLockLater, ReleaseLockSooner)
+        found = (
+            *(RemoveStatement, SayYes, SayNo, DropOperand),
+            *(RemoveLock, TakeLockLater, ReleaseLockSooner),
+        )
         super().__init__({operator.__name__: operator for operator in found})
