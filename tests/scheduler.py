@@ -254,14 +254,31 @@ def _is_like_an_earlier(thread, begun, alike):
     )
 
 
-def sample(run, rng, switches, threads, length, count):
-    """Call `run(schedule)` with `count` random schedules, each of which has one of
-    the numbers of `switches` in the first `length` steps. Yields them."""
+def sample(run, rng, known, count):
+    """Call `run(schedule)` with `count` random schedules, each of which has one
+    preemption more than one of `known`, or than one that was made so. `known` is a list
+    of schedules with their trails. Yields the schedules."""
+    known = list(known)
     for _ in range(count):
-        steps = rng.choices(range(length), k=rng.choice(switches))
-        schedule = {step: rng.randrange(threads) for step in sorted(steps)}
-        run(schedule)
-        yield schedule
+        schedule, trail = rng.choice(known)
+        fresh = max(schedule, default=-1) + 1
+        switches = [
+            (number, other)
+            for number, (before, chosen, ready, _) in enumerate(trail[fresh:], fresh)
+            for other in ready
+            if before in ready and other != chosen
+        ]
+        if switches:
+            schedule = {**schedule, **dict([rng.choice(switches)])}
+            known.append((schedule, run(schedule)))
+            yield schedule
+
+
+def preemptions_in(trail):
+    """How many times a thread was left that could have gone on."""
+    return sum(
+        before in ready and before != chosen for before, chosen, ready, _ in trail
+    )
 
 
 NAMES = "abc"  # of the threads, in what is printed

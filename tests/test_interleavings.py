@@ -45,17 +45,19 @@ from scheduler import (
     explore,
     needs_monitoring,
     parsed,
+    preemptions_in,
     sample,
     written,
     written_names,
 )
-from support import BRIEF, DEEP, PATIENCE
+from support import BRIEF, DEEP, PATIENCE, drive
 
 import pybreaker
 
 pytestmark = needs_monitoring
 
 PREEMPTIONS = 2
+SHARE = 0.05  # of the schedules, from which samples go on
 SAMPLES = 500 if DEEP else 20 if BRIEF else 60
 # So few schedules leave time for those with one preemption more.
 NOT_MANY = 500
@@ -117,6 +119,7 @@ class Model:
     def __init__(self, scenario):
         self.fail_max = scenario.fail_max
         self.success_threshold = scenario.success_threshold
+        self.reset_timeout = TIMEOUT
         self.storage = scenario.storage
         self.state = "closed"
         self.era = 0
@@ -140,9 +143,9 @@ class Model:
     def wait(self):
         rest = 0.0
         if self.state == "open":
-            rest = self.opened_at + TIMEOUT - self.now
+            rest = self.opened_at + self.reset_timeout - self.now
         if rest <= 0 and self.state != "closed" and self.place:
-            rest = self.place.since + TIMEOUT - self.now
+            rest = self.place.since + self.reset_timeout - self.now
         return max(0.0, rest)
 
     def move(self, state, by_trial=False):
@@ -751,12 +754,34 @@ def _generated(function):
     return function()
 
 
+async def _generated_async(function):
+    yield
+    yield function()
+
+
 def _through_coroutine(breaker, function):
-    coroutine = breaker(_awaited)(function)
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
+    return drive(breaker(_awaited)(function))
+
+
+def _through_call_async(breaker, function):
+    return drive(breaker.call_async(_awaited, function))
+
+
+def _through_async_generator(breaker, function):
+    async def last():
+        async for item in breaker(_generated_async)(function):
+            result = item
+        return result
+
+    return drive(last())
+
+
+def _through_async_block(breaker, function):
+    async def block():
+        async with breaker.calling():
+            return function()
+
+    return drive(block())
 
 
 def _through_generator(breaker, function):
@@ -777,8 +802,11 @@ WAYS = {
     "call": lambda breaker, function: breaker.call(function),
     "decorated": lambda breaker, function: breaker(function)(),
     "coroutine": _through_coroutine,
+    "call_async": _through_call_async,
     "generator": _through_generator,
+    "async generator": _through_async_generator,
     "block": _through_block,
+    "async block": _through_async_block,
 }
 
 
@@ -937,6 +965,12 @@ SCENARIOS = [
     S("an arrival against half-opening", ("enter", "half_open"), "open expire"),
     S("an arrival against closing", ("enter", "close"), "open expire", "leave fail"),
     S("an arrival against a look", ("enter", "look"), "open expire"),
+    S(
+        "an arrival against a longer timeout",
+        ("enter", "reset_timeout=20"),
+        "open expire",
+    ),
+    S("a rejection against a shorter timeout", ("enter", "reset_timeout=5"), "open"),
     S("a rejection against closing", ("succeed", "close"), "open", listeners=0),
     S("a heard rejection against closing", ("succeed", "close"), "open"),
     # A trial ends.
@@ -1024,6 +1058,11 @@ SCENARIOS = [
         ("leave_failing", "enter"),
         "half_open enter expire",
     ),
+    S(
+        "a take-over against a longer timeout",
+        ("enter", "reset_timeout=20"),
+        "half_open enter expire",
+    ),
     S("a take-over against the clock", ("expire", "enter"), "half_open enter"),
     S(
         "a call admitted long ago fails in a trip",
@@ -1041,6 +1080,41 @@ SCENARIOS = [
         "a late failure against a trial",
         ("leave_failing", "enter"),
         "fail enter open expire",
+    ),
+    # Other ways to guard a trial.
+    *(
+        S(
+            f"a trial by {way} against closing",
+            ("fail", "close"),
+            "half_open",
+            way=way,
+            listeners=0,
+        )
+        for way in ("decorated", "generator", "async generator")
+    ),
+    *(
+        S(
+            f"a trial by {way} against a late failure",
+            ("succeed", "leave_failing"),
+            "fail enter half_open",
+            way=way,
+            listeners=0,
+        )
+        for way in ("block", "async block")
+    ),
+    *(
+        S(
+            f"a claim by {way} against {what}",
+            ("abandon", words),
+            "half_open",
+            way=way,
+            storage=storage,
+        )
+        for way, what, words, storage in (
+            ("coroutine", "closing", "close", "sheltered"),
+            ("call_async", "a take-over", "expire enter", "leased"),
+            ("async generator", "opening", "open", "leased"),
+        )
     ),
     # Another storage.
     S("a shelter for two failures", ("fail", "fail"), "fail", storage="sheltered"),
@@ -1117,18 +1191,13 @@ def replay(scenario, text, **version):
 
 def every_order(race, preemptions):
     """Run all schedules with so many preemptions, then some with more. Yields them."""
-    scenario, length = race.scenario, 0
-    for schedule in explore(race.run, preemptions, alike=scenario.threads):
-        length = max(length, len(race.scheduler.trail))
+    rng, known = random.Random(race.scenario.name), []
+    for schedule in explore(race.run, preemptions, alike=race.scenario.threads):
         yield schedule
-    yield from sample(
-        race.run,
-        rng=random.Random(scenario.name),
-        switches=range(preemptions + 1, preemptions + 6),
-        threads=len(scenario.threads),
-        length=length,
-        count=SAMPLES,
-    )
+        trail = race.scheduler.trail
+        if rng.random() < SHARE and preemptions_in(trail) == preemptions:
+            known.append((schedule, trail))
+    yield from sample(race.run, rng, known, SAMPLES if known else 0)
 
 
 def first_violation(scenario, **version):
@@ -1206,6 +1275,57 @@ LOST_WITHOUT_ERAS = [
     "a late success against two moves",
     "a late failure against a trial",
 ]
+LOST_WHERE_ONE_TAKES_NO_LOCK = {
+    "open": "a trip against opening",
+    "half_open": "a trip against half-opening",
+    "close": "a trip against closing",
+    "snapshot": "a trip against a look",
+    "add_listeners": "two listeners are added during a notification",
+    "_admit": "two failures race to trip",
+    "_begin_trial": "two arrivals at the end of a timeout",
+    "_settle": "a failure against a success",
+    "_vacate": "a claim by call_async against a take-over",
+}
+# What compares eras or trials, with what would if it compared none, and where that
+# is lost.
+COMPARISONS = {
+    "of a success": (
+        "if state is self._state:\n                        # A sub",
+        "if True:\n                        # A sub",
+        "two decorated calls race",
+    ),
+    "of a failure that counts": (
+        "if state is self._state:\n                        state._count_failure",
+        "if True:\n                        state._count_failure",
+        "a trip against opening",
+    ),
+    "of a failure that decides": (
+        "if state is self._state:\n                        state._failed",
+        "if True:\n                        state._failed",
+        "two failures race, one is enough",
+    ),
+    "of calls that need no lock": (
+        "        old._shortcut = _HIDDEN\n",
+        "",
+        "a listener is added in a new era",
+    ),
+    "of a trial that has been granted": (
+        "if self._trial_in_place is not trial:\n                return None\n"
+        "            if not granted",
+        "if False:\n                return None\n            if not granted",
+        "an arrival against closing",
+    ),
+    "of a trial that gives its place back": (
+        "if self._trial_in_place is trial:\n                self._trial_in_place =",
+        "if True:\n                self._trial_in_place =",
+        "a trial's failure against half-opening",
+    ),
+    "of a trial that an era overtakes": (
+        "if trial is not None and not (cause.by_trial and trial.begun):",
+        "if False:",
+        "an arrival against half-opening",
+    ),
+}
 
 
 # All of them would take too long.
@@ -1268,6 +1388,24 @@ def test_a_library_without_a_lock_is_found_out(name):
 def test_a_library_that_compares_no_eras_is_found_out(name):
     """Where a late outcome counts, the same races are lost."""
     assert first_violation(named(name), module=changed(ERAS_NOT_COMPARED))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), LOST_WHERE_ONE_TAKES_NO_LOCK.items(), ids=str
+)
+def test_a_single_method_that_takes_no_lock_is_found_out(method, name):
+    """Though all others do."""
+    source = inspect.getsource(getattr(pybreaker.CircuitBreaker, method))
+    unlocked = source.replace("with self._lock:", "if True:")
+    assert first_violation(named(name), module=changed((source, unlocked)))
+
+
+@pytest.mark.parametrize("what", COMPARISONS)
+def test_a_single_comparison_that_is_not_made_is_found_out(what):
+    """Though all others are."""
+    old, new, name = COMPARISONS[what]
+    assert inspect.getsource(pybreaker).count(old) == 1
+    assert first_violation(named(name), module=changed((old, new)))
 
 
 @pytest.mark.parametrize(
@@ -1343,6 +1481,18 @@ def test_what_threads_share_makes_a_step():
         *("over", "begun", "claimed", "_lock", "monotonic", "claim_trial"),
     }
     assert names.isdisjoint({"_settle", "_breaker", "since"})
+
+
+def test_a_sample_has_more_preemptions_than_all_orders_that_were_run():
+    """And some of them a lot more."""
+    with Race(named("a trip against a look")) as race:
+        counts = [
+            preemptions_in(race.scheduler.trail) for _ in every_order(race, PREEMPTIONS)
+        ]
+    more = [count for count in counts if count > PREEMPTIONS]
+    assert more == counts[-len(more) :]
+    assert len(more) > SAMPLES / 2
+    assert max(more) > PREEMPTIONS + 2
 
 
 # The scheduler itself.
