@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import PATIENCE
 
 import pybreaker
 
 HERE = Path(__file__).resolve().parent
-DEEP = bool(os.environ.get("PYBREAKER_DEEP"))
-# Seconds that anybody waits for a test. Where many are to fail, it needn't be long.
-PATIENCE = float(os.environ.get("PYBREAKER_PATIENCE", 60 if DEEP else 30))
 
 names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
 

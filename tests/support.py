@@ -13,10 +13,11 @@ from pybreaker import CircuitBreakerError
 
 # Set by "tox -e deep": there is time for everything.
 DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
-# Set by tox for all Pythons but the newest: what takes long is done there.
+# Set by tox where what takes long is not done: on all Pythons but the newest.
 BRIEF = os.environ.get("PYBREAKER_BRIEF") == "1"
 
-PATIENCE = 30.0  # seconds that a test waits before it gives up
+# Seconds that anybody waits in a test. Where many are to fail, it needn't be long.
+PATIENCE = float(os.environ.get("PYBREAKER_PATIENCE", 60 if DEEP else 30))
 
 
 def drive(coroutine):
@@ -61,6 +62,15 @@ def pairwise(**parameters):
 
     Values are in a list, or in a dict by what to call them.
     """
+    return _parametrized(parameters, list if DEEP else _covering)
+
+
+def every(**parameters):
+    """The same with every case there is, always."""
+    return _parametrized(parameters, list)
+
+
+def _parametrized(parameters, choose):
     columns = [
         list(values.items())
         if isinstance(values, dict)
@@ -69,7 +79,7 @@ def pairwise(**parameters):
     ]
     rows = list(itertools.product(*(range(len(column)) for column in columns)))
     cases = []
-    for row in rows if DEEP else _covering(rows):
+    for row in choose(rows):
         names, values = zip(*(column[i] for column, i in zip(columns, row)))
         cases.append(pytest.param(*values, id="-".join(names)))
     return pytest.mark.parametrize(list(parameters), cases)

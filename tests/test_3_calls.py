@@ -17,11 +17,10 @@ import types
 
 import freezegun
 import pytest
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError
-
-PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
 
 STATES = ("closed", "open", "half-open")
 

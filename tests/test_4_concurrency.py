@@ -14,12 +14,12 @@ import threading
 from datetime import datetime, timezone
 
 import pytest
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
 THREADS = 32
-PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
 
 
 def all_at_once(*functions):

@@ -11,6 +11,7 @@ import threading
 import types
 
 import pytest
+from support import PATIENCE
 
 from pybreaker import (
     CircuitBreaker,
@@ -18,8 +19,6 @@ from pybreaker import (
     CircuitBreakerStorage,
     CircuitMemoryStorage,
 )
-
-PATIENCE = 30.0  # seconds that a test waits before it gives up
 
 
 def run(main):

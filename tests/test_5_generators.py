@@ -10,11 +10,9 @@ import threading
 import types
 
 import pytest
-from support import drive
+from support import PATIENCE, drive
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
-
-PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
 
 
 def elsewhere(func, *args):

@@ -13,12 +13,10 @@ import sys
 import threading
 
 import pytest
-from support import drive
+from support import PATIENCE, drive
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError
-
-PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker
@@ -29,7 +30,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 import ops_console  # noqa: E402
 from ops_console import Console  # noqa: E402
 
-PATIENCE = 30.0  # seconds that anybody waits before the test is given up
 FIELDS = ["fail_counter", "fail_max", "reset_timeout"]
 
 

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from prometheus_metrics import PrometheusMetrics  # noqa: E402
 
-PATIENCE = 30.0  # seconds
 LOOPBACK = "127.0.0.1"
 
 

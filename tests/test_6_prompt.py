@@ -15,11 +15,10 @@ import threading
 
 import pytest
 from readme_support import ROOT, blocks_of
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker
-
-PATIENCE = 30.0  # seconds that anybody waits before the test is given up
 
 
 class Prompt(code.InteractiveConsole):

@@ -10,11 +10,10 @@ import pickle
 import threading
 
 import pytest
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
-
-PATIENCE = 30.0  # seconds that a thread waits before it gives the test up
 
 
 class OldStorage(pybreaker.CircuitBreakerStorage):

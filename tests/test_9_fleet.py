@@ -6,7 +6,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from fleet import DEEP, about_redis, ask_all, exceptions, installed, never, until
+from fleet import about_redis, ask_all, exceptions, installed, never, until
+from support import DEEP
 
 REFRESH = 0.25
 TIMEOUTS = [0.5, 1, 2, 5] if DEEP else [0.5, 1]

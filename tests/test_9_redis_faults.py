@@ -7,7 +7,8 @@ import contextlib
 import time
 
 import pytest
-from fleet import DEEP, about_redis, ask_all, said_of_redis, until
+from fleet import about_redis, ask_all, said_of_redis, until
+from support import DEEP
 
 REFRESH = 0.15
 PATIENCE = 0.2

@@ -23,7 +23,7 @@ import pytest
 import redis
 import trio
 from fleet import never, until
-from support import Boom, boom, fail
+from support import PATIENCE, Boom, boom, fail
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
@@ -122,7 +122,7 @@ def trial_in(breaker):
 
     def work():
         running.set()
-        assert leave.wait(fleet.PATIENCE)
+        assert leave.wait(PATIENCE)
         if raises:
             raise raises[0]
 
@@ -140,7 +140,7 @@ def trial_in(breaker):
         yield raises
     finally:
         leave.set()
-        thread.join(fleet.PATIENCE)
+        thread.join(PATIENCE)
 
 
 # Making one
@@ -385,7 +385,7 @@ def test_many_failures_in_many_threads_are_all_counted(breaker_of, key):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(fleet.PATIENCE)
+        thread.join(PATIENCE)
     until(lambda: key("fail_counter") == "400")
     for breaker in breakers:
         until(lambda: breaker.fail_counter == 400)  # noqa: B023
@@ -729,7 +729,7 @@ def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
             assert not succeeds(breaker) or done
             breaker.snapshot(), repr(breaker), breaker.current_state
     assert time.monotonic() - began < 2
-    thread.join(fleet.PATIENCE)
+    thread.join(PATIENCE)
     assert done == [0]
 
 
@@ -787,7 +787,7 @@ def test_many_tasks_and_threads_ask_for_one_trial_only(due_of):
 
     def work():
         ran.append(1)
-        assert leave.wait(fleet.PATIENCE)
+        assert leave.wait(PATIENCE)
 
     def call(breaker):
         with contextlib.suppress(CircuitBreakerError):
@@ -801,7 +801,7 @@ def test_many_tasks_and_threads_ask_for_one_trial_only(due_of):
     until(lambda: sum(thread.is_alive() for thread in threads) == 1 and ran)
     leave.set()
     for thread in threads:
-        thread.join(fleet.PATIENCE)
+        thread.join(PATIENCE)
     assert ran == [1]
 
 
@@ -1230,7 +1230,7 @@ def run(server, namespace):
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
-            timeout=fleet.PATIENCE,
+            timeout=PATIENCE,
         )
         if ends_well:
             assert (done.returncode, done.stderr) == (0, "")
@@ -1279,7 +1279,7 @@ print(time.monotonic(), flush=True)
         process.stdin.write("\n")
         process.stdin.flush()
         ended = float(process.stdout.readline())
-        assert process.wait(fleet.PATIENCE) == 0
+        assert process.wait(PATIENCE) == 0
         assert time.monotonic() - ended < 10  # some clients wait for ever
         assert "Traceback" not in process.stderr.read()
 
@@ -1613,13 +1613,13 @@ def test_a_count_is_judged_by_a_look_that_has_all_of_it():
             replies.append(texts.get(key) if name == "GET" else None)
         if holding.is_set():
             held.set()
-            assert go_on.wait(fleet.PATIENCE)
+            assert go_on.wait(PATIENCE)
         return replies
 
     storage = CircuitRedisStorage("closed", _Client(answer), refresh=0.5)
     breaker = CircuitBreaker(fail_max=2, state_storage=storage)
     holding.set()
-    assert held.wait(fleet.PATIENCE)
+    assert held.wait(PATIENCE)
     assert isinstance(fail(breaker, 2), CircuitBreakerError)
     time.sleep(0.6)  # longer than the doubt, shorter than a silence
     holding.clear()

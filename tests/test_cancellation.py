@@ -13,7 +13,7 @@ import sys
 import types
 
 import pytest
-from support import PATIENCE, let_go, pairwise
+from support import PATIENCE, every, let_go, pairwise
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
@@ -591,7 +591,7 @@ def assert_ended(generator):
         generator.next()
 
 
-@pairwise(**GENERATORS, yields=YIELDS, error=ERRORS)
+@every(**GENERATORS, yields=YIELDS, error=ERRORS)
 def test_a_generator_that_is_cancelled_at_any_yield_decides_nothing(
     make, decorate, situation, yields, error, clock, recorder
 ):
@@ -604,7 +604,7 @@ def test_a_generator_that_is_cancelled_at_any_yield_decides_nothing(
     assert_nothing_was_decided(breaker, recorder, began_as)
 
 
-@pairwise(**GENERATORS, yields=YIELDS, how=["close", "throw"])
+@every(**GENERATORS, yields=YIELDS, how=["close", "throw"])
 def test_a_generator_that_is_closed_at_any_yield_has_succeeded(
     make, decorate, situation, yields, how, clock, recorder
 ):
@@ -621,7 +621,7 @@ def test_a_generator_that_is_closed_at_any_yield_has_succeeded(
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
 
 
-@pairwise(**GENERATORS, yields=YIELDS)
+@every(**GENERATORS, yields=YIELDS)
 def test_a_failure_that_is_thrown_in_at_any_yield_counts_once(
     make, decorate, situation, yields, clock, recorder
 ):
@@ -638,7 +638,7 @@ def test_a_failure_that_is_thrown_in_at_any_yield_counts_once(
     assert getattr(breaker._state_storage, "claimed", False) is False
 
 
-@pairwise(**GENERATORS, yields=YIELDS)
+@every(**GENERATORS, yields=YIELDS)
 def test_what_a_generator_swallows_at_any_yield_decides_nothing_yet(
     make, decorate, situation, yields, clock, recorder
 ):
@@ -657,7 +657,7 @@ def test_what_a_generator_swallows_at_any_yield_decides_nothing_yet(
     assert breaker.current_state == "closed"
 
 
-@pairwise(**GENERATORS, how=["close", "throw"])
+@every(**GENERATORS, how=["close", "throw"])
 def test_a_generator_that_is_cancelled_before_its_first_step_was_no_call(
     make, decorate, situation, how, clock, recorder
 ):

@@ -514,6 +514,7 @@ def test_no_move_goes_untold_where_a_storage_raises(
             state = new
         assert state == now
         number += 1
+    assert number == len(storage.uses)
 
 
 @every_fault

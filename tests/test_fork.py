@@ -13,10 +13,10 @@ import sys
 import textwrap
 
 import pytest
+from support import PATIENCE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
-PATIENCE = 30  # seconds that a test waits before it gives up
 
 PRELUDE = """
 import contextlib, os, signal, sys, threading, traceback, types, warnings
