@@ -1289,6 +1289,10 @@ class CircuitBreakerStorage:
     A subclass has at least `state`, `counter` and `opened_at` and the methods
     `increment_counter` and `reset_counter`. In calls and transitions it is used
     with the breaker's lock held and should not block, except for a claim.
+
+    What it raises reaches the caller, chained to what the guarded function raised or
+    instead of what that returned. It never counts as a failure of what is
+    guarded, and leaves no trial its place.
     """
 
     __slots__ = ("__dict__", "__weakref__")
