@@ -2,11 +2,12 @@
 
 A *step* is a line of one file, or an instruction of it, that reads or writes an
 attribute which somebody writes while threads race: no other can be seen by another
-thread, and between two steps it makes no difference who runs. `sys.monitoring`
-(Python 3.12) stops each thread before each of its steps, and lets all other code run
-at full speed. One thread runs at a time; at every step it is decided who goes on, and
-that decision is all there is of chance in a program whose threads share memory and
-nothing else.
+thread, and between two steps it makes no difference who runs. (But a line happens at
+once, which in a program it need not; that is what instructions are for.)
+`sys.monitoring` (Python 3.12) stops each thread before each of its steps, and lets all
+other code run at full speed. One thread runs at a time; at every step it is decided who
+goes on, and that decision is all there is of chance in a program whose threads share
+memory and nothing else.
 
 By default the thread goes on that ran last, and when it has ended or waits for
 a `Lock`, the first that can. A *schedule* says where to decide otherwise:

@@ -852,6 +852,7 @@ def test_a_list_once_taken_stays_the_breakers_list(recorder):
     """Adding and removing by the front door does not part them for good."""
     breaker = CircuitBreaker()
     other = CircuitBreakerListener()
+    assert breaker._listeners is breaker._listeners
     assert list(breaker._listeners) == []
     breaker.add_listener(other)
     breaker.remove_listener(other)
@@ -1651,10 +1652,12 @@ def test_a_state_class_in_the_place_of_one_hears_how_guarded_calls_end(
     breaker.call(int)
     assert heard == [failed.value, "success"]
     assert breaker.fail_counter == 0
+    breaker(int)()  # there is nothing to forget, and it is asked all the same
+    assert heard[2:] == ["success"]
     breaker.fail_max = 1
     with pytest.raises(CircuitBreakerError):
         breaker(fail)()
-    assert len(heard) == 3
+    assert len(heard) == 4
 
 
 def test_an_open_method_that_returns_nothing_lets_the_trip_raise_its_error(fail):

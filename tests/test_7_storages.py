@@ -1183,6 +1183,16 @@ def test_one_of_several_breakers_gets_the_trial(guard, fleet):
     assert fleet.holder is None
 
 
+def test_a_refused_call_releases_nothing(guard, fleet, monkeypatch):
+    """Some storages give back whatever claim there is, and this one is another's."""
+    storage, released = FleetStorage(fleet), []
+    monkeypatch.setattr(storage, "release_trial", lambda: released.append("released"))
+    fleet.holder = FleetStorage(fleet)
+    with pytest.raises(CircuitBreakerError, match="another breaker"):
+        guard(CircuitBreaker(state_storage=storage), int)
+    assert released == []
+
+
 def test_a_refused_call_is_rejected_and_gives_the_place_back(guard, fleet, recorder):
     """Listeners hear that, the circuit stays as it is, the next call asks."""
     storage, listener = FleetStorage(fleet, "closed"), mock.Mock(spec=["rejected"])
