@@ -1,10 +1,10 @@
 """What SPEC section 4 promises, in every order that threads can take turns in.
 
 Each scenario is a circuit, something done to it beforehand, and two or three
-threads that then race. `scheduler` runs them one step at a time, in every order
-with up to two preemptions and in a random sample of orders with more, and after each
-run `Circuit.complaint` says which promise was broken. How many orders there were is
-said at the end.
+threads that then race. `scheduler` runs them one line at a time, in every order
+with up to two preemptions and in a random sample of orders with more, and one
+instruction at a time with one. After each run `Circuit.complaint` says which promise
+was broken. How many orders there were is said at the end.
 
 The last promise is the strongest. `Model` is a circuit where a call is admitted
 at one moment and settled at another, and all else happens at one moment; tried in
@@ -17,8 +17,8 @@ A race that is lost prints its schedule, and so it is run again:
     replay("two failures race to trip", "0:b 31:a")
 
 With ``PYBREAKER_BRIEF=1`` it is every order with one preemption, or none of three
-threads, and a sample. With ``PYBREAKER_DEEP=1`` (``tox -e deep``) threads stop at
-instructions as well, and short races have a third preemption. It takes Python 3.12.
+threads, and a sample. With ``PYBREAKER_DEEP=1`` (``tox -e deep``) it is two preemptions
+between instructions, and a third in short races. It takes Python 3.12.
 """
 
 from __future__ import annotations
@@ -1360,11 +1360,11 @@ def test_promises_are_kept_in_every_order(scenario, keeps_promises):
         keeps_promises(race, every_order(race, preemptions))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS if DEEP else [], ids=str)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_promises_are_kept_between_any_two_instructions(scenario, keeps_promises):
-    """Nor does an order of single instructions, with one preemption."""
+    """Nor does an order of single instructions, with one preemption; two in deep."""
     with Race(scenario, opcodes=True) as race:
-        keeps_promises(race, every_order(race, 1))
+        keeps_promises(race, every_order(race, PREEMPTIONS if DEEP else 1))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS if DEEP else [], ids=str)

@@ -1,14 +1,14 @@
 """A shared circuit's calls and its courier, in every order that they can take turns in.
 
 One thread makes calls and moves in a process, another carries its errands to Redis and
-back. `scheduler` runs them one step at a time, in every order with one preemption.
-Whatever comes of an order has to come of one, too, in which the threads take turns only
-where the storage's lock has been given back, where Redis has answered, and where
-somebody waits: what is done with the lock held is done at one moment, with all that was
-looked at for it. And in the end this process says what Redis says.
+back. `scheduler` runs them one instruction at a time, in every order with one
+preemption. Whatever comes of an order has to come of one, too, in which the threads
+take turns only where the storage's lock has been given back, where Redis has answered,
+and where somebody waits: what is done with the lock held is done at one moment, with
+all that was looked at for it. And in the end this process says what Redis says.
 
-With ``PYBREAKER_DEEP=1`` it is two preemptions, and threads stop at single instructions
-as well. It takes Python 3.12.
+With ``PYBREAKER_DEEP=1`` it is two preemptions as well, between lines. It takes Python
+3.12.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ LOST_WITHOUT_THE_LOCK = [
     "a move while Redis goes away",
     "a trial while Redis goes away",
 ]
-STEPS = ["lines", "instructions"] if DEEP else ["lines"]
+STEPS = ["instructions", "lines"] if DEEP else ["instructions"]
 
 
 @functools.cache
