@@ -449,20 +449,19 @@ class Mutants:
         name.with_suffix(".py").write_text(TEXT)
         earlier = name.parent.glob(name.name.rpartition("-")[0] + "-*.sqlite")
         earlier = sorted(earlier, key=lambda path: path.stat().st_mtime)
+        known = {}
         for path in earlier:  # what was found last wins
             if path == name or not path.with_suffix(".py").exists():
                 continue
             text = path.with_suffix(".py").read_text()
             with use_db(path) as old:
                 results = {job: r for job, r in old.results if r.test_outcome}
-                known = {
-                    mutant: results[job]
-                    for job, mutant in identities(old.work_items, text)
-                    if job in results
-                }
-            for job, mutant in identities(database.work_items, TEXT):
-                if mutant in known:
-                    database.set_result(job, known[mutant])
+                for job, mutant in identities(old.work_items, text):
+                    if job in results:
+                        known[mutant] = results[job]
+        for job, mutant in identities(database.work_items, TEXT):
+            if mutant in known:
+                database.set_result(job, known[mutant])
 
     def execute(self, database):
         results = dict(database.results)
