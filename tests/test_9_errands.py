@@ -760,6 +760,18 @@ def test_a_claim_of_nobody_lapses(due, keys, clock):
     assert keys["trial"] is None
 
 
+def test_a_claim_that_was_refused_stays_refused_where_redis_is_gone_then(due, keys):
+    """When a lease is to be given to the claim that has none."""
+    mine, _ = due()
+    keys.texts["trial"] = "somebody"
+
+    def go_away():
+        mine.client.trouble = redis.ConnectionError("gone")
+
+    mine.client.meanwhile = go_away
+    assert is_refused(mine.breaker)
+
+
 def test_the_claim_of_somebody_is_not_made_longer(due, keys, clock):
     mine, theirs = due()
     trial_of(theirs.breaker)
@@ -998,6 +1010,19 @@ def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
     keys.texts["opened_at"] = "yesterday"
     mine.runs_errands()
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
+
+
+def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process, keys):
+    """It was away, and each counted alone."""
+    process = process()
+    process.is_cut_off()
+    fail(process.breaker, 2)
+    keys.texts.clear()
+    keys.texts["state"] = "nonsense"
+    process.is_back()
+    assert keys["state"] == "closed"
+    assert keys["fail_counter"] in (None, "0")
+    assert process.breaker.fail_counter == 0
 
 
 @pytest.mark.parametrize("nonsense", [["a", "list"], "10.5", "-1", str(10**20)])
@@ -1413,6 +1438,13 @@ def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
     courier._threads = [me]
     courier.wait(clock.now + 3.0)
     assert slept == [0.0001] * 3
+
+
+def test_who_waits_for_a_couriers_end_waits_no_longer_than_that(courier, clock, slept):
+    """There is no such thread any more."""
+    courier._threads = [types.SimpleNamespace(join=lambda timeout: None, native_id=-1)]
+    courier.wait(clock.now + 3.0)
+    assert slept == []
 
 
 def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock):
