@@ -256,12 +256,13 @@ def _is_like_an_earlier(thread, begun, alike):
 
 
 def sample(run, rng, known, count):
-    """Call `run(schedule)` with `count` random schedules, each of which has one
-    preemption more than one of `known`, or than one that was made so. `known` is a list
-    of schedules with their trails. Yields the schedules."""
-    known = list(known)
-    for _ in range(count):
-        schedule, trail = rng.choice(known)
+    """Call `run(schedule)` with up to `count` random schedules, each of which has one
+    preemption more than the last one, or than one of `known`, which is a list of
+    schedules with their trails. Yields the schedules."""
+    trail = ()
+    for _ in range(count if known else 0):
+        if not trail or rng.random() < 0.25:
+            schedule, trail = rng.choice(known)
         fresh = max(schedule, default=-1) + 1
         switches = [
             (number, other)
@@ -270,9 +271,12 @@ def sample(run, rng, known, count):
             if before in ready and other != chosen
         ]
         if switches:
-            schedule = {**schedule, **dict([rng.choice(switches)])}
-            known.append((schedule, run(schedule)))
+            number, other = rng.choice(switches)
+            schedule = {**schedule, number: other}
+            trail = run(schedule)
             yield schedule
+        else:
+            trail = ()
 
 
 def preemptions_in(trail):

@@ -1012,6 +1012,17 @@ def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
+def test_an_opening_while_a_word_is_lost_is_sent_with_its_moment(process, keys, clock):
+    """It is newer than what was under way."""
+    process = process()
+    process.runs_errands()
+    process.client.meanwhile = process.breaker.open
+    process.is_cut_off()
+    clock.advance(10)
+    process.is_back()
+    assert (keys["state"], keys["opened_at"]) == ("open", "5")
+
+
 def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process, keys):
     """It was away, and each counted alone."""
     process = process()
