@@ -20,6 +20,7 @@ import math
 import re
 from dataclasses import dataclass
 
+import errands
 import pytest
 from errands import (
     REFRESH,
@@ -254,7 +255,9 @@ class Race:
 
     def run(self, schedule):
         """Run it by the schedule, set `outcome`, and return the trail."""
-        world = World(self.scenario, self.scheduler, self.clock, self.mutex)
+        world = self.world = World(
+            self.scenario, self.scheduler, self.clock, self.mutex
+        )
         both = self.scenario.race, "errands"
         programs = [functools.partial(world.do, each) for each in both]
         results = self.scheduler.run(programs, schedule)
@@ -376,6 +379,54 @@ def test_what_is_done_with_the_lock_is_done_at_one_moment(
     """No order of steps comes to what no order of whole moments comes to."""
     count = orders(scenario, clock, steps)
     record_property("schedules", [scenario.name, count])
+
+
+class Unlocked(BaseException):
+    """Something that threads share was used without the lock."""
+
+
+class Watched(pybreaker.CircuitRedisStorage):
+    """Sees to it that the lock is held, from when it is the scheduler's."""
+
+    # What is to be done is read with the lock as well.
+    to_do = {"_unsent", "_unsent_move", "_unsent_opening", "_unasked", "_unreturned"}
+    to_do |= {"_waiting", "_claim", "_lapsing"}
+    known = {"_state", "_fail_counter", "_success_counter"}
+    known |= {"_shared", "_unheard", "_away", "_apart", "_doubt"}
+
+    def __getattribute__(self, name):
+        own = super().__getattribute__
+        if name in own("to_do"):
+            own("has_the_lock_for")(name)
+        return own(name)
+
+    def __setattr__(self, name, value):
+        if name in self.to_do | self.known:
+            self.has_the_lock_for(name)
+        super().__setattr__(name, value)
+
+    def has_the_lock_for(self, name):
+        mutex = vars(self).get("_mutex")
+        if isinstance(mutex, Mutex) and not mutex.is_mine():
+            raise Unlocked(name)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypatch):
+    """Whether or not it could go wrong."""
+    monkeypatch.setattr(errands, "CircuitRedisStorage", Watched)
+    with Race(scenario, clock, "moments") as race:
+        for _ in explore(race.run, 1):
+            storage = race.world.mine.storage
+            storage._wait_for_errands(clock.now)
+            storage.opened_at = storage.opened_at
+            storage._leisure()
+            # One trial follows another, whose claim is still on its way back.
+            claim = storage._ask(TIMEOUT, int)
+            race.world.errands()
+            storage._give_back(claim)
+            storage._ask(TIMEOUT, int)
+            race.world.errands()
 
 
 @pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)
