@@ -60,7 +60,6 @@ def stop_couriers(patience):
 def pytest_runtest_teardown():
     """A test's couriers end with it. They would disturb who counts threads, objects, or
     the numbers that chance has given."""
-    stop_couriers(patience=0.2)  # they need not wait for a server that ends now
     try:
         return (yield)
     finally:

@@ -10,6 +10,14 @@ import pickle
 import threading
 
 import pytest
+from guards import (
+    by_async_block,
+    by_async_generator,
+    by_block,
+    by_call,
+    by_coroutine,
+    by_generator,
+)
 from support import PATIENCE
 
 import pybreaker
@@ -1560,59 +1568,6 @@ class Plain(BaseException):
 
 
 INTERRUPTIONS = [KeyboardInterrupt, SystemExit, Plain]
-
-
-def by_call(breaker, func):
-    breaker.call(func)
-
-
-def by_block(breaker, func):
-    with breaker.calling():
-        func()
-
-
-def by_generator(breaker, func):
-    @breaker
-    def generate():
-        yield func()
-
-    list(generate())
-
-
-def by_coroutine(breaker, func):
-    @breaker
-    async def work():
-        func()
-
-    step_through(work())
-
-
-def by_async_generator(breaker, func):
-    @breaker
-    async def generate():
-        yield func()
-
-    async def work():
-        async for _ in generate():
-            pass
-
-    step_through(work())
-
-
-def by_async_block(breaker, func):
-    async def work():
-        async with breaker.calling():
-            func()
-
-    step_through(work())
-
-
-def step_through(coroutine):
-    """Run a coroutine that waits for nothing."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        pass
 
 
 @pytest.fixture(

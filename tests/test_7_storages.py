@@ -11,12 +11,12 @@ import pickle
 import sqlite3
 import threading
 import time
-import types
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from unittest import mock
 
+import guards
 import pytest
 from freezegun import freeze_time
 
@@ -322,6 +322,11 @@ def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
     storage.values["success"] = 1
     breaker.call(int)
     assert (breaker.current_state, breaker.success_counter) == ("half-open", 2)
+
+
+def test_a_storage_that_counts_no_successes_has_none():
+    """Not even before the first trial."""
+    assert OldStorage().success_counter == 0
 
 
 def test_a_storage_has_a_name():
@@ -959,78 +964,22 @@ def test_the_default_grants_every_trial_without_a_word():
     assert asyncio.run(Refusing().claim_trial_async(61)) is True
 
 
-def guard_by_call(breaker, func):
-    return breaker.call(func)
-
-
-def guard_by_block(breaker, func):
-    with breaker.calling():
-        return func()
-
-
-def guard_a_generator(breaker, func):
-    @breaker
-    def generator():
-        yield func()
-
-    return list(generator())[0]
-
-
-def guard_a_coroutine(breaker, func):
-    @breaker
-    async def coroutine():
-        return func()
-
-    return asyncio.run(coroutine())
-
-
-def guard_an_iterable_coroutine(breaker, func):
-    @breaker
-    @types.coroutine
-    def coroutine():
-        return func()
-        yield  # never reached, but makes it a generator function
-
-    async def wait():
-        return await coroutine()
-
-    return asyncio.run(wait())
-
-
-def guard_an_async_generator(breaker, func):
-    @breaker
-    async def generator():
-        yield func()
-
-    async def consume():
-        return [item async for item in generator()][0]
-
-    return asyncio.run(consume())
-
-
-def guard_by_async_block(breaker, func):
-    async def block():
-        async with breaker.calling():
-            return func()
-
-    return asyncio.run(block())
-
-
-GUARDS = [
-    guard_by_call,
-    guard_by_block,
-    guard_a_generator,
-    guard_a_coroutine,
-    guard_an_iterable_coroutine,
-    guard_an_async_generator,
-    guard_by_async_block,
+THROUGH_COROUTINES = [
+    guards.by_coroutine,
+    guards.by_iterable_coroutine,
+    guards.by_async_generator,
+    guards.by_async_block,
 ]
+GUARDS = [guards.by_call, guards.by_block, guards.by_generator, *THROUGH_COROUTINES]
 
 
-@pytest.fixture(params=GUARDS)
+@pytest.fixture(params=GUARDS, ids=lambda way: way.__name__)
 def guard(request):
-    """Each way to guard a function."""
-    return request.param
+    """Each way to guard a function, on an event loop if that may be needed."""
+    way = request.param
+    if way in THROUGH_COROUTINES:
+        return functools.partial(way, run=asyncio.run)
+    return way
 
 
 def test_a_trial_is_claimed_and_released_once(guard):
@@ -1087,7 +1036,7 @@ def test_only_trials_are_claimed(guard, fail):
         guard(breaker, int)
     assert storage.asked == []
     breaker.half_open()
-    assert guard_by_call(breaker, lambda: breaker.call(str)) == ""
+    assert guards.by_call(breaker, lambda: breaker.call(str)) == ""
     assert storage.asked == [("claim", 60), ("release", "closed")]
 
 
@@ -1712,7 +1661,8 @@ def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
     for guard in GUARDS:
         breaker = CircuitBreaker(state_storage=Both("half-open"))
         assert guard(breaker, int) == 0
-    assert asked == ["sync"] * 3 + ["async"] * 4
+    sync = len(GUARDS) - len(THROUGH_COROUTINES)
+    assert asked == ["sync"] * sync + ["async"] * len(THROUGH_COROUTINES)
 
 
 def test_coroutines_that_claim_anew_await_that_claim_too():
@@ -1730,7 +1680,7 @@ def test_coroutines_that_claim_anew_await_that_claim_too():
                 breaker.half_open()
             return True
 
-    for guard in GUARDS[3:]:
+    for guard in THROUGH_COROUTINES:
         breaker = CircuitBreaker(state_storage=Async("half-open"))
         assert guard(breaker, int) == 0
         assert breaker._state_storage.claims == 2

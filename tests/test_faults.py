@@ -11,7 +11,14 @@ import threading
 from datetime import datetime, timezone
 
 import pytest
-from support import PATIENCE, drive, pairwise
+from guards import (
+    by_async_block,
+    by_async_generator,
+    by_call,
+    by_coroutine,
+    by_generator,
+)
+from support import PATIENCE, pairwise
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
@@ -46,51 +53,6 @@ def raising(exc):
         raise exc
 
     return raise_it
-
-
-# Each way to guard: `guard(breaker, work)` runs `work` once and returns what
-# that returned.
-
-
-def by_call(breaker, work):
-    return breaker.call(work)
-
-
-def by_coroutine(breaker, work):
-    @breaker
-    async def guarded():
-        return work()
-
-    return drive(guarded())
-
-
-def by_generator(breaker, work):
-    @breaker
-    def guarded():
-        yield
-        yield work()
-
-    return list(guarded())[-1]
-
-
-def by_async_generator(breaker, work):
-    @breaker
-    async def guarded():
-        yield
-        yield work()
-
-    async def consume():
-        return [item async for item in guarded()][-1]
-
-    return drive(consume())
-
-
-def by_async_block(breaker, work):
-    async def block():
-        async with breaker.calling():
-            return work()
-
-    return drive(block())
 
 
 # One for each of the admissions and settlements that there are.

@@ -38,6 +38,7 @@ import types
 from dataclasses import dataclass
 from datetime import datetime
 
+import guards
 import pytest
 from scheduler import (
     NAMES,
@@ -50,7 +51,7 @@ from scheduler import (
     written,
     written_names,
 )
-from support import BRIEF, DEEP, PATIENCE, drive
+from support import BRIEF, DEEP, PATIENCE
 
 import pybreaker
 
@@ -745,68 +746,15 @@ class Circuit:
         return None
 
 
-async def _awaited(function):
-    return function()
-
-
-def _generated(function):
-    yield
-    return function()
-
-
-async def _generated_async(function):
-    yield
-    yield function()
-
-
-def _through_coroutine(breaker, function):
-    return drive(breaker(_awaited)(function))
-
-
-def _through_call_async(breaker, function):
-    return drive(breaker.call_async(_awaited, function))
-
-
-def _through_async_generator(breaker, function):
-    async def last():
-        async for item in breaker(_generated_async)(function):
-            result = item
-        return result
-
-    return drive(last())
-
-
-def _through_async_block(breaker, function):
-    async def block():
-        async with breaker.calling():
-            return function()
-
-    return drive(block())
-
-
-def _through_generator(breaker, function):
-    generator = breaker(_generated)(function)
-    try:
-        while True:
-            next(generator)
-    except StopIteration as stop:
-        return stop.value
-
-
-def _through_block(breaker, function):
-    with breaker.calling():
-        return function()
-
-
 WAYS = {
-    "call": lambda breaker, function: breaker.call(function),
-    "decorated": lambda breaker, function: breaker(function)(),
-    "coroutine": _through_coroutine,
-    "call_async": _through_call_async,
-    "generator": _through_generator,
-    "async generator": _through_async_generator,
-    "block": _through_block,
-    "async block": _through_async_block,
+    "call": guards.by_call,
+    "decorated": guards.by_decorator,
+    "coroutine": guards.by_coroutine,
+    "call_async": guards.by_call_async,
+    "generator": guards.by_generator,
+    "async generator": guards.by_async_generator,
+    "block": guards.by_block,
+    "async block": guards.by_async_block,
 }
 
 
@@ -1286,43 +1234,37 @@ LOST_WHERE_ONE_TAKES_NO_LOCK = {
     "_settle": "a failure against a success",
     "_vacate": "a claim by call_async against a take-over",
 }
-# What compares eras or trials, with what would if it compared none, and where that
-# is lost.
+# What compares eras or trials: the question, what stands behind it, the answer of a
+# library that does not ask, and where that is lost.
 COMPARISONS = {
     "of a success": (
-        "if state is self._state:\n                        # A sub",
-        "if True:\n                        # A sub",
+        *("state is self._state", ":\n                        # A sub", "True"),
         "two decorated calls race",
     ),
     "of a failure that counts": (
-        "if state is self._state:\n                        state._count_failure",
-        "if True:\n                        state._count_failure",
+        *("state is self._state", ":\n                        state._count", "True"),
         "a trip against opening",
     ),
     "of a failure that decides": (
-        "if state is self._state:\n                        state._failed",
-        "if True:\n                        state._failed",
+        *("state is self._state", ":\n                        state._failed", "True"),
         "two failures race, one is enough",
     ),
     "of calls that need no lock": (
-        "        old._shortcut = _HIDDEN\n",
-        "",
+        *("old._shortcut = _HIDDEN", "\n", "pass"),
         "a listener is added in a new era",
     ),
     "of a trial that has been granted": (
-        "if self._trial_in_place is not trial:\n                return None\n"
-        "            if not granted",
-        "if False:\n                return None\n            if not granted",
+        "self._trial_in_place is not trial",
+        ":\n                return None\n            if not granted",
+        "False",
         "an arrival against closing",
     ),
     "of a trial that gives its place back": (
-        "if self._trial_in_place is trial:\n                self._trial_in_place =",
-        "if True:\n                self._trial_in_place =",
+        *("self._trial_in_place is trial", ":\n                self._trial", "True"),
         "a trial's failure against half-opening",
     ),
     "of a trial that an era overtakes": (
-        "if trial is not None and not (cause.by_trial and trial.begun):",
-        "if False:",
+        *("trial is not None and not (cause.by_trial and trial.begun)", ":", "False"),
         "an arrival against half-opening",
     ),
 }
@@ -1404,9 +1346,10 @@ def test_a_single_method_that_takes_no_lock_is_found_out(method, name):
 @pytest.mark.parametrize("what", COMPARISONS)
 def test_a_single_comparison_that_is_not_made_is_found_out(what):
     """Though all others are."""
-    old, new, name = COMPARISONS[what]
-    assert inspect.getsource(pybreaker).count(old) == 1
-    assert first_violation(named(name), module=changed((old, new)))
+    question, rest, answer, name = COMPARISONS[what]
+    assert inspect.getsource(pybreaker).count(question + rest) == 1
+    edit = question + rest, answer + rest
+    assert first_violation(named(name), module=changed(edit))
 
 
 @pytest.mark.parametrize(

@@ -31,25 +31,24 @@ class RemoveStatement(Operator):
 
 
 class _Answer(Operator):
-    """Does not ask the questions that are among the children of a node."""
+    """Does not ask a question that is among the children of a node, as if it knew."""
 
-    questions = {}  # by type of node: where they are
+    questions = {}  # by type of node: where they are, and what the answer is
 
     def mutation_positions(self, node):
         for question in self.asked(node):
             yield question.start_pos, question.end_pos
 
     def asked(self, node):
-        if node.type not in self.questions:
-            return []
-        questions = node.children[self.questions[node.type]]
+        where, _ = self.questions.get(node.type, (None, None))
+        questions = node.children[where] if where else ()
         return [q for q in questions if q.type != "operator"]  # the colon of an "else"
 
     def mutate(self, node, index):
         question = self.asked(node)[index]
         prefix = question.get_first_leaf().prefix
         lines = question.get_code(include_prefix=False).count("\n")
-        answer = self.answer(node)
+        _, answer = self.questions[node.type]
         code = f"({lines * chr(10)}{answer})" if lines else answer
         node.children[node.children.index(question)] = parso.parse(prefix + code)
         return node
@@ -59,31 +58,33 @@ class _Answer(Operator):
         return []
 
 
+CONDITIONS, CONDITION = (
+    slice(1, None, 4),
+    slice(2, 3),
+)  # of "if", and of "a if b else c"
+OPERANDS = slice(None, None, 2)
+
+
 class SayYes(_Answer):
     """Do what is done under a condition in any case."""
 
-    questions = {"if_stmt": slice(1, None, 4), "ternary": slice(2, 3)}
-
-    def answer(self, node):
-        return "True"
+    questions = {"if_stmt": (CONDITIONS, "True"), "ternary": (CONDITION, "True")}
 
 
 class SayNo(_Answer):
     """Do what is done under a condition in no case."""
 
-    questions = {**SayYes.questions, "while_stmt": slice(1, 2)}
-
-    def answer(self, node):
-        return "False"
+    questions = {
+        "if_stmt": (CONDITIONS, "False"),
+        "ternary": (CONDITION, "False"),
+        "while_stmt": (slice(1, 2), "False"),
+    }
 
 
 class DropOperand(_Answer):
     """Ask one question less of those between which there is "and" or "or"."""
 
-    questions = {"and_test": slice(None, None, 2), "or_test": slice(None, None, 2)}
-
-    def answer(self, node):
-        return "True" if node.type == "and_test" else "False"
+    questions = {"and_test": (OPERANDS, "True"), "or_test": (OPERANDS, "False")}
 
 
 class _ShortenLock(Operator):

@@ -1,0 +1,81 @@
+"""Ways to guard: each runs `work` once, and returns what that returned.
+
+Those for coroutines take a function that runs one, by default where it waits for
+nothing.
+"""
+
+from __future__ import annotations
+
+import types
+
+from support import drive
+
+
+def by_call(breaker, work):
+    return breaker.call(work)
+
+
+def by_decorator(breaker, work):
+    return breaker(lambda: work())()
+
+
+def by_block(breaker, work):
+    with breaker.calling():
+        return work()
+
+
+def by_generator(breaker, work):
+    @breaker
+    def guarded():
+        yield
+        yield work()
+
+    return list(guarded())[-1]
+
+
+def by_coroutine(breaker, work, run=drive):
+    @breaker
+    async def guarded():
+        return work()
+
+    return run(guarded())
+
+
+def by_call_async(breaker, work, run=drive):
+    async def guarded():
+        return work()
+
+    return run(breaker.call_async(guarded))
+
+
+def by_iterable_coroutine(breaker, work, run=drive):
+    @breaker
+    @types.coroutine
+    def guarded():
+        return work()
+        yield  # never reached, but makes it a generator function
+
+    async def wait():
+        return await guarded()
+
+    return run(wait())
+
+
+def by_async_generator(breaker, work, run=drive):
+    @breaker
+    async def guarded():
+        yield
+        yield work()
+
+    async def consume():
+        return [item async for item in guarded()][-1]
+
+    return run(consume())
+
+
+def by_async_block(breaker, work, run=drive):
+    async def block():
+        async with breaker.calling():
+            return work()
+
+    return run(block())
