@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextvars
 import dis
+import os
 import sys
 import threading
 import types
@@ -75,6 +76,7 @@ class Scheduler:
 
     def __enter__(self):
         self._steps.watch()
+        self._cores = _move_to_one_core()
         for thread in self._threads:
             thread.start()
         return self
@@ -85,6 +87,7 @@ class Scheduler:
             baton.release()
         for thread in self._threads:
             thread.join()
+        _move_to(self._cores)
         self._steps.leave()
 
     def run(self, programs, schedule):
@@ -298,6 +301,23 @@ def parsed(text):
     """The schedule that was written so."""
     switches = (switch.split(":") for switch in text.split())
     return {int(step): NAMES.index(name) for step, name in switches}
+
+
+def _move_to_one_core():
+    """The calling thread, and those that it will start, as handing over to another core
+    takes ten times as long. Workers of pytest-xdist move to different ones. Returns
+    the cores that it ran on, or None where that can't be asked."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = os.sched_getaffinity(0)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    _move_to({sorted(cores)[int(worker) % len(cores)]})
+    return cores
+
+
+def _move_to(cores):
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
 def _taken():

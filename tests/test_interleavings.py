@@ -788,11 +788,13 @@ class Race(logging.Handler):
         self.scheduler.__enter__()
         # What the collector does in the library's code would be steps as well.
         gc.disable()
+        gc.freeze()
         self.runs = 0
         return self
 
     def __exit__(self, *_):
         module, logger = self.module, self.module.logger
+        gc.unfreeze()
         gc.enable()
         self.scheduler.__exit__()
         logger.removeHandler(self)
