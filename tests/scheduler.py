@@ -21,6 +21,11 @@ many there are grows with the square of the length and not exponentially.
         for schedule in explore(run, 2):  # run calls scheduler.run(programs, schedule)
             check(...)
 
+Many of these orders differ only in which came first of two steps that have nothing to
+do with each other. Where that can be told, one of them is run. It can be told if every
+instruction is a step, and if code that is not watched says what it uses: see `touch`.
+(Godefroid, 1996, has called this partial-order reduction.)
+
 The lock of the watched code has to be a `Lock` of the scheduler: a thread that
 waited for any other would never come back to say so.
 """
@@ -29,10 +34,13 @@ from __future__ import annotations
 
 import contextvars
 import dis
+import functools
+import itertools
 import os
 import sys
 import threading
 import types
+from typing import NamedTuple
 
 import pytest
 
@@ -45,17 +53,66 @@ class Stuck(BaseException):
     """Ends a thread that cannot go on, or that never ends."""
 
 
+class Use(NamedTuple):
+    """What is read and what is written, each as a number that has a bit for a name."""
+
+    reads: int = 0
+    writes: int = 0
+
+    def __or__(self, other):
+        """Both together."""
+        return Use(self.reads | other.reads, self.writes | other.writes)
+
+    def commutes_with(self, other):
+        """Whether it makes no difference which comes first."""
+        return not (
+            self.writes & (other.reads | other.writes) or self.reads & other.writes
+        )
+
+
+# Names of the same attributes.
+ALIASES = {
+    "state": "_state",
+    "counter": "_fail_counter",
+    "success_counter": "_success_counter",
+}
+NOTHING = Use()
+ANYTHING = Use(-1, -1)
+
+
+@functools.cache
+def bits(*names):
+    """A number that has the bits of these names, or of their aliases."""
+    return functools.reduce(int.__or__, map(_bit, names), 0)
+
+
+@functools.cache
+def _bit(name, _numbers=itertools.count()):  # noqa: B008
+    return _bit(ALIASES[name]) if name in ALIASES else 1 << next(_numbers)
+
+
 class Scheduler:
     """Runs as many programs at once as it has threads: see the module. `shared` are
     the names of the attributes that make a step, by default all.
 
+    `tells` promises that code which is not watched says what it uses.
+
     `trail` is the list of the decisions of the last run: who ran, who went on, who
-    could have, and the line where it was decided. `current` the number of
-    the thread that runs, `waiting` says which lock a thread waits for, and
-    `stuck` why a run could not go on, or is None.
+    could have, the line where it was decided, and the `Use` that was then made of what
+    threads share, up to the next decision. `current` is the number of the thread that
+    runs, `waiting` says which lock a thread waits for, and `stuck` why a run could not
+    go on, or is None.
     """
 
-    def __init__(self, threads, filename, opcodes=False, shared=None, patience=100_000):
+    def __init__(
+        self,
+        threads,
+        filename,
+        opcodes=False,
+        shared=None,
+        tells=False,
+        patience=100_000,
+    ):
         self.current = None
         self.trail = []
         self.stuck = None
@@ -63,6 +120,9 @@ class Scheduler:
         self._patience = patience  # steps
         self._schedule = {}
         self._ready = ()
+        # What each thread uses in the step that it is about to make.
+        self._unknown = NOTHING if tells and opcodes else ANYTHING
+        self._next = [self._unknown] * threads
         self._programs = [None] * threads
         self._results = [None] * threads
         self._steps = _Steps(filename, opcodes, shared, self.step)
@@ -97,6 +157,7 @@ class Scheduler:
         self._results = [None] * len(programs)
         self._schedule = schedule
         self._ready = tuple(range(len(programs)))
+        self._next = [self._unknown] * len(programs)
         self.trail = []
         self.stuck = None
         self.waiting = {}
@@ -105,7 +166,7 @@ class Scheduler:
         self.current = None
         return self._results
 
-    def step(self, line=None):
+    def step(self, line=None, use=NOTHING):
         """Let other threads in, if the schedule says so. Code that is not
         watched calls this where it wants to be interrupted."""
         me = self.current
@@ -115,10 +176,22 @@ class Scheduler:
         if number >= self._patience:
             self.stuck = f"no end after {self._patience} steps"
             raise Stuck
+        if self._unknown is ANYTHING:
+            use = ANYTHING
         if number not in self._schedule:  # as most are
-            self.trail.append((me, me, self._ready, line))
-        elif self._go_on(line) != me:
+            self.trail.append((me, me, self._ready, line, use))
+            return
+        self._next[me] = use
+        if self._go_on(line) != me:
             self._batons[me].acquire()
+
+    def touch(self, *names, reads=()):
+        """Code that is not watched writes what has these names, and reads the others;
+        without a name, it may do anything."""
+        if self.current is not None:
+            *decision, use = self.trail[-1]
+            more = Use(bits(*reads), bits(*names)) if names or reads else ANYTHING
+            self.trail[-1] = (*decision, use | more)
 
     def lock(self):
         """A new `Lock` for the code that is run."""
@@ -143,7 +216,7 @@ class Scheduler:
         chosen = self._schedule.get(len(self.trail))
         if chosen not in ready:
             chosen = me if me in ready else ready[0]
-        self.trail.append((me, chosen, ready, line))
+        self.trail.append((me, chosen, ready, line, self._next[chosen]))
         if chosen != me:
             self.current = chosen
             self._batons[chosen].release()
@@ -160,6 +233,7 @@ class Scheduler:
     def _wait(self, lock):
         """The current thread waits until the lock is free."""
         me = self.current
+        self._next[me] = self._unknown
         self.waiting[me] = lock
         self._ready = tuple(number for number in self._ready if number != me)
         if not self._ready:
@@ -193,10 +267,12 @@ class Lock:
 
     def acquire(self):
         scheduler = self._scheduler
+        scheduler.touch("a lock")
         while self._depth and self.owner != scheduler.current:
             if scheduler.stuck:
                 raise Stuck
             scheduler._wait(self)
+            scheduler.touch("a lock")
         self.owner = scheduler.current
         self._depth += 1
         self.uses += 1
@@ -205,6 +281,7 @@ class Lock:
     def release(self):
         if not self.is_mine():
             raise RuntimeError("released by a thread that does not hold it")
+        self._scheduler.touch("a lock")
         self._depth -= 1
         if not self._depth:
             self.owner = None
@@ -229,33 +306,69 @@ def explore(run, preemptions, alike=()):
 
     `alike` has a label for each thread. Where equal labels say that threads do the
     same, it is always the first of them that begins first.
+
+    A thread is left before a step only if the step, and what others do in its absence,
+    do not commute. If they do, leaving it after the step comes to the same.
     """
-    pending = [({}, 0)]
-    while pending:
-        schedule, spent = pending.pop()
+
+    def begin_with(schedule, spent, absences):
         trail = run(schedule)
         yield schedule
-        fresh = max(schedule, default=-1) + 1
-        begun = {chosen for _, chosen, _, _ in trail[:fresh]}
-        for number in range(fresh, len(trail)):
-            before, chosen, ready, _ = trail[number]
-            total = spent + (before in ready)
-            if total <= preemptions:
-                for other in ready:
-                    if other != chosen and not (
-                        alike and _is_like_an_earlier(other, begun, alike)
-                    ):
-                        pending.append(({**schedule, number: other}, total))
-            begun.add(chosen)
+        for absence in absences:
+            absence.see(trail)
+        later = {}  # the absences, where another thread gets in one decision later
+        for number in reversed(range(max(schedule, default=-1) + 1, len(trail))):
+            before, chosen, ready, _, use = trail[number]
+            cost = spent + (before in ready)
+            sooner = {}
+            for other in ready:
+                absence = _Absence(before, number)
+                if other == chosen:
+                    # Among three threads, others might have been chosen here as well.
+                    if other != before and len(trail[0][2]) == 2:
+                        absence.see(trail)
+                        sooner[other] = absence
+                elif (
+                    before == chosen
+                    and other in later
+                    and use.commutes_with(later[other].use)
+                ):
+                    sooner[other] = later[other]
+                elif cost <= preemptions and not (
+                    alike and _is_like_an_earlier(other, trail[:number], alike)
+                ):
+                    switched = {**schedule, number: other}
+                    yield from begin_with(switched, cost, (*absences, absence))
+                    sooner[other] = absence
+            later = sooner
+
+    return begin_with({}, 0, ())
 
 
-def _is_like_an_earlier(thread, begun, alike):
+class _Absence:
+    """A thread is left at this decision. `use` is what all others use until it goes on,
+    in all of the trails that were seen."""
+
+    def __init__(self, thread, number):
+        self.thread, self.number, self.use = thread, number, NOTHING
+
+    def see(self, trail):
+        if self.use == ANYTHING:
+            return
+        reads, writes = self.use
+        for _, chosen, _, _, use in trail[self.number :]:
+            if chosen == self.thread:
+                break
+            reads |= use.reads
+            writes |= use.writes
+        self.use = Use(reads, writes)
+
+
+def _is_like_an_earlier(thread, trail, alike):
     """Whether neither this thread has begun nor an earlier one that does the same."""
-    return thread not in begun and any(
-        alike[earlier] == alike[thread]
-        for earlier in range(thread)
-        if earlier not in begun
-    )
+    same = {earlier for earlier in range(thread) if alike[earlier] == alike[thread]}
+    begun = {chosen for _, chosen, *_ in trail} if same else {thread}
+    return thread not in begun and not same <= begun
 
 
 def sample(run, rng, known, count):
@@ -269,7 +382,7 @@ def sample(run, rng, known, count):
         fresh = max(schedule, default=-1) + 1
         switches = [
             (number, other)
-            for number, (before, chosen, ready, _) in enumerate(trail[fresh:], fresh)
+            for number, (before, chosen, ready, *_) in enumerate(trail[fresh:], fresh)
             for other in ready
             if before in ready and other != chosen
         ]
@@ -285,7 +398,7 @@ def sample(run, rng, known, count):
 def preemptions_in(trail):
     """How many times a thread was left that could have gone on."""
     return sum(
-        before in ready and before != chosen for before, chosen, ready, _ in trail
+        before in ready and before != chosen for before, chosen, ready, *_ in trail
     )
 
 
@@ -378,23 +491,37 @@ class _Steps:
             ours = code.co_filename == self._filename
             places = _places(code, self._opcodes, self._shared) if ours else {}
             self._places[id(code)] = places, code
-        if place not in places:
+        step = places.get(place)
+        if step is None:
             return sys.monitoring.DISABLE  # it is not asked about again
         if threading.get_ident() in self.threads:
-            self._step(places[place])
+            self._step(*step)
+        return None
 
 
 def _places(code, opcodes, shared):
-    """The lines of the code, or the offsets in it, that touch such an attribute. As a
-    dict, with the lines as its values."""
+    """The lines of the code, or the offsets in it, that touch such an attribute, each
+    with the line, and the use that all of the line makes of them."""
     starts = dict(dis.findlinestarts(code))
-    places, line = {}, None
+    places, uses, line = {}, {}, None
     for instruction in dis.get_instructions(code):
         line = starts.get(instruction.offset, line)
-        name = instruction.opname
-        touches = "ATTR" in name or "METHOD" in name
-        if (touches and (shared is None or instruction.argval in shared)) or (
-            "SUBSCR" in name or instruction.argrepr == "[]"  # as it is called in 3.14
-        ):
+        use = _use(instruction, shared)
+        if use != NOTHING:
             places[instruction.offset if opcodes else line] = line
-    return places
+            uses[line] = uses.get(line, NOTHING) | use
+    return {place: (line, uses[line]) for place, line in places.items()}
+
+
+def _use(instruction, shared):
+    kind, name = instruction.opname, instruction.argval
+    if "SUBSCR" in kind or instruction.argrepr == "[]":  # as it is called in 3.14
+        name = "[]"
+    elif kind == "LOAD_GLOBAL" and name == "getattr":
+        return Use(reads=~bits("a lock"))
+    elif kind == "LOAD_GLOBAL" and name in ("setattr", "delattr", "vars"):
+        return ANYTHING
+    elif not ("ATTR" in kind or "METHOD" in kind) or (shared and name not in shared):
+        return NOTHING
+    changes = kind.startswith(("STORE", "DELETE"))
+    return Use(writes=bits(name)) if changes else Use(reads=bits(name))
