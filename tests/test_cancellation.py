@@ -58,6 +58,31 @@ async def decorated(breaker, work):
     return await guarded()
 
 
+async def decorated_with_parentheses(breaker, work):
+    @breaker()
+    async def guarded():
+        return await work()
+
+    return await guarded()
+
+
+async def decorated_method(breaker, work):
+    class Client:
+        @breaker
+        async def guarded(self):
+            return await work()
+
+    return await Client().guarded()
+
+
+async def object_that_is_called(breaker, work):
+    class Client:
+        async def __call__(self):
+            return await work()
+
+    return await breaker.call(Client())
+
+
 async def decorated_with_call_async(breaker, work):
     @breaker(__pybreaker_call_async=True)
     def guarded():
@@ -117,12 +142,33 @@ async def call_of_an_async_generator_function(breaker, work):
     return [result async for result in breaker.call(guarded)][-1]
 
 
+async def call_of_a_lambda_that_makes_an_async_generator(breaker, work):
+    async def made():
+        yield await work()
+
+    return [result async for result in breaker.call(lambda: made())][-1]
+
+
 async def call_async(breaker, work):
     return await breaker.call_async(work)
 
 
 async def call_async_of_a_lambda(breaker, work):
     return await breaker.call_async(lambda: work())
+
+
+class Awaitable:
+    """One of a kind that no library of ours has heard of."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def __await__(self):
+        return self.work().__await__()
+
+
+async def call_async_of_an_awaitable(breaker, work):
+    return await breaker.call_async(Awaitable, work)
 
 
 async def block(breaker, work):
@@ -133,6 +179,14 @@ async def block(breaker, work):
 async def async_block(breaker, work):
     async with breaker.calling():
         return await work()
+
+
+async def async_block_in_an_async_generator(breaker, work):
+    async def guarded():
+        async with breaker.calling():
+            yield await work()
+
+    return [result async for result in guarded()][-1]
 
 
 async def call_async_of_a_task(breaker, work):
@@ -151,6 +205,9 @@ async def decorated_by_a_subclass(breaker, work):
 
 WAYS = [
     decorated,
+    decorated_with_parentheses,
+    decorated_method,
+    object_that_is_called,
     decorated_with_call_async,
     decorated_iterable_coroutine,
     decorated_async_generator,
@@ -160,14 +217,21 @@ WAYS = [
     call_of_a_lambda,
     call_of_an_async_generator_function,
     call_async,
+    call_of_a_lambda_that_makes_an_async_generator,
     call_async_of_a_lambda,
+    call_async_of_an_awaitable,
     block,
     async_block,
+    async_block_in_an_async_generator,
     decorated_by_a_subclass,
 ]
 
 # Code that cannot await admits these, so that the claim is asked in one go.
-NOT_AWAITING = [block, call_of_a_lambda]
+NOT_AWAITING = [
+    block,
+    call_of_a_lambda,
+    call_of_a_lambda_that_makes_an_async_generator,
+]
 
 ERRORS = [asyncio.CancelledError, KeyboardInterrupt]
 

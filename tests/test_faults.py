@@ -3,6 +3,7 @@ logging, and exceptions that are not what exceptions should be."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import logging
@@ -53,6 +54,27 @@ def raising(exc):
         raise exc
 
     return raise_it
+
+
+def caught_from(guard, breaker, work):
+    """What comes out of a call that raises."""
+    try:
+        guard(breaker, work)
+    except BaseException as exc:
+        return exc
+    raise AssertionError("nothing came out")
+
+
+def is_from(caught, error, guard):
+    """Whether it is that very error, or what Python makes of one that has a
+    meaning of its own where the guarded code is a coroutine or a generator."""
+    turned = isinstance(error, StopAsyncIteration) and guard is by_async_generator
+    stopping = isinstance(error, StopIteration) and guard is not by_call
+    if caught is error:
+        return True
+    if (turned or stopping) and isinstance(caught, RuntimeError):
+        return error in (caught.__cause__, caught.__context__)
+    return False
 
 
 # One for each of the admissions and settlements that there are.
@@ -286,7 +308,15 @@ PREPARED = [
 ]
 
 BEFORE_OR_AFTER = {"not done": False, "done": True}
-FAULTS = [OSError, KeyboardInterrupt]
+FAULTS = [
+    OSError,
+    KeyboardInterrupt,
+    asyncio.CancelledError,
+    CircuitBreakerError,
+    NotFound,
+    StopIteration,
+    StopAsyncIteration,
+]
 every_fault = pytest.mark.parametrize("fault", FAULTS)
 
 ENDS = {
@@ -352,8 +382,8 @@ def assert_only_tells_the_caller(prepare, fault, after, end, guard, clock, recor
             caught = exc
         if not storage.has_failed:
             break
-        assert caught is storage.fault
-        assert (work.error in contexts(caught)) == (work.ran and end is not None)
+        assert is_from(caught, storage.fault, guard)
+        assert (work.error in contexts(storage.fault)) == (work.ran and end is not None)
         failed = work.ran and end is ServiceDown
         told = [event[1:] for event in recorder.events if event[0] == "failure"]
         assert told in ([], [(work.error,)] if failed else [])
@@ -378,8 +408,8 @@ def test_a_grant_that_a_fault_keeps_from_being_used_goes_back(fault, guard, cloc
     claim = the.storage.uses.index("claim_trial")
     the = Situation(clock, due)
     the.storage.fail(claim + 1, fault())
-    with pytest.raises(fault):
-        guard(the.breaker, int)
+    caught = caught_from(guard, the.breaker, int)
+    assert is_from(caught, the.storage.fault, guard)
     assert the.storage.uses[claim : claim + 2] == ["claim_trial", "read state"]
     the.storage.mend()
     assert guard(the.breaker, int) == 0
@@ -1048,33 +1078,11 @@ if sys.version_info >= (3, 11):
 every_odd_error = pytest.mark.parametrize("error", ODD_ERRORS.values(), ids=ODD_ERRORS)
 
 
-def caught_from(guard, breaker, error):
-    """What comes out of a call that raises `error`, and what of it is the
-    function's own."""
-    try:
-        guard(breaker, raising(error))
-    except BaseException as exc:
-        return exc
-    raise AssertionError("nothing came out")
-
-
-def is_from(caught, error, guard):
-    """Whether it is that very error, or what Python makes of one that has a
-    meaning of its own where the guarded code is a coroutine or a generator."""
-    turned = isinstance(error, StopAsyncIteration) and guard is by_async_generator
-    stopping = isinstance(error, StopIteration) and guard is not by_call
-    if caught is error:
-        return True
-    if (turned or stopping) and isinstance(caught, RuntimeError):
-        return error in (caught.__cause__, caught.__context__)
-    return False
-
-
 @every_odd_error
 def test_an_odd_exception_is_a_failure_like_any_other(error, guard, recorder):
     """It is counted once, told as it is, and reaches the caller."""
     breaker = CircuitBreaker(listeners=[recorder])
-    caught = caught_from(guard, breaker, error)
+    caught = caught_from(guard, breaker, raising(error))
     assert breaker.fail_counter == 1
     assert recorder.names == ["before_call", "failure"]
     assert is_from(recorder.events[-1][1], error, guard)
@@ -1094,7 +1102,7 @@ def test_an_odd_exception_opens_the_circuit_like_any_other(
     breaker = CircuitBreaker(1, throw_new_error_on_trip=new_error, name="odd")
     breaker.state = circuit
     caplog.clear()
-    caught = caught_from(guard, breaker, error)
+    caught = caught_from(guard, breaker, raising(error))
     assert breaker.current_state == "open"
     assert breaker.fail_counter == 1
     if new_error:
@@ -1113,7 +1121,7 @@ def test_an_odd_exception_can_be_excluded_like_any_other(error, guard, recorder)
     """By a predicate: what it is makes no difference to a success."""
     breaker = CircuitBreaker(1, listeners=[recorder])
     breaker.add_excluded_exception(lambda exc: True)
-    caught = caught_from(guard, breaker, error)
+    caught = caught_from(guard, breaker, raising(error))
     assert is_from(caught, error, guard)
     assert breaker.fail_counter == 0
     assert recorder.names == ["before_call", "success"]
