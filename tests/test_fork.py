@@ -13,7 +13,7 @@ import sys
 import textwrap
 
 import pytest
-from support import PATIENCE
+from support import BRIEF, PATIENCE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -491,4 +491,77 @@ def test_a_move_that_was_being_made_at_the_fork_is_not_the_childs(move):
 
         with in_another_thread(call):
             fork(child)
+    """)
+
+
+STEPS = {
+    "a trip": ("", "breaker.call(boom)"),
+    "a trial that succeeds": ("breaker.open(); now[0] += 60", "breaker.call(int)"),
+    "a trial that fails": ("breaker.open(); now[0] += 60", "breaker.call(boom)"),
+    "a rejection": ("breaker.open()", "breaker.call(int)"),
+    "opening": ("", "breaker.open()"),
+    "a listener that is added": ("", "breaker.add_listener(Listener([]))"),
+}
+
+
+@pytest.mark.skipif(BRIEF, reason="it takes many forks")
+@pytest.mark.parametrize("before, step", STEPS.values(), ids=STEPS)
+def test_a_child_may_be_forked_at_any_line(before, step):
+    """Wherever in the library another thread is, the child can use the breaker, and
+    each move that its listeners hear of there begins where the last one has led to."""
+    run(f"""
+        now = [0.0]
+        pybreaker.time = types.SimpleNamespace(monotonic=lambda: now[0])
+
+        class Listener(pybreaker.CircuitBreakerListener):
+            def __init__(self, moves):
+                self.moves = moves
+
+            def state_change(self, cb, old_state, new_state):
+                self.moves.append((old_state.name, new_state.name))
+
+        def stops_at(number, do):
+            "Does it, and waits before that one of all lines that it runs."
+            def run(reached, leave):
+                seen = set()
+                def trace(frame, event, arg):
+                    if frame.f_code.co_filename != pybreaker.__file__:
+                        return None
+                    if event == "line" and frame.f_lineno not in seen:
+                        seen.add(frame.f_lineno)
+                        if len(seen) == number:
+                            reached()
+                            leave()
+                    return trace
+                sys.settrace(trace)
+                try:
+                    do()
+                finally:
+                    sys.settrace(None)
+                    lines.append(len(seen))
+                    reached()
+            return run
+
+        number, lines = 0, [1]
+        while number < lines[-1]:
+            number += 1
+            moves = []
+            breaker = CircuitBreaker(fail_max=1, listeners=[Listener(moves)])
+            {before}
+
+            def do():
+                with contextlib.suppress(CircuitBreakerError):
+                    {step}
+
+            def child():
+                moves.clear()
+                use(breaker)
+                assert moves[-1] == ("half-open", "closed"), moves
+                for (_, reached), (left, _) in zip(moves, moves[1:]):
+                    assert reached == left, moves
+
+            with in_another_thread(stops_at(number, do)):
+                fork(child)
+            use(breaker)
+        assert number > 5
     """)
