@@ -494,21 +494,23 @@ def test_a_move_that_was_being_made_at_the_fork_is_not_the_childs(move):
     """)
 
 
+# What is done before, then at every line; and for how long the child may have to wait.
 STEPS = {
-    "a trip": ("", "breaker.call(boom)"),
-    "a trial that succeeds": ("breaker.open(); now[0] += 60", "breaker.call(int)"),
-    "a trial that fails": ("breaker.open(); now[0] += 60", "breaker.call(boom)"),
-    "a rejection": ("breaker.open()", "breaker.call(int)"),
-    "opening": ("", "breaker.open()"),
-    "a listener that is added": ("", "breaker.add_listener(Listener([]))"),
+    "a trip": ("", "breaker.call(fails)", {0, 60}),
+    "a trial that succeeds": ("is_due()", "breaker.call(int)", {0}),
+    "a trial that fails": ("is_due()", "breaker.call(fails)", {0, 60}),
+    "a rejection": ("breaker.open()", "breaker.call(int)", {60}),
+    "opening": ("", "breaker.open()", {0, 60}),
+    "a listener that is added": ("", "breaker.add_listener(Listener([]))", {0}),
 }
 
 
 @pytest.mark.skipif(BRIEF, reason="it takes many forks")
-@pytest.mark.parametrize("before, step", STEPS.values(), ids=STEPS)
-def test_a_child_may_be_forked_at_any_line(before, step):
-    """Wherever in the library another thread is, the child can use the breaker, and
-    each move that its listeners hear of there begins where the last one has led to."""
+@pytest.mark.parametrize("before, step, waits", STEPS.values(), ids=STEPS)
+def test_a_child_may_be_forked_at_any_line(before, step, waits):
+    """Wherever in the library another thread is, the child can use the breaker, no
+    trial holds its place there, and each move that its listeners hear of begins where
+    the last one has led to."""
     run(f"""
         now = [0.0]
         pybreaker.time = types.SimpleNamespace(monotonic=lambda: now[0])
@@ -547,6 +549,15 @@ def test_a_child_may_be_forked_at_any_line(before, step):
             number += 1
             moves = []
             breaker = CircuitBreaker(fail_max=1, listeners=[Listener(moves)])
+
+            def is_due():
+                breaker.open()
+                now[0] += 60
+
+            def fails():
+                now[0] += 1  # so that a trial's rest is less than an opening's
+                raise Boom
+
             {before}
 
             def do():
@@ -555,6 +566,7 @@ def test_a_child_may_be_forked_at_any_line(before, step):
 
             def child():
                 moves.clear()
+                assert breaker.retry_after in {waits}
                 use(breaker)
                 assert moves[-1] == ("half-open", "closed"), moves
                 for (_, reached), (left, _) in zip(moves, moves[1:]):
