@@ -98,7 +98,7 @@ class Model:
         if granted and self.place is not None:
             self.place.claimed = True  # even if another call holds it by now
         elif granted:
-            self.released += 1
+            self.release()
         self.look()
         if self.place is not trial:
             return False
@@ -115,24 +115,27 @@ class Model:
         return True
 
     def settle(self, call, outcome, exc=None):
-        """A late outcome, and one within a trial, changes nothing and is heard of;
-        that of a trial that lost its place counts."""
         try:
-            if outcome == ABANDONED:
-                return
-            self.look()
-            if outcome == SUCCESS:
-                if call.era is self.era:
-                    self.succeed()
-                self.tell("success")
-            else:
-                if call.era is self.era:
-                    self.count()
-                self.tell("failure", exc)
-                if call.era is self.era:
-                    self.fail(exc)
+            self.conclude(call, outcome, exc)
         finally:
             self.give_back(call)
+
+    def conclude(self, call, outcome, exc=None):
+        """A late outcome, and one within a trial, changes nothing and is heard of;
+        that of a trial that lost its place counts."""
+        if outcome == ABANDONED:
+            return
+        self.look()
+        if outcome == SUCCESS:
+            if call.era is self.era:
+                self.succeed()
+            self.tell("success")
+        else:
+            if call.era is self.era:
+                self.count()
+            self.tell("failure", exc)
+            if call.era is self.era:
+                self.fail(exc)
 
     def succeed(self):
         if self.era.name == CLOSED:
@@ -166,7 +169,11 @@ class Model:
     def give_back(self, trial):
         if trial is not None and trial is self.place:
             self.place = None
-            self.released += trial.claimed
+            if trial.claimed:
+                self.release()
+
+    def release(self):
+        self.released += 1
 
     def gate(self, context):
         """`state.before_call`: neither takes the place nor tells of the call."""

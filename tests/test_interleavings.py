@@ -7,9 +7,9 @@ with up to two preemptions and in a random sample of orders with more. After eac
 the end; of those that differ only in when two threads did what had nothing to do with
 each other, one is run. For that, whatever is shared in this file says that it is used.
 
-The last promise is the strongest. `Model` is a circuit where a call is admitted
-at one moment and settled at another, and all else happens at one moment; tried in
-all orders, it says what may come out. Whatever the library's threads do in
+The last promise is the strongest. `World` has the circuit of `model`, where a call is
+admitted at one moment and settled at another, and all else happens at one moment;
+tried in all orders, it says what may come out. Whatever the library's threads do in
 between, it must look like that from outside: what each call comes to, what the
 listeners hear, in which order, and what they see then, and how things end.
 
@@ -24,24 +24,21 @@ preemptions in races that are not too long. It takes Python 3.12.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import gc
 import inspect
-import itertools
 import logging
 import math
 import random
 import re
-import sys
-import threading
 import types
 from dataclasses import dataclass
 from datetime import datetime
 
 import guards
 import pytest
+from model import Call, Model, Rejected, Tripped
 from scheduler import (
     ANYTHING,
     NAMES,
@@ -54,7 +51,7 @@ from scheduler import (
     written,
     written_names,
 )
-from support import BRIEF, DEEP, PATIENCE
+from support import BRIEF, DEEP
 
 import pybreaker
 
@@ -71,7 +68,7 @@ TIMEOUT = 10.0
 @dataclass(frozen=True)
 class Scenario:
     """What is done before the race, by each thread in it, and afterwards, in
-    words that are methods of `Circuit` and of `Model`."""
+    words that are methods of `Circuit` and of `World`."""
 
     name: str
     threads: tuple[str, ...]
@@ -115,216 +112,156 @@ class Order:
         self.ended.append(action)
 
 
-class Model:
-    """SPEC.md, where nothing happens at the same time. What takes a while is a
-    generator that yields where another thread may come in between."""
+class World(Model):
+    """A circuit as the specification has it, where one thing happens after another.
+    What takes a while is a generator; it yields where another thread may come in."""
 
     def __init__(self, scenario):
+        super().__init__(types.SimpleNamespace(now=0.0, moment=0.0))
         self.fail_max = scenario.fail_max
         self.success_threshold = scenario.success_threshold
         self.reset_timeout = TIMEOUT
+        self.opened = 0.0
         self.storage = scenario.storage
-        self.state = self.stored = "closed"
-        self.era = 0
-        self.fails = self.successes = self.exclusions = 0
-        self.now = self.opened_at = 0.0
-        self.place = None  # or the trial that has it
         self.leased = False
+        self.exclusions = 0
         self.thread = None
+        self.contexts = {name: set() for name in (None, *NAMES)}
         self.blocks = {}
-        self.heard = [[] for _ in range(scenario.listeners)]
+        self.heard = []
         self.muted = []
         self.then = None  # what to do when listeners have heard of a failure
         self.results = {}
         self.order = Order()
+        for _ in range(scenario.listeners):
+            self.listen()
 
-    def tell(self, event, *details):
-        for events in self.heard:
-            counters = self.state, self.fails, self.successes
-            events.append((event, self.thread, *counters, *details))
+    def note(self, events, event, *details):
+        names = [details[0].name] if event == "state_change" else []
+        counters = self.stored, self.fail_counter, self.success_counter
+        events.append((event, self.thread, *counters, *names))
+        if event == "failure" and self.then:
+            then, self.then = self.then, None
+            then()
 
-    def wait(self):
-        rest = 0.0
-        if self.state == "open":
-            rest = self.opened_at + self.reset_timeout - self.now
-        if rest <= 0 and self.state != "closed" and self.place:
-            rest = self.place.since + self.reset_timeout - self.now
-        return max(0.0, rest)
-
-    def move(self, state, by_trial=False):
-        old, self.state = self.state, state
-        self.stored = state
-        self.era += 1
-        if not by_trial:
-            self.vacate(self.place)
-        self.tell("state_change", old)
-
-    def vacate(self, trial):
-        if trial and trial is self.place:
-            self.place = None
-            if trial.claimed:
-                self.leased = False
-
-    def admit(self, inner=False):
-        """Returns the era and the trial of a call; the result, if rejected."""
-        while True:
-            self.ask()
-            wait = self.wait()
-            if self.state == "closed":
-                self.tell("before_call")
-                return self.era, None
-            if wait and inner and self.place and self.place.begun:
-                self.tell("before_call")
-                return "none", None
-            if wait:
-                self.tell("rejected")
-                return f"rejected for {wait}"
-            trial = self.place = types.SimpleNamespace(
-                since=self.now, begun=False, claimed=False
-            )
+    def admit(self, context):
+        call = self.arrive(context, None)
+        while call.trial and call.era is None:
             yield
             granted = not (self.storage == "leased" and self.leased)
             if self.storage != "memory":
                 self.leased = True
                 yield
-            if granted and self.place:
-                self.place.claimed = True  # whoever's it is by now
-            elif granted:
-                self.leased = False
-            if self.place is not trial:
-                continue
-            if not granted:
-                self.tell("rejected")
+            try:
+                begun = self.may_begin(call, granted, None)
+            except Rejected:
                 yield
-                self.vacate(trial)
-                return "rejected for 0.0"
-            trial.begun = True
-            if self.state == "open":
-                self.move("half-open", by_trial=True)
-            self.tell("before_call")
-            return self.era, trial
+                self.give_back(call)
+                raise
+            if not begun:
+                call = self.arrive(context, None)
+        return call
 
-    def settle(self, admitted, outcome):
-        era, trial = admitted
-        self.ask()
+    def release(self):
+        self.leased = False
+
+    def end(self, call, outcome):
         result = {"success": "done", "failure": "failed"}.get(outcome, outcome)
-        counts = era == self.era
-        if outcome == "success":
-            if counts:
-                self.succeeded()
-            self.tell("success")
-        elif outcome == "failure":
-            if counts and not (self.state == "closed" and self.fails == self.fail_max):
-                self.fails += 1
-            self.tell("failure")
-            then, self.then = self.then, None
-            if then:
-                then()
-            if counts:
-                result = self.failed() or result
-        if trial:
+        try:
+            self.conclude(call, outcome)
+        except Tripped:
+            result = "tripped"
+        if call.trial:
             yield
-            self.vacate(trial)
+            self.give_back(call)
         return result
 
-    def succeeded(self):
-        if self.state == "closed":
-            self.fails = 0
-        elif self.state == "half-open":
-            self.successes += 1
-            if self.successes >= self.success_threshold:
-                self.close()
-
-    def failed(self):
-        if self.state == "half-open" or (
-            self.state == "closed" and self.fails >= self.fail_max
-        ):
-            self.open()
-            return "tripped"
-
-    def succeed_by_hand(self):
-        era = self.era
-        yield
-        if era == self.era:
-            self.succeeded()
-
-    def fail_by_hand(self):
-        era = self.era
-        yield
-        return (yield from self.settle((era, None), "failure"))
-
-    def count_by_hand(self):
-        self.fails += 1
-
-    def decide_by_hand(self):
-        era = self.era
-        yield
-        if era == self.era:
-            return self.failed()
-
     def call(self, outcome, inner=False):
-        admitted = yield from self.admit(inner)
-        if isinstance(admitted, str):
-            return admitted
+        context = self.contexts[None if inner else self.thread].copy()
+        try:
+            admitted = yield from self.admit(context)
+        except Rejected as rejected:
+            return f"rejected for {rejected.retry_after}"
         self.order.ends(self.thread, "admission")
         yield
         self.order.begins(self.thread, "settlement")
-        return (yield from self.settle(admitted, outcome))
+        return (yield from self.end(admitted, outcome))
 
     def enter(self):
-        admitted = yield from self.admit()
-        if isinstance(admitted, str):
-            return admitted
-        self.blocks[self.thread] = admitted
+        thread = self.thread
+        try:
+            self.blocks[thread] = yield from self.admit(self.contexts[thread])
+        except Rejected as rejected:
+            return f"rejected for {rejected.retry_after}"
 
     def leave(self, outcome):
         block = self.thread if self.thread in self.blocks else None
         if block not in self.blocks:
             return "nothing to leave"
-        return (yield from self.settle(self.blocks.pop(block), outcome))
+        return (yield from self.end(self.blocks.pop(block), outcome))
 
     def open(self):
-        self.successes, self.opened_at = 0, self.now
         self.move("open")
 
     def half_open(self):
-        self.successes = 0
         self.move("half-open")
 
     def close(self):
-        self.fails = self.successes = 0
         self.move("closed")
 
-    def find(self, state):
-        if state == "closed" and self.fails >= self.fail_max:
-            self.fails = 0
-        self.move(state)
+    def succeed_by_hand(self):
+        era = self.era
+        yield
+        if era is self.era:
+            self.succeed()
+
+    def fail_by_hand(self):
+        call = Call(self.era)
+        yield
+        return (yield from self.end(call, "failure"))
+
+    def count_by_hand(self):
+        self.fail_counter += 1
+
+    def decide_by_hand(self):
+        era = self.era
+        yield
+        try:
+            if era is self.era:
+                self.fail(None)
+        except Tripped:
+            return "tripped"
 
     def write(self, state):
         self.stored = state
 
+    def find(self, state):
+        self.write(state)
+        self.look()
+
     def ask(self):
-        if self.stored != self.state:
-            self.find(self.stored)
-        return self.state
+        self.look()
+        return self.era.name
 
     def gate(self):
-        wait = self.wait()
-        if wait:
-            return f"rejected for {wait}"
-        if self.state == "open":
-            self.move("half-open")
+        try:
+            super().gate(self.contexts[self.thread])
+        except Rejected as rejected:
+            return f"rejected for {rejected.retry_after}"
 
     def expire(self):
-        self.now += TIMEOUT
+        self.clock.now += TIMEOUT
+        self.clock.moment += TIMEOUT
 
     def listen(self):
         self.heard.append([])
+        self.listeners.append(functools.partial(self.note, self.heard[-1]))
 
     def listen_once_it_fails(self):
         self.then = self.listen
 
     def mute(self):
+        self.listeners.pop(0)
         self.muted = [self.heard.pop(0)]
 
     def exclude(self):
@@ -333,14 +270,12 @@ class Model:
     def readmit(self):
         self.exclusions -= 1
 
-    def look(self):
-        return self.state, self.fails, self.successes, self.wait()
+    def see(self):
+        counters = self.fail_counter, self.success_counter
+        return self.stored, *counters, self.retry_after
 
     def set(self, name, value):
-        if name == "fail_counter":
-            self.fails = value
-        else:
-            setattr(self, name, value)
+        setattr(self, name, value)
 
     def do(self, words, thread=None):
         """Do what the words say; what comes of it is in the results."""
@@ -364,7 +299,7 @@ class Model:
 
     def outcome(self):
         heard = frozen(self.heard + self.muted)
-        seen = self.look(), self.leased, self.exclusions
+        seen = self.see(), self.leased, self.exclusions
         return frozen(self.results), heard, *seen
 
 
@@ -372,6 +307,7 @@ ACTIONS = {
     "succeed": ("call", "success"),
     "fail": ("call", "failure"),
     "abandon": ("call", "abandoned"),
+    "look": ("see",),
     "succeed_inside": ("call", "success", True),
     "fail_inside": ("call", "failure", True),
     "leave": ("leave", "success"),
@@ -402,11 +338,11 @@ def action(world, word):
 @functools.cache
 def possible(scenario):
     """All that the scenario can come to where its threads take turns between
-    the moments of the `Model` only, each with the orders that lead to it."""
+    the moments of the `World` only, each with the orders that lead to it."""
     found = {}
 
     def run(schedule):
-        model = Model(scenario)
+        model = World(scenario)
         for _ in model.do(scenario.before):
             pass
         programs = [
@@ -803,7 +739,7 @@ class Circuit:
     def readmit(self):
         self.breaker.remove_excluded_exception(KeyError)
 
-    def look(self):
+    def see(self):
         seen = self.breaker.snapshot()
         names = "state", "fail_counter", "success_counter", "retry_after"
         return tuple(seen[name] for name in names)
@@ -817,7 +753,7 @@ class Circuit:
         listeners = (*self.breaker.listeners, *self.muted)
         heard = frozen(listener.events for listener in listeners)
         leased = getattr(self.storage, "leased", False)
-        seen = self.look(), leased, len(self.breaker.excluded_exceptions)
+        seen = self.see(), leased, len(self.breaker.excluded_exceptions)
         return frozen(self.results), heard, *seen
 
     def complaint(self):
@@ -1605,217 +1541,3 @@ def test_a_sample_has_more_preemptions_than_all_orders_that_were_run():
     assert more == counts[-len(more) :]
     assert len(more) > SAMPLES / 2
     assert max(more) > PREEMPTIONS + 1
-
-
-# The scheduler itself.
-
-COUNTER = types.ModuleType("counter")
-exec(
-    compile(
-        """
-class Counter:
-    def __init__(self):
-        self.value = 0
-    def add(self):
-        value = self.value
-        value += 1
-        self.value = value
-    def add_other(self):
-        self.other = 1
-        self.other += 1
-    def add_often(self):
-        while True:
-            self.value += 1
-    def add_twice(self, first, second):
-        with first:
-            self.value += 1
-            with second:
-                self.value += 1
-""",
-        "<counter>",
-        "exec",
-    ),
-    vars(COUNTER),
-)
-
-
-def trails_of_a_counter(preemptions, *, locked, threads=2, alike=()):
-    """The orders of the threads' steps, and the sum that each comes to."""
-    with Scheduler(threads, "<counter>") as scheduler:
-
-        def run(schedule):
-            nonlocal counter
-            counter = COUNTER.Counter()
-            lock = scheduler.lock() if locked else contextlib.nullcontext()
-
-            def add():
-                with lock:
-                    counter.add()
-
-            assert scheduler.run([add] * threads, schedule) == [None] * threads
-            return scheduler.trail
-
-        counter = None
-        return [
-            (tuple(chosen for _, chosen, *_ in scheduler.trail), counter.value)
-            for _ in explore(run, preemptions, alike)
-        ]
-
-
-def test_every_order_is_run_and_each_once():
-    """Without a limit there are as many as ways to merge the threads' steps."""
-    orders = [order for order, _ in trails_of_a_counter(math.inf, locked=False)]
-    # Each thread has a beginning and two steps that touch an attribute, and
-    # after the first thread's end there is one more decision, with no choice.
-    assert len(set(orders)) == len(orders) == math.factorial(6) // 6**2
-
-
-def orders_of_two(uses=("a", "b"), opcodes=True, tells=True):
-    """The orders in which two threads say what they use, after each has counted in an
-    attribute of its own: a list of one for each schedule that was run."""
-    found = []
-    with Scheduler(2, "<counter>", opcodes, tells=tells) as scheduler:
-
-        def run(schedule):
-            counter, order = COUNTER.Counter(), []
-
-            def work(add, use):
-                add()
-                scheduler.touch(*use)
-                order.append(use)
-
-            adds = counter.add, counter.add_other
-            programs = [functools.partial(work, *each) for each in zip(adds, uses)]
-            assert scheduler.run(programs, schedule) == [None, None]
-            assert (counter.value, counter.other) == (1, 2)
-            found.append(tuple(order))
-            return scheduler.trail
-
-        for _ in explore(run, math.inf):
-            pass
-    return found
-
-
-def test_of_orders_that_must_come_to_the_same_few_are_run():
-    """Where threads use nothing in common, one begins first, or the other does."""
-    assert len(orders_of_two()) == 2
-    # Else all are run: of 3 steps and 4 where each instruction is one, or 3 and 3.
-    assert len(orders_of_two(tells=False)) == math.comb(7, 3)
-    assert len(orders_of_two(opcodes=False)) == math.comb(6, 3)
-
-
-@pytest.mark.parametrize("uses", ["aa", ("", "a"), ("", "")])
-def test_what_uses_the_same_is_run_in_every_order(uses):
-    """Or what may use the same, as it doesn't say what it uses."""
-    assert set(orders_of_two(uses)) == {(*uses,), (*reversed(uses),)}
-
-
-def test_a_thread_that_is_none_of_its_own_is_left_alone():
-    """It may run the watched code meanwhile, as a courier does that a test has left."""
-    mine, others, seen = COUNTER.Counter(), COUNTER.Counter(), threading.Event()
-
-    def count():
-        for _ in range(1000):
-            others.add()
-        seen.set()
-
-    with Scheduler(1, "<counter>") as scheduler:
-
-        def program():
-            threading.Thread(target=count).start()
-            assert seen.wait(PATIENCE)
-            mine.add()
-
-        assert scheduler.run([program], {}) == [None]
-        assert scheduler.stuck is None
-        assert len(scheduler.trail) == 3  # the beginning, a look and a write
-    assert others.value == 1000
-
-
-def test_of_threads_that_do_the_same_the_first_begins_first():
-    """All other orders are these with the threads' numbers exchanged."""
-    every = {order for order, _ in trails_of_a_counter(2, locked=False, threads=3)}
-    orders = [
-        order
-        for order, _ in trails_of_a_counter(2, locked=False, threads=3, alike="aaa")
-    ]
-    exchanged = {
-        tuple(numbers[thread] for thread in order)
-        for order in orders
-        for numbers in itertools.permutations(range(3))
-    }
-    assert exchanged == every
-    assert len(every) == 6 * len(orders)
-
-
-def test_threads_that_differ_begin_in_any_order():
-    """Only threads with the same label are exchanged."""
-    every = trails_of_a_counter(2, locked=False, threads=3)
-    assert trails_of_a_counter(2, locked=False, threads=3, alike="abc") == every
-    some = trails_of_a_counter(2, locked=False, threads=3, alike="aab")
-    assert 2 * len(some) == len(every)
-    assert {order[0] for order, _ in some} == {0, 2}
-
-
-def test_a_lost_update_takes_one_preemption():
-    """One thread after the other adds up; one that is interrupted doesn't."""
-    assert {total for _, total in trails_of_a_counter(0, locked=False)} == {2}
-    assert {total for _, total in trails_of_a_counter(1, locked=False)} == {1, 2}
-
-
-def test_a_lock_keeps_the_others_out():
-    """Threads that wait go on when the lock is free, and so nothing is lost."""
-    totals = [total for _, total in trails_of_a_counter(2, locked=True, threads=3)]
-    assert set(totals) == {3}
-    assert len(totals) > 10
-
-
-def test_a_deadlock_is_found():
-    """Two locks that are taken in different orders are found out, not waited for."""
-    with Scheduler(2, "<counter>") as scheduler:
-
-        def run(schedule):
-            add, first, second = (
-                COUNTER.Counter().add_twice,
-                scheduler.lock(),
-                scheduler.lock(),
-            )
-            scheduler.run(
-                [lambda: add(first, second), lambda: add(second, first)], schedule
-            )
-            return scheduler.trail
-
-        reasons = {scheduler.stuck for _ in explore(run, 1)}
-    assert reasons == {None, "deadlock: 2 of the threads wait for ever"}
-
-
-def test_a_lock_that_is_kept_is_found():
-    """A thread that ends with the lock held leaves the other one waiting."""
-    with Scheduler(2, "<counter>") as scheduler:
-        lock = scheduler.lock()
-        scheduler.run([lock.acquire, lock.acquire], {})
-        assert scheduler.stuck == "deadlock: 1 of the threads wait for ever"
-
-
-def test_a_thread_that_never_ends_is_ended():
-    """After so many steps a run is given up, and the next one works."""
-    with Scheduler(2, "<counter>", patience=100) as scheduler:
-        counter = COUNTER.Counter()
-        scheduler.run([counter.add_often, counter.add], {})
-        assert scheduler.stuck == "no end after 100 steps"
-        counter = COUNTER.Counter()
-        scheduler.run([counter.add, counter.add], {})
-        assert scheduler.stuck is None
-        assert len(scheduler.trail) > 4
-
-
-def monitoring_tools():
-    return [sys.monitoring.get_tool(number) for number in range(6)]
-
-
-def test_a_scheduler_leaves_nothing_behind():
-    """Neither threads, nor a place taken among those who monitor the program."""
-    tools, running = monitoring_tools(), threading.active_count()
-    trails_of_a_counter(1, locked=True)
-    assert monitoring_tools() == tools
-    assert threading.active_count() == running
