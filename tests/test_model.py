@@ -88,8 +88,23 @@ class Gone(BaseException):
     """A failure, too."""
 
 
-EXCEPTIONS = [Boom, Boom, Boom, Marked, Gone, KeyboardInterrupt, asyncio.CancelledError]
-ABANDONING = (KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
+ABANDONING = (KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit)
+EXCEPTIONS = [*[Boom] * 4, Marked, Gone, *ABANDONING[:3]]
+GROUPS = ()
+if sys.version_info >= (3, 11):
+    Group = BaseExceptionGroup  # noqa: F821
+    GROUPS = (Group,)
+    EXCEPTIONS += [
+        lambda: Group("all abandon", [SystemExit(), KeyboardInterrupt()]),
+        lambda: Group("one fails", [KeyboardInterrupt(), Boom()]),
+    ]
+
+
+def is_abandoning(exc):
+    """One that says nothing about the service, or a group of nothing else."""
+    if isinstance(exc, GROUPS):
+        return all(map(is_abandoning, exc.exceptions))
+    return isinstance(exc, ABANDONING)
 
 
 def is_marked(exc):
@@ -106,7 +121,7 @@ EXCLUSIONS = [
     (Marker, {Marked}),
     (is_marked, {Marked}),
     (is_undecided, set()),
-    (BaseException, {Boom, Marked, Gone}),
+    (BaseException, {Boom, Marked, Gone, *GROUPS}),
 ]
 
 
@@ -651,6 +666,10 @@ class Flight:
         self.admission, self.call = admission, None
         self.closes_well, self.can_wait = closes_well, can_wait
 
+    @property
+    def is_trial(self):
+        return bool(self.call and self.call.trial)
+
 
 def drive(how, driver, argument):
     """Let a generator or a coroutine go on, to its next stop or its end."""
@@ -889,6 +908,11 @@ class Circuit(RuleBasedStateMachine):
         assert breaker.reset_timeout == model.reset_timeout
         assert breaker.success_threshold == model.success_threshold
         assert breaker.name == model.name
+        seen = breaker.snapshot()
+        for name in ("fail_counter", "success_counter", "retry_after", "name"):
+            value = getattr(model, name)
+            assert seen[name] == (None if value == math.inf else value)
+        assert seen["state"] == model.stored
         assert breaker.listeners == tuple(item.real for item in self.listeners)
         assert breaker.excluded_exceptions == tuple(item for item, _ in self.exclusions)
         if self.watched and not model.is_moved():  # so this look finds nothing
@@ -902,7 +926,7 @@ class Circuit(RuleBasedStateMachine):
     def outcome(self, exc):
         if exc is None:
             return SUCCESS
-        if isinstance(exc, ABANDONING):
+        if is_abandoning(exc):
             return ABANDONED
         if any(type(exc) in excluded for _, excluded in self.exclusions):
             return SUCCESS
@@ -965,6 +989,7 @@ class Circuit(RuleBasedStateMachine):
         admission = self.model.admission(context.trials, what)
         flight = Flight(driver, what, context, admission, closes_well, can_wait)
         self.go_on(flight, "send", None, self.admitted(flight))
+        self.reached[f"a trial: {way}"] += flight.is_trial
 
     @rule(way=ways, place=places)
     def begin_a_trial(self, way, place):
@@ -1117,6 +1142,7 @@ class Circuit(RuleBasedStateMachine):
         admission = self.model.admission(context.trials, what)
         flight = Flight(None, what, context, admission, False, False)
         predicted = self.admitted(flight)
+        self.reached[f"a trial: {way}"] += flight.is_trial
         actual = result_of(self.run, context, PLAIN[way], self.breaker, func)
         if self.wrong:
             raise self.wrong
@@ -1375,6 +1401,7 @@ def test_the_library_does_what_the_model_says(clocks, kind, record_property):
     reached = collections.Counter()
     corners = CORNERS + CORNERS_OF_A_FLEET if kind == "fleet" else CORNERS
     corners = list(filter(None, map(str.strip, corners.splitlines())))
+    corners += [f"a trial: {way}" for way in {**LAZY, **PLAIN}]
     for searched, _ in enumerate(search(clocks, kind, reached), 1):
         missed = {each: reached[each] for each in corners if reached[each] < ENOUGH}
         if BRIEF or searched >= (SEEDS if not missed else 5 * SEEDS):
