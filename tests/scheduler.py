@@ -77,7 +77,7 @@ ALIASES = {
     "success_counter": "_success_counter",
 }
 NOTHING = Use()
-ANYTHING = Use(-1, -1)
+ANYTHING = Use(-1, -1)  # which have all bits
 
 
 @functools.cache
@@ -514,6 +514,7 @@ def _places(code, opcodes, shared):
 
 
 def _use(instruction, shared):
+    """What it uses of the attributes with these names, or of any."""
     kind, name = instruction.opname, instruction.argval
     if "SUBSCR" in kind or instruction.argrepr == "[]":  # as it is called in 3.14
         name = "[]"
