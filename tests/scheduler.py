@@ -418,13 +418,16 @@ def parsed(text):
 
 def _move_to_one_core():
     """The calling thread, and those that it will start, as handing over to another core
-    takes ten times as long. Workers of pytest-xdist move to different ones. Returns
-    the cores that it ran on, or None where that can't be asked."""
-    if not hasattr(os, "sched_setaffinity"):
+    takes ten times as long. Only where each worker of pytest-xdist has one, so that no
+    two meet there. Returns the cores that it ran on, or None if it may still move."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+    if not workers or not hasattr(os, "sched_setaffinity"):
         return None
     cores = os.sched_getaffinity(0)
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    _move_to({sorted(cores)[int(worker) % len(cores)]})
+    if workers > len(cores):
+        return None
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    _move_to({sorted(cores)[number]})
     return cores
 
 
