@@ -1618,6 +1618,10 @@ class CircuitRedisStorage(CircuitMemoryStorage):
             self._unsent_opening = self._unsent_opening or not self._apart
         self._courier.wake()
 
+    def _open_now(self) -> None:
+        with self._mutex:  # while an opening elsewhere may be taken in
+            super()._open_now()
+
     def trip(self, fail_max: float) -> None:
         """Open in this process; in the fleet if the count lasts."""
         with self._mutex:

@@ -391,7 +391,7 @@ class Watched(pybreaker.CircuitRedisStorage):
     # What is to be done is read with the lock as well.
     to_do = {"_unsent", "_unsent_move", "_unsent_opening", "_unasked", "_unreturned"}
     to_do |= {"_waiting", "_claim", "_lapsing", "_doubt"}
-    known = {"_state", "_fail_counter", "_success_counter"}
+    known = {"_state", "_fail_counter", "_success_counter", "_opened", "_moment"}
     known |= {"_shared", "_unheard", "_away", "_apart"}
 
     def __getattribute__(self, name):
