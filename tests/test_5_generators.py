@@ -12,7 +12,12 @@ import types
 import pytest
 from support import PATIENCE, drive
 
-from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerListener,
+    CircuitMemoryStorage,
+)
 
 
 def elsewhere(func, *args):
@@ -314,18 +319,34 @@ def test_a_generator_that_fails_between_two_items_opens_the_circuit(make, clock)
     assert breaker.current_state == "open"
 
 
-def test_wrong_arguments_are_a_failure_of_the_first_step():
-    """The function is called when the generator first runs."""
+@pytest.mark.parametrize("kind", ["generator", "async generator"])
+def test_wrong_arguments_are_a_failure_of_the_first_step(kind):
+    """The function is called when the generator first runs, and a trial is over."""
     breaker = CircuitBreaker()
 
     @breaker
     def guarded(a):
         yield a
 
-    generator = guarded()
+    @breaker
+    async def guarded_async(a):
+        yield a
+
+    def first_step():
+        if kind == "generator":
+            next(guarded())
+        else:
+            drive(guarded_async().__anext__())
+
     with pytest.raises(TypeError):
-        next(generator)
+        first_step()
     assert breaker.fail_counter == 1
+    breaker.half_open()
+    with pytest.raises(CircuitBreakerError) as raised:
+        first_step()
+    assert isinstance(raised.value.__cause__, TypeError)
+    breaker.half_open()
+    assert breaker.retry_after == 0.0
 
 
 # Closing early.
@@ -849,16 +870,49 @@ def test_a_block_cannot_be_entered_again_while_it_runs(recorder):
     assert recorder.names == ["before_call", "success"] * 2
 
 
-def test_a_rejected_block_is_used_up_too():
+ENTER = {
+    "with": lambda block: block.__enter__(),
+    "async with": lambda block: drive(block.__aenter__()),
+}
+LEAVE = {
+    "with": lambda block, exc=None: block.__exit__(type(exc), exc, None),
+    "async with": lambda block, exc=None: drive(block.__aexit__(type(exc), exc, None)),
+}
+with_each = pytest.mark.parametrize("spelling", ["with", "async with"])
+
+
+@with_each
+def test_a_rejected_block_is_used_up_too(spelling):
     """It was for that one call, which was rejected."""
     breaker = CircuitBreaker()
     breaker.open()
     block = breaker.calling()
     with pytest.raises(CircuitBreakerError):
-        block.__enter__()
+        ENTER[spelling](block)
     breaker.close()
     with pytest.raises(RuntimeError):
-        block.__enter__()
+        ENTER[spelling](block)
+
+
+def test_a_block_that_waits_for_its_trial_cannot_be_entered_again():
+    """It is used up before the storage has answered."""
+
+    class Slow(CircuitMemoryStorage):
+        @types.coroutine
+        def claim_trial_async(self, timeout):
+            yield
+            return True
+
+    breaker = CircuitBreaker(state_storage=Slow("half-open"))
+    block = breaker.calling()
+    entering = block.__aenter__()
+    entering.send(None)
+    with pytest.raises(RuntimeError, match="one block"):
+        drive(block.__aenter__())
+    with pytest.raises(StopIteration):
+        entering.send(None)
+    LEAVE["async with"](block)
+    assert breaker.current_state == "closed"
 
 
 @pytest.mark.parametrize("entered", [True, False])
@@ -876,23 +930,40 @@ def test_a_block_is_left_as_often_as_it_was_entered(entered, recorder):
     assert recorder.names == ["before_call", "success"] * entered
 
 
-def test_a_block_that_is_being_left_cannot_be_left_once_more(recorder):
+@pytest.mark.parametrize("first", LEAVE)
+@pytest.mark.parametrize("second", LEAVE)
+def test_a_block_that_is_being_left_cannot_be_left_once_more(first, second, recorder):
     """Not even by a listener that is told how it ended."""
     errors = []
 
     class Meddler(CircuitBreakerListener):
         def success(self, cb):
             try:
-                block.__exit__(None, None, None)
+                LEAVE[second](block)
             except RuntimeError as exc:
                 errors.append(exc)
 
     breaker = CircuitBreaker(listeners=[Meddler(), recorder])
     block = breaker.calling()
-    with block:
-        pass
+    ENTER[first](block)
+    LEAVE[first](block)
     assert len(errors) == 1
     assert recorder.names == ["before_call", "success"]
+
+
+@with_each
+def test_a_block_that_has_opened_the_circuit_cannot_be_left_once_more(
+    spelling, boom, recorder
+):
+    """Its failure was told and counted once."""
+    breaker = CircuitBreaker(fail_max=1, listeners=[recorder])
+    block = breaker.calling()
+    ENTER[spelling](block)
+    with pytest.raises(CircuitBreakerError):
+        LEAVE[spelling](block, boom())
+    with pytest.raises(RuntimeError):
+        LEAVE[spelling](block, boom())
+    assert recorder.names == ["before_call", "failure", "state_change"]
 
 
 def test_only_one_of_many_threads_may_enter_a_block(recorder):
