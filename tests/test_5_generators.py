@@ -1268,6 +1268,31 @@ def test_two_half_open_breakers_may_be_in_each_others_trials(make, clock):
     assert first.current_state == second.current_state == "closed"
 
 
+@pytest.mark.parametrize("way", ["call", "coroutine"])
+def test_a_trial_that_a_storage_makes_of_another_breaker_changes_nothing(way):
+    """While it is asked for a trial, whose own calls are within it all the same."""
+    other = CircuitBreaker()
+
+    class Curious(CircuitMemoryStorage):
+        def claim_trial(self, timeout):
+            other.half_open()
+            return other.call(lambda: True)
+
+        async def claim_trial_async(self, timeout):
+            return self.claim_trial(timeout)
+
+    breaker = CircuitBreaker(state_storage=Curious("half-open"))
+
+    async def nested():
+        return breaker.call(lambda: "nested")
+
+    if way == "call":
+        assert breaker.call(lambda: breaker.call(lambda: "nested")) == "nested"
+    else:
+        assert drive(breaker.call_async(nested)) == "nested"
+    assert breaker.current_state == other.current_state == "closed"
+
+
 def begin_generator(breaker):
     generator = Sync(breaker)
     generator.next()

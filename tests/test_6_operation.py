@@ -83,6 +83,16 @@ def test_a_change_found_in_the_storage_is_logged_as_that(log):
     assert ": found so in the storage (" in text
 
 
+def test_a_circuit_that_is_found_closed_is_logged_with_the_count_it_begins_with(log):
+    """Which is 0 where the one that it was found with would open it at once."""
+    breaker = CircuitBreaker(fail_max=2)
+    breaker.open()
+    breaker.fail_counter = 5
+    breaker._state_storage.state = "closed"
+    assert breaker.state.name == "closed"
+    assert "(fail_counter 0," in log()[-1][1]
+
+
 def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
     """Not when some other call gets through, which may be much later."""
     breaker = CircuitBreaker()

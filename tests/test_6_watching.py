@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import logging
 import math
@@ -1096,6 +1097,31 @@ def test_an_era_that_was_found_in_the_storage_says_so(name):
     breaker._state_storage.state = name
     assert breaker.state.reason == "found so in the storage"
     assert reasons.heard == ["found so in the storage"]
+
+
+def test_a_trial_whose_half_opening_a_listener_repeats_has_its_place(clock):
+    """It is admitted once more, in the era that the listener has begun."""
+    insisted = []
+
+    class Insists(CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            if new_state.name == "half-open" and not insisted:
+                insisted.append(True)
+                cb.half_open()
+
+    breaker = CircuitBreaker(reset_timeout=60, listeners=[Insists()])
+    breaker.open()
+    clock.advance(60)
+
+    def trial():
+        assert breaker.retry_after == 60
+        with pytest.raises(CircuitBreakerError):
+            contextvars.Context().run(breaker.call, int)
+        return "result"
+
+    assert breaker.call(trial) == "result"
+    assert insisted == [True]
+    assert breaker.current_state == "closed"
 
 
 def test_an_era_that_the_gate_began_says_that_the_timeout_has_passed(clock):

@@ -1023,6 +1023,22 @@ def test_an_opening_while_a_word_is_lost_is_sent_with_its_moment(process, keys, 
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
+def test_a_claim_that_is_given_back_while_a_word_is_lost_is_not_lost(
+    process, keys, clock
+):
+    """Nobody else could try before it lapsed."""
+    mine = process()
+    mine.breaker.half_open()
+    trial = trial_of(mine.breaker)
+    assert keys["trial"] is not None
+    mine.courier.is_quick = False
+    mine.client.meanwhile = lambda: ends(trial, GeneratorExit())
+    mine.is_cut_off()
+    assert keys["trial"] is not None
+    mine.is_back()
+    assert keys["trial"] is None
+
+
 def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process, keys):
     """It was away, and each counted alone."""
     process = process()
@@ -1415,6 +1431,46 @@ def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
     assert courier.owner.heard == said * 2
 
 
+def test_an_answer_may_come_while_somebody_looks_for_silence(courier, clock):
+    """Then there is none."""
+    asked = [3.0, None, None]
+    rounds = iter([False, False, True])
+    courier.owner._link = type(
+        "Link", (), {"asked_at": property(lambda _: asked.pop(0))}
+    )()
+    clock.now = 4.0
+    courier._watch(types.SimpleNamespace(wait=lambda period: next(rounds)))
+    assert courier.owner.heard == []
+    assert asked == [None]
+
+
+def test_a_courier_that_is_started_as_it_stops_goes_on(courier):
+    """It says under the lock that it ends, having looked there whether it should."""
+    ran, lock = [], courier._lock
+
+    class Lock:
+        def __enter__(self):
+            courier._lock = lock
+            courier.start()
+            lock.acquire()
+
+        def __exit__(self, *_):
+            lock.release()
+
+    def run_errands():
+        ran.append(True)
+        courier.stop()
+        return 0.0
+
+    courier.owner._run_errands = run_errands
+    courier.owner._link = types.SimpleNamespace(close=lambda: None)
+    courier._is_running = courier._is_stopping = True
+    courier._lock = Lock()
+    courier._carry(threading.Event())
+    assert ran == [True]
+    assert not courier._is_running
+
+
 def test_nobody_is_asked_when_the_answer_has_come(process):
     """So there is no silence between two errands."""
     mine = process()
@@ -1462,8 +1518,14 @@ def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock)
     """They are told to stop before one is waited for."""
     processes = [process(), process()]
     told = []
+
+    def wait(end):
+        told.append(("wait", end))
+        clock.now = end  # as it has waited in vain
+
     for each in processes:
         each.courier.done = told
+        each.courier.wait = wait
     clock.now = 1000.5
     pybreaker._before_fork()
     assert told == ["stop", "stop", ("wait", 1000.75), ("wait", 1000.75)]

@@ -509,6 +509,46 @@ def test_no_move_goes_untold_where_a_storage_raises(
     assert number == len(storage.uses)
 
 
+def test_a_move_that_a_storage_has_interrupted_is_forgotten(clock):
+    """The next one, by hand, is done for its own reason, and in its own way."""
+    tripped = []
+
+    class Failing(pybreaker.CircuitMemoryStorage):
+        fails = False
+
+        def once(self):
+            failed, self.fails = self.fails, False
+            if failed:
+                raise OSError
+
+        def trip(self, fail_max):
+            tripped.append(fail_max)
+            self.once()
+            super().trip(fail_max)
+
+        def _move(self, state, by_hand):
+            self.once()
+            super()._move(state, by_hand)
+
+    storage = Failing("closed")
+    breaker = CircuitBreaker(1, TIMEOUT, state_storage=storage, success_threshold=2)
+    for work, move in (
+        (Work(ServiceDown), breaker.open),
+        (Work(), breaker.half_open),
+        (Work(), breaker.close),
+    ):
+        clock.advance(TIMEOUT)
+        storage._success_counter = 1
+        storage.fails = True
+        with pytest.raises(OSError):
+            breaker.call(work)
+        move()
+        assert not storage.fails
+        assert breaker.state.reason == "by hand"
+        assert breaker.success_counter == 0
+    assert tripped == [1]
+
+
 @every_fault
 def test_a_storage_that_cannot_be_read_makes_no_breaker(fault, clock):
     """Whoever makes the breaker hears of it."""
@@ -1386,6 +1426,20 @@ def test_an_interruption_in_a_log_handler_at_the_end_of_a_trial_frees_the_place(
     with pytest.raises(KeyboardInterrupt):
         guard(breaker, lambda: "works")
     assert breaker.success_counter == 1
+    assert breaker.retry_after == 0.0
+
+
+def test_an_interruption_in_a_log_handler_as_a_trial_is_admitted_frees_the_place(
+    guard, handler, clock
+):
+    """The circuit was found half-open, and that is logged before the trial begins."""
+    breaker = CircuitBreaker(1, TIMEOUT)
+    breaker._state_storage.state = "half-open"
+    handler(raising(KeyboardInterrupt()))
+    work = Work()
+    with pytest.raises(KeyboardInterrupt):
+        guard(breaker, work)
+    assert not work.ran
     assert breaker.retry_after == 0.0
 
 
