@@ -1,8 +1,8 @@
 """A circuit as the specification has it, for one thread, and with nothing to run.
 
 It is asked the same as a breaker and answers what should come of it, by returning
-or by raising `Rejected` or `Tripped`. The names are the specification's. What
-`test_model` puts next to it is `pybreaker.py`.
+or by raising `Rejected` or `Tripped`. The names are the specification's. `test_model`
+puts `pybreaker.py` next to it; `test_interleavings` lets other threads in between.
 """
 
 from __future__ import annotations
