@@ -110,6 +110,11 @@ def levels(said):
     return [level for level, _ in said()]
 
 
+def test_a_shared_storage_says_what_it_is(process):
+    """As the others do."""
+    assert process().storage.name == "redis"
+
+
 # Openings by the count.
 
 
