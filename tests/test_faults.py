@@ -916,6 +916,42 @@ def test_a_listener_that_blocks_holds_others_up_and_loses_nothing(event, guard):
     assert breaker.fail_counter == 0
 
 
+def test_a_listener_that_blocks_at_a_rejection_holds_others_up_and_loses_none(guard):
+    """They are rejected, too, and heard of, when it goes on."""
+    blocking, go_on, book, rejected = threading.Event(), threading.Event(), [], []
+
+    @once
+    def block(self, cb):
+        blocking.set()
+        assert go_on.wait(PATIENCE)
+        book.append("goes on")
+
+    def call():
+        with pytest.raises(CircuitBreakerError):
+            guard(breaker, Work())
+        rejected.append(True)
+
+    breaker = CircuitBreaker(2, TIMEOUT)
+    breaker.open()
+    breaker.add_listener(Witness(book, 0, "rejected", block))
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(2)]
+    threads[0].start()
+    assert blocking.wait(PATIENCE)
+    heard = list(book)
+    threads[1].start()
+    threads[1].join(0.02)  # in which it does not end, nor is it heard of
+    assert book == heard
+    assert rejected == []
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert book[len(heard)] == "goes on"
+    names = [entry[1] for entry in book if isinstance(entry, tuple)]
+    assert names == ["rejected"] * 2
+    assert rejected == [True] * 2
+
+
 # Predicates.
 
 

@@ -197,7 +197,9 @@ def test_a_child_logs_only_what_it_does_itself():
     """)
 
 
-@pytest.mark.parametrize("event", ["before_call", "failure", "success", "state_change"])
+@pytest.mark.parametrize(
+    "event", ["before_call", "failure", "success", "rejected", "state_change"]
+)
 def test_a_child_may_be_forked_while_a_listener_is_told(event):
     """Of a call or a move in another thread, which the child never sees end."""
     run(f"""
@@ -213,7 +215,10 @@ def test_a_child_may_be_forked_while_a_listener_is_told(event):
                     self.leave()
 
         listener = Listener()
-        breaker = CircuitBreaker(fail_max=1, listeners=[listener])
+        breaker = CircuitBreaker(fail_max=1)
+        if {event!r} == "rejected":
+            breaker.open()
+        breaker.add_listener(listener)
 
         def call(reached, leave):
             listener.reached, listener.leave = reached, leave
