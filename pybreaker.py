@@ -1999,7 +1999,8 @@ class _Courier:
         delay, link = 0.0, None
         while True:
             try:
-                self._signals.get(timeout=delay)
+                # Told to block for 0 s, Python 3.9 may wait for ever.
+                self._signals.get(delay > 0.0, delay or None)
             except self._nothing:
                 pass
             self._is_signalled = False

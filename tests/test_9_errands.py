@@ -1361,8 +1361,9 @@ def test_a_courier_parts_from_redis_at_its_end(courier):
 def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     waited = []
 
-    def get(timeout):
+    def get(block, timeout):
         waited.append(timeout)
+        assert block == (timeout is not None)
         if len(waited) == 3:
             courier._is_stopping = True
         raise courier._nothing
@@ -1370,7 +1371,7 @@ def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     courier._signals = types.SimpleNamespace(get=get)
     courier.owner._run_errands = lambda: 7.0
     courier._carry(threading.Event())
-    assert waited == [0.0, 7.0, 7.0]
+    assert waited == [None, 7.0, 7.0]
 
 
 def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
