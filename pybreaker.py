@@ -704,33 +704,26 @@ class CircuitBreaker:
                     raise self._breaker_error(state._rejection, wait)
         trial: _Trial | None = None
         try:
-            try:
-                with self._lock:
-                    if self._circuit_storage.state != self._state.name:
-                        self._look()
-                    state, wait = self._state, 0.0
-                    if not state._admits_all:
-                        wait = state._wait()
-                        # A trial that has held the place too long may be hanging, so
-                        # it loses it to a call in its own context as well; but a
-                        # timeout of 0 is too short to say so of a trial.
-                        if self._is_within_trial() and (
-                            wait or not self._reset_timeout
-                        ):
-                            state, wait = _WITHIN, 0.0
-                        elif not wait:
-                            trial = self._take_place()
-                    if wait:
-                        self._tell("rejected", (self, func, *args), kwargs)
-                    elif trial is None:
-                        self._tell("before_call", (self, func, *args), kwargs)
-            finally:
-                if self._unlogged:
-                    self._log_what_happened()
-        except BaseException:
-            if trial is not None:
-                self._vacate(trial)
-            raise
+            with self._lock:
+                if self._circuit_storage.state != self._state.name:
+                    self._look()
+                state, wait = self._state, 0.0
+                if not state._admits_all:
+                    wait = state._wait()
+                    # A trial that has held the place too long may be hanging, so
+                    # it loses it to a call in its own context as well; but a
+                    # timeout of 0 is too short to say so of a trial.
+                    if self._is_within_trial() and (wait or not self._reset_timeout):
+                        state, wait = _WITHIN, 0.0
+                    elif not wait:
+                        trial = self._take_place()
+                if wait:
+                    self._tell("rejected", (self, func, *args), kwargs)
+                elif trial is None:
+                    self._tell("before_call", (self, func, *args), kwargs)
+        finally:
+            if self._unlogged and trial is None:  # else its claim logs it
+                self._log_what_happened()
         if wait:
             raise self._breaker_error(state._rejection, wait)
         if trial is not None and ask:

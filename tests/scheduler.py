@@ -525,7 +525,9 @@ def _use(instruction, shared):
         return Use(reads=~bits("a lock"))
     elif kind == "LOAD_GLOBAL" and name in ("setattr", "delattr", "vars"):
         return ANYTHING
-    elif not ("ATTR" in kind or "METHOD" in kind) or (shared and name not in shared):
+    elif not ("ATTR" in kind or "METHOD" in kind):
+        return NOTHING
+    elif shared is not None and name not in shared:
         return NOTHING
     changes = kind.startswith(("STORE", "DELETE"))
     return Use(writes=bits(name)) if changes else Use(reads=bits(name))
