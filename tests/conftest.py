@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import threading
-import time
 import types
 
 import pytest
@@ -33,37 +28,6 @@ def pytest_terminal_summary(terminalreporter):
             f"compared {circuits} circuits with the model: {calls} calls, {trials} "
             f"trials"
         )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def impatient_clients():
-    """Clients of Redis that find nobody try again at once, and not for a minute."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("redis.retry", "valkey.retry"):
-            with contextlib.suppress(ImportError):
-                retry = importlib.import_module(name)
-                patch.setattr(retry, "sleep", lambda _: time.sleep(0.01), raising=False)
-        yield
-
-
-def stop_couriers(patience):
-    """Let them end that there are, and wait for so many seconds until they have."""
-    for storage in list(pybreaker._couriered.values()):
-        storage._courier.stop()
-    end = time.monotonic() + patience
-    for thread in threading.enumerate():
-        if "pybreaker courier" in thread.name:
-            thread.join(max(0.0, end - time.monotonic()))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown():
-    """A test's couriers end with it. They would disturb who counts threads, objects, or
-    the numbers that chance has given."""
-    try:
-        return (yield)
-    finally:
-        stop_couriers(patience=5)  # some had to wait for a server that has gone on now
 
 
 class Clock:
@@ -140,118 +104,3 @@ def fail():
 def boom():
     """The class that `fail` raises."""
     return Boom
-
-
-@pytest.fixture(scope="session")
-def servers():
-    """Servers of the kinds that `fleet` names, each started when first asked for."""
-    with contextlib.ExitStack() as stack:
-        started = {}
-
-        def server(binary, **options):
-            import fleet
-
-            if binary not in started:
-                started[binary] = fleet.Server(getattr(fleet, binary)(), **options)
-                stack.callback(started[binary].end)
-            started[binary].clean()
-            return started[binary]
-
-        yield server
-
-
-# Both servers are asked for where they may differ, and in any case if there is time.
-SERVERS = ["valkey_server", "redis_server"]
-
-
-@pytest.fixture(params=SERVERS if os.environ.get("PYBREAKER_DEEP") else SERVERS[:1])
-def server(request, servers):
-    """A server that is as good as new."""
-    return servers(request.param)
-
-
-@pytest.fixture(params=SERVERS)
-def either_server(request, servers):
-    """Each of the servers."""
-    return servers(request.param)
-
-
-@pytest.fixture
-def namespace():
-    """One that no other test has."""
-    import fleet
-
-    return next(fleet.names)
-
-
-@pytest.fixture
-def closing():
-    """Closes clients of Redis when the test is over and no courier opens them again."""
-    with contextlib.ExitStack() as stack:
-
-        def closing(client):
-            stack.callback(client.close)
-            return client
-
-        yield closing
-        stop_couriers(patience=5)
-
-
-@pytest.fixture
-def proxies():
-    """Makes proxies, and ends them."""
-    import fleet
-
-    with contextlib.ExitStack() as stack:
-
-        def proxy(server):
-            made = fleet.Proxy(server.port)
-            stack.callback(made.end)
-            return made
-
-        yield proxy
-
-
-@pytest.fixture
-def service(tmp_path):
-    """Works until it is told not to."""
-    import fleet
-
-    return fleet.Service(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def nurseries():
-    """By the folders in front of the path of their workers."""
-    import fleet
-
-    with contextlib.ExitStack() as stack:
-        started = {}
-
-        def nursery(path):
-            if path not in started:
-                started[path] = fleet.Nursery(path)
-                stack.callback(started[path].end)
-            return started[path]
-
-        yield nursery
-
-
-@pytest.fixture
-def fleet_of(namespace, service, nurseries):
-    """Starts workers on a port, all at once; returns them when they are ready."""
-    import fleet
-
-    with contextlib.ExitStack() as stack:
-
-        def start(port, number, path=(), **settings):
-            settings.update(port=port, namespace=namespace, service=str(service.folder))
-            workers = []
-            for _ in range(number):
-                workers.append(fleet.Worker(nurseries(tuple(path)), **settings))
-                stack.callback(workers[-1].end)
-            fleet.ask_all(workers, "ready")
-            return workers
-
-        yield start
-        service.mode = "up"  # so that none hangs

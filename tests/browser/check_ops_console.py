@@ -7,10 +7,10 @@ and keeps a screenshot beside this file. Its name keeps it out of a plain run.
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
 from pathlib import Path
 
+import ops_console
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -20,10 +20,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 import pybreaker
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent / "examples"))
-
-import ops_console  # noqa: E402
-
 PATIENCE = 30.0  # seconds
 FLAGS = [
     "--headless",

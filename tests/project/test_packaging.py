@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import pybreaker
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IN_WHEEL = {"pybreaker.py", "pybreaker-stubs/__init__.pyi"}
 
 

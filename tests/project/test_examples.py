@@ -14,7 +14,7 @@ import pytest
 from fleet import valkey_server
 from support import BRIEF
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 OUTAGE, FLEET = EXAMPLES / "outage.py", EXAMPLES / "fleet.py"
 
 NEXT_STATES = {

@@ -18,17 +18,15 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
+import ops_console
 import pytest
+from ops_console import Console
 from support import PATIENCE
 
 import pybreaker
 from pybreaker import CircuitBreaker
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import ops_console  # noqa: E402
-from ops_console import Console  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 FIELDS = ["fail_counter", "fail_max", "reset_timeout"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import urllib.request
-from pathlib import Path
 
 import pytest
 from support import PATIENCE
@@ -16,8 +14,6 @@ from pybreaker import CircuitBreaker, CircuitBreakerError
 
 prometheus_client = pytest.importorskip("prometheus_client")
 parser = pytest.importorskip("prometheus_client.parser")
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from prometheus_metrics import PrometheusMetrics  # noqa: E402
 
