@@ -19,7 +19,7 @@ from support import PATIENCE
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
-THREADS = 32
+THREADS = 12
 
 
 def all_at_once(*functions):
@@ -243,7 +243,7 @@ def meeting(threads=THREADS):
 
 
 def test_guarded_calls_never_wait_for_each_other(guard):
-    """Thirty-two of them wait for one another inside the guarded function."""
+    """Twelve of them wait for one another inside the guarded function."""
     breaker = CircuitBreaker()
     results = all_at_once(*[guard(breaker, meeting())] * THREADS)
     assert results == ["met"] * THREADS
@@ -646,7 +646,7 @@ def test_a_call_may_outlast_a_whole_outage(guard, clock, recorder, fail, boom, f
 
 
 def test_many_late_failures_do_not_disturb_the_next_era(guard, recorder, boom):
-    """Thirty-two calls fail when somebody has opened and closed the circuit."""
+    """Twelve calls fail when somebody has opened and closed the circuit."""
     breaker = CircuitBreaker(fail_max=1)
     begun, end = threading.Semaphore(0), threading.Event()
 
