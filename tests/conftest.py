@@ -31,12 +31,18 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
-def pytest_collection_finish(session):
-    """The collector leaves out what pytest has collected, which lasts as long as the
-    process: a quarter of the time of tests/spec went into looking through it."""
-    if hasattr(gc, "freeze"):  # PyPy has none
+if hasattr(gc, "freeze"):  # PyPy has none
+
+    def pytest_collection_finish(session):
+        """The collector leaves out what pytest has collected, which lasts as long as
+        the process. A quarter of the time of tests/spec went into looking through
+        that."""
         gc.collect()
         gc.freeze()
+
+    def pytest_sessionfinish(session):
+        """Hypothesis, which is imported after the tests, asks the collector for all."""
+        gc.unfreeze()
 
 
 class Clock:

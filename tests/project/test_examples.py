@@ -14,6 +14,8 @@ import pytest
 from fleet import valkey_server
 from support import BRIEF
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 OUTAGE, FLEET = EXAMPLES / "outage.py", EXAMPLES / "fleet.py"
 

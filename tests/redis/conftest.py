@@ -14,6 +14,16 @@ from couriers import (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test needs a server if it uses one, and is long if it starts processes."""
+    for item in items:
+        if "servers" in item.fixturenames:
+            item.add_marker("server")
+        if "nurseries" in item.fixturenames:
+            item.add_marker("long")
+
+
 @pytest.fixture(scope="session")
 def servers():
     """Servers of the kinds that `fleet` names, each started when first asked for."""

@@ -48,7 +48,7 @@ from support import DEEP, Boom, fail
 import pybreaker
 from pybreaker import CircuitBreakerError
 
-pytestmark = needs_monitoring
+pytestmark = [needs_monitoring, pytest.mark.long]
 
 PREEMPTIONS = 2 if DEEP else 1
 TIMEOUT = 60.0

@@ -55,7 +55,7 @@ from support import BRIEF, DEEP
 
 import pybreaker
 
-pytestmark = needs_monitoring
+pytestmark = [needs_monitoring, pytest.mark.long]
 
 PREEMPTIONS = 2
 SHARE = 0.05  # of the schedules, from which samples go on
