@@ -900,9 +900,11 @@ class CircuitBreaker:
         # A storage that fails here will be found moved at the next look.
         count = self._circuit_storage.counter
         self._state = new
+        # variant: quiet calls
         old._shortcut = _HIDDEN
         self._find_shortcut()
         try:
+            # variant: overtaken trial
             if trial is not None and not (cause.by_trial and trial.begun):
                 self._vacate(trial)
         finally:  # it has moved, even if the storage doesn't take its claim back
