@@ -21,6 +21,7 @@ import prometheus_client
 import pytest
 import redis
 from docutils import nodes
+from internals import prefix_of, storage_of
 from readme_support import ROOT, RUNNERS, Block, blocks_of, parse, run
 
 import pybreaker
@@ -631,7 +632,7 @@ def test_storage_of_the_example_keeps_the_circuit(page, clock):
 def test_storage_of_the_example_sees_a_circuit_through_to_its_recovery(page):
     """It counts trials, and is closed by the last one that is needed."""
     example = page.run("Storages")
-    weather, storage = example.weather, example.weather._state_storage
+    weather, storage = example.weather, storage_of(example.weather)
     weather.success_threshold = 2
     trip(weather, weather.call, raiser(OSError()))
     storage.opened_at = None  # long ago
@@ -670,7 +671,7 @@ def test_circuits_of_a_fleet_are_circuits_of_their_own_where_there_is_no_redis(p
     for breaker in circuits:
         breaker.open()
     assert [breaker.current_state for breaker in circuits] == ["open"] * 3
-    shared = {breaker._state_storage._link.prefix for breaker in circuits}
+    shared = {prefix_of(storage_of(breaker)) for breaker in circuits}
     assert shared == {
         f"{name}:pybreaker:" for name in ("weather", "payments", "search")
     }

@@ -13,6 +13,7 @@ import sys
 import types
 
 import pytest
+from internals import storage_of
 from support import PATIENCE, every, let_go, pairwise
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
@@ -329,7 +330,7 @@ def assert_nothing_was_decided(breaker, recorder, began_as):
     assert breaker.fail_counter == 3
     assert breaker.success_counter == 0
     assert breaker.retry_after == 0.0
-    assert getattr(breaker._state_storage, "claimed", False) is False
+    assert getattr(storage_of(breaker), "claimed", False) is False
     assert breaker.call(lambda: "next") == "next"
     assert breaker.current_state == "closed"
     assert breaker.fail_counter == 0
@@ -699,7 +700,7 @@ def test_a_failure_that_is_thrown_in_at_any_yield_counts_once(
     assert "success" not in recorder.names
     assert breaker.fail_counter == 4
     assert breaker.current_state == ("closed" if situation is closed else "open")
-    assert getattr(breaker._state_storage, "claimed", False) is False
+    assert getattr(storage_of(breaker), "claimed", False) is False
 
 
 @every(**GENERATORS, yields=YIELDS)

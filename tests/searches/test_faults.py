@@ -19,6 +19,7 @@ from guards import (
     by_coroutine,
     by_generator,
 )
+from internals import lock_of, state_of, storage_of
 from support import PATIENCE, pairwise
 
 import pybreaker
@@ -428,12 +429,12 @@ MOVES = {
     "retry_after": lambda breaker: breaker.retry_after,
     "snapshot()": CircuitBreaker.snapshot,
     "repr()": repr,
-    "the gate": lambda breaker: breaker._state.before_call(int),
-    "_handle_success()": lambda breaker: breaker._state._handle_success(),
-    "_handle_error()": lambda breaker: breaker._state._handle_error(ServiceDown()),
+    "the gate": lambda breaker: state_of(breaker).before_call(int),
+    "_handle_success()": lambda breaker: state_of(breaker)._handle_success(),
+    "_handle_error()": lambda breaker: state_of(breaker)._handle_error(ServiceDown()),
     "_inc_counter()": lambda breaker: breaker._inc_counter(),
-    "on_success()": lambda breaker: breaker._state.on_success(),
-    "on_failure()": lambda breaker: breaker._state.on_failure(ServiceDown()),
+    "on_success()": lambda breaker: state_of(breaker).on_success(),
+    "on_failure()": lambda breaker: state_of(breaker).on_failure(ServiceDown()),
 }
 
 
@@ -1267,8 +1268,8 @@ def settle(breaker, *, error=None):
 
 
 def found(breaker):
-    breaker._state_storage.opened_at = datetime.now(timezone.utc)
-    breaker._state_storage.state = "open"
+    storage_of(breaker).opened_at = datetime.now(timezone.utc)
+    storage_of(breaker).state = "open"
     breaker.state  # noqa: B018 (a look)
 
 
@@ -1296,19 +1297,19 @@ def closed_by_hand(breaker):
 
 def gate(breaker):
     breaker.open()
-    breaker._state_storage.opened_at = None
+    storage_of(breaker).opened_at = None
     breaker.state.before_call(int)
 
 
 def trial(breaker, *, error=None):
     breaker.open()
-    breaker._state_storage.opened_at = None
+    storage_of(breaker).opened_at = None
     settle(breaker, error=error)
 
 
 def async_trial(breaker):
     breaker.open()
-    breaker._state_storage.opened_at = None
+    storage_of(breaker).opened_at = None
     by_coroutine(breaker, int)
 
 
@@ -1444,7 +1445,7 @@ def test_an_interruption_in_a_log_handler_as_a_trial_is_admitted_frees_the_place
 ):
     """The circuit was found half-open, and that is logged before the trial begins."""
     breaker = CircuitBreaker(1, TIMEOUT)
-    breaker._state_storage.state = "half-open"
+    storage_of(breaker).state = "half-open"
     handler(raising(KeyboardInterrupt()))
     work = Work()
     with pytest.raises(KeyboardInterrupt):
@@ -1457,7 +1458,7 @@ def test_what_happens_under_a_lock_that_is_held_is_logged_after_it(handler):
     """By whoever uses the breaker next without holding it."""
     log = handler(lambda record: None)
     breaker = CircuitBreaker(name="db")
-    with breaker._lock:
+    with lock_of(breaker):
         breaker.open()
         breaker.half_open()
         assert log.records == []

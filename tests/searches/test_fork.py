@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 PRELUDE = """
 import contextlib, os, signal, sys, threading, traceback, types, warnings
 import pybreaker
+from internals import lock_of, storage_of
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 signal.alarm(20)  # what hangs is killed
@@ -113,20 +114,20 @@ def test_a_child_has_a_lock_of_its_own():
     """The thread that held its parent's at the fork is not there to release it."""
     run("""
         breaker = CircuitBreaker()
-        lock = breaker._lock
+        lock = lock_of(breaker)
 
         def hold(reached, leave):
-            with breaker._lock:
+            with lock_of(breaker):
                 reached()
                 leave()
 
         def child():
-            assert breaker._lock is not lock
+            assert lock_of(breaker) is not lock
             use(breaker)
 
         with in_another_thread(hold):
             fork(child)
-            assert breaker._lock is lock
+            assert lock_of(breaker) is lock
             assert not lock.acquire(blocking=False)
         use(breaker)
     """)
@@ -163,7 +164,7 @@ def test_a_child_may_be_forked_with_the_lock_held():
             with in_another_thread(lambda reached, leave: (use(breaker), reached())):
                 pass
 
-        with breaker._lock:
+        with lock_of(breaker):
             fork(child)
         use(breaker)
     """)
@@ -188,7 +189,7 @@ def test_a_child_logs_only_what_it_does_itself():
             assert len(lines) == 1
             assert "open, was half-open" in lines[0]
 
-        with breaker._lock:
+        with lock_of(breaker):
             breaker.open()
             fork(child)
         assert breaker.state.name == "open"
@@ -245,7 +246,7 @@ def test_a_child_has_no_trial_of_its_parents(due):
         breaker = CircuitBreaker(reset_timeout=60)
         if {due}:
             breaker.open()
-            breaker._state_storage.opened_at = None
+            storage_of(breaker).opened_at = None
         else:
             breaker.half_open()
 
@@ -348,7 +349,7 @@ def test_a_child_of_a_child_can_use_the_breaker_as_well():
         breaker = CircuitBreaker()
 
         def hold(reached, leave):
-            with breaker._lock:
+            with lock_of(breaker):
                 reached()
                 leave()
 
@@ -403,7 +404,7 @@ def test_every_breaker_is_usable_in_the_child():
         def hold(reached, leave):
             with contextlib.ExitStack() as stack:
                 for breaker in breakers:
-                    stack.enter_context(breaker._lock)
+                    stack.enter_context(lock_of(breaker))
                 reached()
                 leave()
 
@@ -429,7 +430,7 @@ def test_every_breaker_that_equals_another_is_usable_in_the_child():
         breakers = [Named() for _ in range(3)]
 
         def hold(reached, leave):
-            with breakers[0]._lock, breakers[1]._lock, breakers[2]._lock:
+            with lock_of(breakers[0]), lock_of(breakers[1]), lock_of(breakers[2]):
                 reached()
                 leave()
 

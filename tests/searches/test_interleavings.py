@@ -38,6 +38,7 @@ from datetime import datetime
 
 import guards
 import pytest
+from internals import names_of_state, names_of_trial, put_lock, state_of
 from model import Call, Model, Rejected, Tripped
 from scheduler import (
     ANYTHING,
@@ -52,6 +53,15 @@ from scheduler import (
     written_names,
 )
 from support import BRIEF, DEEP
+from variants import (
+    code_of,
+    comparisons,
+    takers_of_the_lock,
+    without_comparison,
+    without_eras,
+    without_lock,
+    without_marked,
+)
 
 import pybreaker
 
@@ -433,8 +443,7 @@ class NoLock:
 def shared_names(module):
     """The names of the attributes that a race may write: the module's own, and what
     stands for the lock, the clock and a storage of somebody else's."""
-    source = getattr(module, "source", None) or inspect.getsource(module)
-    names = written_names(compile(source, "<module>", "exec"))
+    names = written_names(code_of(module))
     storage = {name for name in dir(module.CircuitBreakerStorage) if name[:2] != "__"}
     return names | storage | {"_lock", "monotonic", "now"}
 
@@ -564,8 +573,8 @@ class Circuit:
             success_threshold=scenario.success_threshold,
             state_storage=self.storage,
         )
-        self.breaker._lock = lock
-        self.state = self.breaker._state
+        put_lock(self.breaker, lock)
+        self.state = state_of(self.breaker)
         for _ in range(scenario.listeners):
             self.listen()
         self.context.run(self.do, scenario.before)
@@ -586,7 +595,7 @@ class Circuit:
             if old is not self.state:
                 self.complain("a state_change does not go on from the last one")
             self.state = new
-        if new is not self.breaker._state:
+        if new is not state_of(self.breaker):
             self.complain("state_change was told before the change was complete")
 
     def runs_unlocked(self, what):
@@ -612,7 +621,7 @@ class Circuit:
             self.scheduler.touch()
             self.order.ends(self.thread(), "admission")
             self.runs_unlocked("a guarded call")
-            trial = self.breaker._state.name == "half-open" and not inner
+            trial = state_of(self.breaker).name == "half-open" and not inner
             self.trials += trial
             if self.trials > 1 and self.calls_only:
                 self.complain("two trials run")
@@ -695,7 +704,7 @@ class Circuit:
 
     def by_hand(self, name, *exceptions):
         self.scheduler.touch(reads=("_state",))
-        settle = getattr(self.breaker._state, name)
+        settle = getattr(state_of(self.breaker), name)
         self.scheduler.step()
         try:
             settle(*exceptions)
@@ -718,7 +727,7 @@ class Circuit:
     def gate(self):
         self.scheduler.touch()
         try:
-            self.breaker._state.before_call(int)
+            state_of(self.breaker).before_call(int)
         except self.module.CircuitBreakerError as exc:
             return self.name_of(exc)
 
@@ -1268,21 +1277,6 @@ def report(race, schedule):
     return "\n".join([str(race.scenario), race.complaint, *switches, call])
 
 
-@functools.cache
-def changed(*edits):
-    """The library with pieces of its text replaced by others."""
-    source = inspect.getsource(pybreaker)
-    for old, new in edits:
-        assert old in source, f"{old!r} is no longer in pybreaker.py"
-        source = source.replace(old, new)
-    module = types.ModuleType("changed_pybreaker")
-    module.source = source
-    exec(compile(source, f"<pybreaker.py with {edits}>", "exec"), vars(module))
-    return module
-
-
-ERAS_NOT_COMPARED = ("state is self._state", "True")
-
 LOST_WITHOUT_THE_LOCK = [
     "two failures race to trip",
     "two failures race to trip unheard",
@@ -1320,61 +1314,62 @@ LOST_WITHOUT_ERAS = [
     "a late success against two moves",
     "a late failure against a trial",
 ]
-BREAKER, STATE = pybreaker.CircuitBreaker, pybreaker.CircuitBreakerState
-LOST_WHERE_ONE_TAKES_NO_LOCK = {
-    BREAKER.open: "a trip against opening",
-    BREAKER.half_open: "a trip against half-opening",
-    BREAKER.close: "a trip against closing",
-    BREAKER.state.fget: "two find the circuit closed",
-    BREAKER.fail_counter.fset: "a count is set in a storage that only counts",
-    BREAKER.snapshot: "a trip against a look",
-    BREAKER.add_listeners: "two listeners are added during a notification",
-    BREAKER.remove_listener: "a listener is removed while another is added",
-    BREAKER.add_excluded_exceptions: "two exclusions are added",
-    BREAKER.remove_excluded_exception: "an exclusion is removed while another is added",
-    BREAKER._admit: "two failures race to trip",
-    BREAKER._begin_trial: "two arrivals at the end of a timeout",
-    BREAKER._settle: "a failure against a success",
-    BREAKER._vacate: "a claim by call_async against a take-over",
-    BREAKER._log_what_happened: "a trip is logged",
-    STATE.before_call: "a claim against the gate",
-    STATE.on_success: "two successes by hand",
-    STATE.on_failure: "two decisions by hand",
+# Where to look first for a race that is lost where one function takes no lock, or does
+# not make one comparison. All others are looked at afterwards.
+LOST_WITH_ONE_CHANGE = {
+    "CircuitBreaker.open": "a trip against opening",
+    "CircuitBreaker.half_open": "a trip against half-opening",
+    "CircuitBreaker.close": "a trip against closing",
+    "CircuitBreaker.state": "two find the circuit closed",
+    "CircuitBreaker.fail_counter": "a count is set in a storage that only counts",
+    "CircuitBreaker.snapshot": "a trip against a look",
+    "CircuitBreaker.add_listeners": "two listeners are added during a notification",
+    "CircuitBreaker.remove_listener": "a listener is removed while another is added",
+    "CircuitBreaker.add_excluded_exceptions": "two exclusions are added",
+    "CircuitBreaker.remove_excluded_exception": (
+        "an exclusion is removed while another is added"
+    ),
+    "CircuitBreakerState.before_call": "a claim against the gate",
+    "CircuitBreakerState.on_success": "two successes by hand",
+    "CircuitBreakerState.on_failure": "two decisions by hand",
 }
-# What compares eras or trials: the question, what stands behind it, the answer of a
-# library that does not ask, and where that is lost.
-COMPARISONS = {
-    "of a success": (
-        *("state is self._state", ":\n                        # A sub", "True"),
-        "two decorated calls race",
-    ),
-    "of a failure that counts": (
-        *("state is self._state", ":\n                        state._count", "True"),
-        "a trip against opening",
-    ),
-    "of a failure that decides": (
-        *("state is self._state", ":\n                        state._failed", "True"),
-        "two failures race, one is enough",
-    ),
-    "of calls that need no lock": (
-        *("old._shortcut = _HIDDEN", "\n", "pass"),
-        "a listener is added in a new era",
-    ),
-    "of a trial that has been granted": (
-        "self._trial_in_place is not trial",
-        ":\n                return None\n            if not granted",
-        "False",
-        "an arrival against closing",
-    ),
-    "of a trial that gives its place back": (
-        *("self._trial_in_place is trial", ":\n                self._trial", "True"),
-        "a trial's failure against half-opening",
-    ),
-    "of a trial that an era overtakes": (
-        *("trial is not None and not (cause.by_trial and trial.begun)", ":", "False"),
-        "an arrival against half-opening",
-    ),
+LIKELY = [
+    "two failures race to trip",
+    "two failures race, one is enough",
+    "two decorated calls race",
+    "a failure against a success",
+    "two arrivals at the end of a timeout",
+    "an arrival against closing",
+    "a trip against closing",
+    "a trip against opening",
+    "a trial's failure against half-opening",
+    "a claim by call_async against a take-over",
+    "a success by hand against opening",
+    "two decisions by hand",
+    "a trip is logged",
+    "two find the circuit closed",
+    "a claim against the gate",
+]
+# What no race of these can lose, and why. Each is a function's name; or that and the
+# number of a comparison of identities in it.
+LOST_NOWHERE = {
+    "CircuitBreaker.retry_after": "reads more than one number only of an open circuit",
+    "CircuitBreaker.__repr__": "is made for people, and no scenario's word",
+    "CircuitBreaker.is_system_error": "no scenario has a predicate",
+    "CircuitBreaker._state_storage": "no scenario exchanges the storage",
+    ("CircuitBreaker._begin_trial", 2): "no listener moves a circuit that half-opens",
+    ("CircuitOpenState._start_trial", 1): "no half_open() of these does nothing",
 }
+# What a comment in pybreaker.py marks, and where a library without that loses.
+MARKED = {
+    "quiet calls": "a listener is added in a new era",
+    "overtaken trial": "an arrival against half-opening",
+}
+
+
+def of_a_circuit(name):
+    """Whether a function belongs to breakers or to their states."""
+    return bool(re.match(r"Circuit(Breaker|\w*State)\.", name))
 
 
 # All of them would take too long.
@@ -1439,32 +1434,53 @@ def test_a_library_without_a_lock_is_found_out(name):
 @pytest.mark.parametrize("name", LOST_WITHOUT_ERAS)
 def test_a_library_that_compares_no_eras_is_found_out(name):
     """Where a late outcome counts, the same races are lost."""
-    assert first_violation(named(name), module=changed(ERAS_NOT_COMPARED))
+    assert first_violation(named(name), module=without_eras())
+
+
+def first_race_lost(module, hint):
+    """The first race in which a version of the library breaks a promise; that of the
+    hint, or of the likely ones with few preemptions, or of all others; or None."""
+    likely = [hint] if hint else LIKELY
+    for preemptions in range(PREEMPTIONS + 1):
+        for name in likely:
+            with Race(named(name), module=module) as race:
+                for _ in explore(race.run, preemptions, race.scenario.threads):
+                    if race.complaint:
+                        return name
+    others = (scenario for scenario in SCENARIOS if scenario.name not in likely)
+    return next(
+        (each.name for each in others if first_violation(each, module=module)), None
+    )
+
+
+@pytest.mark.parametrize("name", list(filter(of_a_circuit, takers_of_the_lock())))
+def test_a_single_function_that_takes_no_lock_is_found_out(name):
+    """A race is lost where one function takes no lock, though all others do."""
+    if name in LOST_NOWHERE:
+        pytest.skip(LOST_NOWHERE[name])
+    assert first_race_lost(without_lock(name), LOST_WITH_ONE_CHANGE.get(name))
 
 
 @pytest.mark.parametrize(
-    "method", LOST_WHERE_ONE_TAKES_NO_LOCK, ids=lambda method: method.__qualname__
+    "place", comparisons(), ids=lambda place: "-".join(map(str, place))
 )
-def test_a_single_method_that_takes_no_lock_is_found_out(method):
-    """Though all others do."""
-    source = inspect.getsource(method)
-    unlocked = re.sub(r"with [a-z_.]*\._lock:", "if True:", source)
-    race = named(LOST_WHERE_ONE_TAKES_NO_LOCK[method])
-    assert first_violation(race, module=changed((source, unlocked)))
+def test_a_single_comparison_that_is_not_made_is_found_out(place):
+    """A race is lost where one comparison of eras or trials is not made, though all
+    others are."""
+    if place in LOST_NOWHERE:
+        pytest.skip(LOST_NOWHERE[place])
+    assert first_race_lost(without_comparison(*place), None)
 
 
-@pytest.mark.parametrize("what", COMPARISONS)
-def test_a_single_comparison_that_is_not_made_is_found_out(what):
-    """Though all others are."""
-    question, rest, answer, name = COMPARISONS[what]
-    assert inspect.getsource(pybreaker).count(question + rest) == 1
-    edit = question + rest, answer + rest
-    assert first_violation(named(name), module=changed(edit))
+@pytest.mark.parametrize("mark", MARKED)
+def test_a_marked_line_that_is_left_out_is_found_out(mark):
+    """A race is lost without the statement, or the condition, that a comment marks."""
+    assert first_violation(named(MARKED[mark]), module=without_marked(mark))
 
 
 @pytest.mark.parametrize(
     "version",
-    [{"lock": NoLock}, {"module": changed(ERAS_NOT_COMPARED)}],
+    [{"lock": NoLock}, {"module": without_eras()}],
     ids=["no lock", "no eras"],
 )
 def test_a_schedule_that_was_found_can_be_replayed(version):
@@ -1520,7 +1536,7 @@ def test_steps_that_nobody_can_see_make_no_difference(name, lock):
 
 @pytest.mark.parametrize(
     "version",
-    [{}, {"lock": NoLock}, {"module": changed(ERAS_NOT_COMPARED)}],
+    [{}, {"lock": NoLock}, {"module": without_eras()}],
     ids=["as it is", "no lock", "no eras"],
 )
 @pytest.mark.parametrize("name", LEFT_OUT)
@@ -1536,20 +1552,24 @@ def test_orders_that_are_left_out_come_to_nothing_else(name, version):
 def test_what_threads_share_makes_a_step():
     """All that is written when the circuit moves, and what stands for the rest."""
     names = shared_names(pybreaker)
-    assert names >= {
-        *("_state", "_trial_in_place", "_cause_of_move", "_told_listeners", "_heard"),
-        *("_unlogged", "_circuit_storage", "_shortcut", "_visible", "_fail_max"),
-        *(
-            "_fail_counter",
-            "_success_counter",
-            "_opened",
-            "_moment",
-            "state",
-            "counter",
-        ),
-        *("over", "begun", "claimed", "_lock", "monotonic", "claim_trial"),
-    }
-    assert names.isdisjoint({"_settle", "_breaker", "since"})
+    written = set()
+
+    class Breaker(pybreaker.CircuitBreaker):
+        def __setattr__(self, name, value):
+            written.add(name)
+            super().__setattr__(name, value)
+
+    breaker = Breaker(success_threshold=2)
+    written.clear()
+    breaker.open()
+    breaker.half_open()
+    breaker.call(int)
+    breaker.fail_max = 3
+    assert written >= names_of_state() | names_of_trial()
+    assert names >= written
+    assert names >= {"_fail_counter", "_success_counter", "state", "counter"}
+    assert names >= {"_lock", "monotonic", "claim_trial"}
+    assert names.isdisjoint({"call", "_breaker", "isinstance"})
 
 
 def test_a_sample_has_more_preemptions_than_all_orders_that_were_run():

@@ -36,6 +36,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from internals import lock_of, state_of
 from model import (
     ABANDONED,
     CLOSED,
@@ -371,7 +372,7 @@ PLAIN = {
     "@breaker": lambda breaker, func: breaker(func)(),
     "@breaker()": lambda breaker, func: breaker()(func)(),
     "call": lambda breaker, func: breaker.call(func),
-    "state.call": lambda breaker, func: breaker._state.call(func),
+    "state.call": lambda breaker, func: state_of(breaker).call(func),
     "with calling()": with_block,
 }
 
@@ -1329,7 +1330,7 @@ class Circuit(RuleBasedStateMachine):
         """Code that asks whether a call would be rejected, and then runs it."""
         if waits:
             self.pass_time("wait")
-        context, state = self.context(place), self.breaker._state
+        context, state = self.context(place), state_of(self.breaker)
         gate = functools.partial(self.run, context, state.before_call, generator)
         self.both(gate, self.model.gate, context.trials)
 
@@ -1363,7 +1364,7 @@ class Circuit(RuleBasedStateMachine):
                 self.model.fail(exc) if fails else self.model.succeed()
 
         def decide():
-            with self.breaker._lock:
+            with lock_of(self.breaker):
                 if fails:
                     self.breaker._inc_counter()
                     state.on_failure(exc)

@@ -17,9 +17,9 @@ import sys
 import weakref
 
 import pytest
+from internals import no_other_breakers, state_of, storage_of
 from support import BRIEF, DEEP, drive, pairwise
 
-import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 CALLS = 20_000 if DEEP else 1_000 if BRIEF else 2_000
@@ -100,7 +100,7 @@ def by_a_call_within_a_trial(breaker):
 
 def by_handle_error(breaker):
     def guarded(work, reraise=True):
-        state = breaker._state
+        state = state_of(breaker)
         try:
             work()
         except BaseException as exc:
@@ -117,7 +117,7 @@ def by_handle_error_without_raising(breaker):
 
 def by_on_failure(breaker):
     def guarded(work):
-        state = breaker._state
+        state = state_of(breaker)
         try:
             work()
         except BaseException as exc:
@@ -316,26 +316,24 @@ def grown(repeat, times):
         return False
 
     logging.getLogger("pybreaker").addFilter(drop)
-    # The table of all breakers is as large as other tests have left it, and would
-    # seem to grow when it is moved.
-    table = pybreaker._breakers
-    pybreaker._breakers = weakref.WeakValueDictionary()
     try:
-        for _ in range(times // 20):
-            repeat()
-        gc.collect()
-        tracemalloc.start()
-        for _ in range(times // 20):
-            repeat()
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(times):
-            repeat()
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0] - before
+        # The table of all breakers is as large as other tests have left it, and would
+        # seem to grow when it is moved.
+        with no_other_breakers():
+            for _ in range(times // 20):
+                repeat()
+            gc.collect()
+            tracemalloc.start()
+            for _ in range(times // 20):
+                repeat()
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(times):
+                repeat()
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-        pybreaker._breakers = table
         logging.getLogger("pybreaker").removeFilter(drop)
 
 
@@ -504,7 +502,7 @@ def test_a_breaker_is_freed_when_nobody_needs_it(way):
             with contextlib.suppress(Down, CircuitBreakerError, KeyboardInterrupt):
                 guarded(work)
     alive = [weakref.ref(thing) for thing in (breaker, breaker.state, listener)]
-    alive.append(weakref.ref(breaker._state_storage))
+    alive.append(weakref.ref(storage_of(breaker)))
     del breaker, guarded, listener
     assert are_freed(alive)
 

@@ -17,6 +17,7 @@ import types
 
 import freezegun
 import pytest
+from internals import storage_of
 from support import PATIENCE
 
 import pybreaker
@@ -1330,7 +1331,7 @@ def test_a_moment_in_the_future_is_waited_for_by_the_monotonic_clock(clock):
         breaker = CircuitBreaker(reset_timeout=10)
         breaker.open()
         now = datetime.datetime.now(datetime.timezone.utc)
-        breaker._state_storage.opened_at = now + datetime.timedelta(seconds=5)
+        storage_of(breaker).opened_at = now + datetime.timedelta(seconds=5)
         wall.move_to("2020-02-01")
         assert breaker.retry_after == 15.0
         clock.advance(15)

@@ -11,6 +11,7 @@ import sys
 import types
 
 import pytest
+from internals import storage_of
 
 from pybreaker import (
     CircuitBreaker,
@@ -59,7 +60,7 @@ def test_all_arguments_may_be_given_by_position(recorder):
     assert breaker.reset_timeout == 2.5
     assert breaker.excluded_exceptions == (KeyError,)
     assert breaker.listeners == (recorder,)
-    assert breaker._state_storage is storage
+    assert storage_of(breaker) is storage
     assert breaker.name == "database"
     assert breaker.success_threshold == 7
     with pytest.raises(ValueError):  # throw_new_error_on_trip is False

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 from unittest import mock
 
 import pytest
+from internals import storage_of
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
 
@@ -266,7 +267,7 @@ def test_opened_at_is_aware():
     breaker = CircuitBreaker()
     before = datetime.now(timezone.utc)
     breaker.open()
-    opened_at = breaker._state_storage.opened_at
+    opened_at = storage_of(breaker).opened_at
     assert before <= opened_at <= datetime.now(timezone.utc)
     assert opened_at.utcoffset() == timedelta(0)
 

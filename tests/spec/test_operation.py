@@ -13,6 +13,7 @@ import sys
 import threading
 
 import pytest
+from internals import after_fork, lock_of, storage_of
 from support import PATIENCE, drive
 
 import pybreaker
@@ -76,7 +77,7 @@ def test_a_move_by_hand_is_logged_as_one(move, level, log):
 def test_a_change_found_in_the_storage_is_logged_as_that(log):
     """Nobody here knows why it was made."""
     breaker = CircuitBreaker()
-    breaker._state_storage.state = "".join(["op", "en"])  # as read from somewhere
+    storage_of(breaker).state = "".join(["op", "en"])  # as read from somewhere
     assert breaker.state.name == "open"
     ((level, text),) = log()
     assert level == "WARNING"
@@ -88,7 +89,7 @@ def test_a_circuit_that_is_found_closed_is_logged_with_the_count_it_begins_with(
     breaker = CircuitBreaker(fail_max=2)
     breaker.open()
     breaker.fail_counter = 5
-    breaker._state_storage.state = "closed"
+    storage_of(breaker).state = "closed"
     assert breaker.state.name == "closed"
     assert "(fail_counter 0," in log()[-1][1]
 
@@ -96,8 +97,8 @@ def test_a_circuit_that_is_found_closed_is_logged_with_the_count_it_begins_with(
 def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
     """Not when some other call gets through, which may be much later."""
     breaker = CircuitBreaker()
-    breaker._state_storage.opened_at = datetime.datetime.now(datetime.timezone.utc)
-    breaker._state_storage.state = "open"
+    storage_of(breaker).opened_at = datetime.datetime.now(datetime.timezone.utc)
+    storage_of(breaker).state = "open"
     with pytest.raises(CircuitBreakerError):
         breaker.call(int)
     assert ": found so in the storage (" in log()[0][1]
@@ -124,8 +125,8 @@ def test_a_change_is_logged_with_the_count_that_it_left(log):
     """Somebody else closed the circuit, and has seen failures since."""
     breaker = CircuitBreaker(fail_max=5)
     breaker.open()
-    breaker._state_storage.counter = 2
-    breaker._state_storage.state = "closed"
+    storage_of(breaker).counter = 2
+    storage_of(breaker).state = "closed"
     assert breaker.state.name == "closed"
     assert "fail_counter 2" in log()[-1][1]
 
@@ -160,7 +161,7 @@ def test_a_state_knows_why_it_began(clock, fail, boom):
         clock.advance(60)
     breaker.open()
     assert breaker.state.reason == "by hand"
-    breaker._state_storage.state = "closed"
+    storage_of(breaker).state = "closed"
     assert breaker.state.reason == "found so in the storage"
     eras = [
         "new",
@@ -281,7 +282,7 @@ def test_a_snapshot_tells_when_a_circuit_opened_and_when_to_come_back(clock):
         datetime.datetime(2020, 2, 2, 12),
         datetime.datetime(2020, 2, 2, 17, tzinfo=east),
     ):
-        breaker._state_storage.opened_at = moment
+        storage_of(breaker).opened_at = moment
         assert breaker.snapshot()["opened_at"] == "2020-02-02T12:00:00+00:00"
 
 
@@ -301,7 +302,7 @@ def test_who_watches_is_told_what_the_storage_says(watch):
     told = str(watch(breaker))
     assert "closed" in told
     assert "open" not in told.replace("opened_at", "")
-    breaker._state_storage.state = "open"
+    storage_of(breaker).state = "open"
     told = str(watch(breaker))
     assert "closed" not in told
     assert "open" in told.replace("opened_at", "")
@@ -322,7 +323,7 @@ def test_a_snapshot_is_of_one_moment(clock):
     """It is taken under the lock: whoever holds that is waited for."""
     breaker, taken = CircuitBreaker(), []
     thread = threading.Thread(target=lambda: taken.append(breaker.snapshot()))
-    with breaker._lock:
+    with lock_of(breaker):
         thread.start()
         breaker.fail_counter = 3
         breaker.open()
@@ -340,7 +341,7 @@ def test_the_child_of_a_fork_begins_with_a_free_lock_and_a_free_place(clock):
     held, over = threading.Event(), threading.Event()
 
     def hold():
-        with breaker._lock:
+        with lock_of(breaker):
             held.set()
             over.wait(PATIENCE)
 
@@ -348,7 +349,7 @@ def test_the_child_of_a_fork_begins_with_a_free_lock_and_a_free_place(clock):
     thread = threading.Thread(target=hold)
     thread.start()
     assert held.wait(PATIENCE)
-    pybreaker._after_fork()
+    after_fork()
     try:
         assert breaker.call(str) == ""
         assert breaker.current_state == "closed"
@@ -367,7 +368,7 @@ def test_breakers_need_not_be_told_apart_by_comparing_them():
             return True
 
     breakers = [Equal(), Equal()]
-    locks = [breaker._lock for breaker in breakers]
-    pybreaker._after_fork()
+    locks = [lock_of(breaker) for breaker in breakers]
+    after_fork()
     for breaker, lock in zip(breakers, locks):
-        assert breaker._lock is not lock
+        assert lock_of(breaker) is not lock

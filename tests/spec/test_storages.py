@@ -19,6 +19,7 @@ from unittest import mock
 import guards
 import pytest
 from freezegun import freeze_time
+from internals import is_place_free
 
 from pybreaker import (
     CircuitBreaker,
@@ -1437,7 +1438,8 @@ def test_a_listener_that_is_added_while_a_claim_waits_hears_of_the_call(
         assert recorder.names.count("before_call") == 1
         assert recorder.names[-1] == "success"
     assert breaker.current_state == ("open" if move == "open" else "closed")
-    assert (breaker._trial_in_place, fleet.holder) == (None, None)
+    assert is_place_free(breaker)
+    assert fleet.holder is None
 
 
 def test_the_gate_that_half_opens_during_a_claim_takes_the_place_from_it(

@@ -19,6 +19,7 @@ from guards import (
     by_coroutine,
     by_generator,
 )
+from internals import lock_of, storage_of
 from support import PATIENCE
 
 import pybreaker
@@ -101,9 +102,9 @@ def is_locked(breaker):
     """Whether the calling thread holds the breaker's lock: another can't have it."""
 
     def can_be_taken():
-        taken = breaker._lock.acquire(blocking=False)
+        taken = lock_of(breaker).acquire(blocking=False)
         if taken:
-            breaker._lock.release()
+            lock_of(breaker).release()
         return taken
 
     return not elsewhere(can_be_taken)
@@ -323,7 +324,7 @@ def test_retry_after_keeps_what_it_promises(clock):
 def test_who_only_watches_moves_nothing(watch, recorder):
     """A change in the storage is found, and told, by calls and by breaker.state."""
     breaker = CircuitBreaker(listeners=[recorder])
-    breaker._state_storage.state = "open"
+    storage_of(breaker).state = "open"
     watch(breaker)
     assert recorder.events == []
     assert breaker.state.name == "open"
@@ -734,7 +735,7 @@ def test_repr_knows_a_state_by_its_name():
     for name, told in (("closed", "trial"), ("half-open", "successes")):
         breaker.state = name
         text = repr(breaker)
-        breaker._state_storage.state = "".join(list(name))
+        storage_of(breaker).state = "".join(list(name))
         assert repr(breaker) == text
         assert (told in text) == (name == "half-open")
 
@@ -939,7 +940,7 @@ def picture(cb):
         cb.fail_counter,
         cb.success_counter,
         cb.retry_after,
-        cb._state_storage.opened_at,
+        storage_of(cb).opened_at,
     )
 
 
@@ -981,7 +982,7 @@ def test_when_an_opening_is_told_it_is_complete(how, clock, fail):
         breaker.open()
     else:
         failures(breaker, 1, fail)
-    opened_at = breaker._state_storage.opened_at
+    opened_at = storage_of(breaker).opened_at
     assert opened_at is not None
     failed = 0 if how == "by hand" else 1
     assert listener.pictures["open"] == ("open", "open", failed, 0, 10, opened_at)
@@ -992,7 +993,7 @@ def test_when_a_half_opening_by_a_trial_is_told_it_is_complete(clock, fail):
     listener = Photographer()
     breaker = CircuitBreaker(1, 10, success_threshold=2)
     failures(breaker, 1, fail)
-    opened_at = breaker._state_storage.opened_at
+    opened_at = storage_of(breaker).opened_at
     clock.advance(10)
     breaker.add_listener(listener)
     breaker.call(int)
@@ -1094,7 +1095,7 @@ def test_an_era_that_was_found_in_the_storage_says_so(name):
     """Why somebody else began it cannot be known here."""
     reasons = Reasons()
     breaker = CircuitBreaker(listeners=[reasons])
-    breaker._state_storage.state = name
+    storage_of(breaker).state = name
     assert breaker.state.reason == "found so in the storage"
     assert reasons.heard == ["found so in the storage"]
 

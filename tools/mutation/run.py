@@ -1,6 +1,6 @@
-"""Mutation testing of pybreaker.py: ``tox -e mutation``.
+"""Mutation testing of pybreaker.py and its companions: ``tox -e mutation``.
 
-Cosmic Ray makes the mutants, a small change to pybreaker.py each, and its
+Cosmic Ray makes the mutants, a small change to one of the modules each, and its
 session keeps what became of them. Here the tests are run on them: in one
 process pytest collects the tests once; every mutant is a fork of that, puts its
 code in the place of the functions' own, and runs the tests that reach the
@@ -10,10 +10,11 @@ are the tests.
 
 The tests that search take long; with ``--searches`` they are run on what the others
 have left. What survives these must be in survivors.toml with the reason why it changes
-nothing.
+nothing. There a mutant is named by the function it changes, by what Cosmic Ray does to
+it, and by a number, as one thing can be done in several places of a function.
 
 What became of a mutant is kept for as long as its function stays as it is, in files
-that begin with the name of the session: after a change of pybreaker.py the mutants of
+that begin with the name of the session: after a change of a module the mutants of
 changed functions are run. ``--all`` runs all of them again.
 """
 
@@ -24,9 +25,11 @@ import difflib
 import functools
 import gc
 import hashlib
+import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -50,57 +53,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import operators
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "pybreaker.py"
-TEXT = SOURCE.read_text()
 SURVIVORS = Path(__file__).with_name("survivors.toml")
-
-# Tests of other things, most of which run in processes of their own.
-NOT_RUN = ("packaging", "readme", "examples", "6_ops_console")
-# These search for long, or wait for processes. They are for what the others have
-# not killed.
-SEARCHES = (
-    "9_fleet",
-    "9_redis_clients",
-    "9_redis_faults",
-    "cancellation",
-    "faults",
-    "fork",
-    "interleavings",
-    "interleavings_of_errands",
-    "model",
-    "nothing_left",
-)
+MODULES = [
+    ROOT / "pybreaker.py",
+    *sorted((ROOT / "pybreaker_extras").glob("[!_]*.py")),
+]
+# The folders of the tests, and of those that search for long or wait for processes:
+# these are for what the others have not killed.
+TESTS = ("spec", "redis", "extras")
+SEARCHES = ("searches", "redis")
 # These monitor, or fork, so it is not known which lines they reach.
 ALWAYS_RUN = (
     "test_interleavings.py",
     "test_interleavings_of_errands.py",
     "test_fork.py",
-)
-# What shares a circuit through Redis comes last, as its tests take time.
-LAST = (
-    "CircuitRedisStorage",
-    "_Courier",
-    "_RedisLink",
-    "_Picture",
-    "_known_state",
-    "_count_from",
-    "_moment_from",
-    "_is_about_a_value",
-    "_Claim",
-    "_waiter",
-    "_asyncio_waiter",
-    "_trio_waiter",
-    "_other_waiter",
-    "_after_fork",
-    "_at_exit",
-    "_before_fork",
-    "_after_fork_in_parent",
-    "_LONGEST_LEASE",
-    "_PAUSE",
-    "_SAFE",
-    "_couriered",
-    "_some_time",
-    "",  # what is done at a fork and at the end is said in no function
 )
 PASS_MARK = 95.0
 MEMORY = 4 << 30
@@ -118,12 +84,14 @@ PYTEST = [
 ]
 
 
-def test_files(searches):
-    """The tests that search, or the others."""
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        name = path.stem[len("test_") :]
-        if name not in NOT_RUN and (name in SEARCHES) == searches:
-            yield str(path)
+def test_folders(searches):
+    """Where the tests are that search, or the others."""
+    return [str(ROOT / "tests" / name) for name in (SEARCHES if searches else TESTS)]
+
+
+def is_search(item):
+    """Whether a test is one of those that search."""
+    return "searches" in item.path.parts or item.get_closest_marker("long") is not None
 
 
 def definitions(tree):
@@ -186,55 +154,29 @@ def spans_without_effect(tree):
             yield start, (part.end_lineno, part.end_col_offset)
 
 
-def identities(work_items, text):
-    """For each work item its job, and what tells its mutant from all others for as
-    long as the function or class around it has the same text."""
-    places, lines = definitions(ast.parse(text)), text.splitlines()
-    sources = collections.defaultdict(list)
-    for number, line in enumerate(lines, 1):
-        sources[places.get(number, "")].append(line)
+def name_of(path):
+    """A module's name: "pybreaker", or "pybreaker_extras.redis"."""
+    return ".".join(Path(path).relative_to(ROOT).with_suffix("").parts)
+
+
+def identities(work_items, texts):
+    """For each work item its job, the mutant's name, and the text of the function or
+    class around it. As long as this stays the same, so does the mutant of that name."""
+    places, sources = {}, collections.defaultdict(list)
+    for module, text in texts.items():
+        places[module] = definitions(ast.parse(text))
+        for number, line in enumerate(text.splitlines(), 1):
+            sources[module, places[module].get(number, "")].append(line)
     seen = collections.Counter()
     for work in sorted(work_items, key=lambda work: work.mutations[0].occurrence):
         mutation = work.mutations[0]
-        name = places.get(mutation.start_pos[0], "")
-        kind = name, "\n".join(sources[name]), mutation.operator_name
+        module = name_of(mutation.module_path)
+        place = places[module].get(mutation.start_pos[0], "")
+        operator = mutation.operator_name.partition("/")[2]
+        kind = f"{module}.{place}" if place else module, operator
         seen[kind] += 1
-        yield work.job_id, (*kind, seen[kind])
-
-
-TREE = ast.parse(TEXT)
-DEFINITIONS = definitions(TREE)
-LINES = statement_lines(TREE)
-PARSED = get_ast(TEXT)
-
-
-def mutated(mutation):
-    """The mutant's code. Changes what was parsed, so it is for a child."""
-    operator = cosmic_ray.plugins.get_operator(mutation.operator_name)()
-    return MutationVisitor(mutation.occurrence, operator).walk(PARSED).get_code()
-
-
-def description(mutation, text):
-    """What identifies a mutant for as long as its code stays the same."""
-    first = mutation.start_pos[0] - 1
-    old, new = TEXT.splitlines(), text.splitlines()
-    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    was, becomes = [], []
-    for tag, start, end, new_start, new_end in matcher.get_opcodes():
-        if tag != "equal":
-            was += [line.strip() for line in old[start:end]]
-            becomes += [line.strip() for line in new[new_start:new_end]]
-    where = DEFINITIONS.get(first + 1, "the module")
-    same = [
-        number
-        for number, line in enumerate(old)
-        if line == old[first] and DEFINITIONS.get(number + 1, "the module") == where
-    ]
-    if same.index(first):  # so that it is told from the same line before it
-        where += f" [{same.index(first) + 1}]"
-    if mutation.operator_name.startswith("own/") and "Lock" in mutation.operator_name:
-        return f"{where}: {old[first].strip()} -> {mutation.operator_name[4:]}"
-    return f"{where}: {' / '.join(was)} -> {' / '.join(filter(None, becomes))}"
+        source = "\n".join(sources[module, place])
+        yield work.job_id, " ".join((*kind, str(seen[kind]))), source
 
 
 def functions(code, is_inner=False):
@@ -246,40 +188,81 @@ def functions(code, is_inner=False):
             yield from functions(constant, is_inner or optimized)
 
 
+class Module:
+    """A module that is mutated."""
+
+    def __init__(self, path):
+        self.path = path
+        self.name = name_of(path)
+        self.text = path.read_text()
+        self.tree = ast.parse(self.text)
+        self.definitions = definitions(self.tree)
+        self.lines = statement_lines(self.tree)
+        self.functions = list(functions(self.compiled(self.text)))
+
+    def compiled(self, text):
+        return compile(text, str(self.path), "exec")
+
+    def mutated(self, mutation):
+        """The text with a mutation."""
+        operator = cosmic_ray.plugins.get_operator(mutation.operator_name)()
+        visitor = MutationVisitor(mutation.occurrence, operator)
+        return visitor.walk(get_ast(self.text)).get_code()
+
+    def difference(self, text):
+        """What a mutation changes, for who reads the report."""
+        old, new = self.text.splitlines(), text.splitlines()
+        matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+        was, becomes = [], []
+        for tag, start, end, new_start, new_end in matcher.get_opcodes():
+            if tag != "equal":
+                was += [line.strip() for line in old[start:end]]
+                becomes += [line.strip() for line in new[new_start:new_end]]
+        return f"{' / '.join(was)} -> {' / '.join(filter(None, becomes))}"
+
+
+SOURCES = {str(path): Module(path) for path in MODULES}
+
+
+def module_of(mutation):
+    return SOURCES[str(mutation.module_path)]
+
+
 def own_part(code):
     """The code object without those in it."""
     constants = (c if not isinstance(c, types.CodeType) else 0 for c in code.co_consts)
     return code.replace(co_consts=tuple(constants))
 
 
-OLD = list(functions(compile(TEXT, str(SOURCE), "exec")))
-
-
 def living_functions():
-    """The functions that pybreaker.py has made, by where their code is."""
+    """The functions that the modules have made, by where their code is."""
     living = collections.defaultdict(list)
     for function in gc.get_objects():
         if type(function) is types.FunctionType:
             code = function.__code__
-            if code.co_filename == str(SOURCE):
-                living[code.co_qualname, code.co_firstlineno].append(function)
+            if code.co_filename in SOURCES:
+                living[place_in_source(code)].append(function)
     return living
 
 
-def put_in_place(text, living):
+def place_in_source(code):
+    return code.co_filename, code.co_qualname, code.co_firstlineno
+
+
+def put_in_place(module, text, living):
     """Give the functions their mutated code; False if that is not all."""
-    new = list(functions(compile(text, str(SOURCE), "exec")))
-    if len(OLD) != len(new):
+    new = list(functions(module.compiled(text)))
+    if len(module.functions) != len(new):
         return False
     changes = []
-    for (before, is_inner), (after, _) in zip(OLD, new):
+    for (before, is_inner), (after, _) in zip(module.functions, new):
         if own_part(before) != own_part(after):
-            found = living.get((before.co_qualname, before.co_firstlineno), ())
+            found = living.get(place_in_source(before), ())
             if not found and not is_inner:
                 return False
             changes += [(function, after) for function in found]
         elif before != after:  # in an inner function
-            found = living.get((before.co_qualname, before.co_firstlineno), ())
+            found = living.get(place_in_source(before), ())
             changes += [(function, after) for function in found]
     try:
         for function, after in changes:
@@ -290,19 +273,33 @@ def put_in_place(text, living):
     return True
 
 
-def import_anew(text):
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
-        if file.startswith(str(ROOT)) and module.__name__ not in (
+def import_anew(module, text):
+    for name, loaded in list(sys.modules.items()):
+        file = getattr(loaded, "__file__", None) or ""
+        if file.startswith(str(ROOT)) and loaded.__name__ not in (
             "__main__",
             "operators",
         ):
             if ".tox" not in file:
                 del sys.modules[name]
-    module = types.ModuleType("pybreaker")
-    module.__file__ = str(SOURCE)
-    sys.modules["pybreaker"] = module
-    exec(compile(text, str(SOURCE), "exec"), vars(module))
+    package, _, name = module.name.rpartition(".")
+    mutant = types.ModuleType(module.name)
+    mutant.__file__ = str(module.path)
+    mutant.__package__ = package
+    sys.modules[module.name] = mutant
+    if package:
+        setattr(importlib.import_module(package), name, mutant)
+    exec(module.compiled(text), vars(mutant))
+
+
+class Chosen:
+    """A pytest plugin that leaves out the tests that search, or the others."""
+
+    def __init__(self, searches):
+        self.searches = searches
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if is_search(item) == self.searches]
 
 
 class Runner:
@@ -382,18 +379,17 @@ class Mutants:
             known = json.loads(cache.read_text())
         self.seconds, self.reached = {}, collections.defaultdict(set)
         for test in list(self.items):
-            self.seconds[test], passed, lines = known[test]
-            for line in lines:
-                self.reached[line].add(test)
+            self.seconds[test], passed, reached = known[test]
+            for path, lines in reached.items():
+                for line in lines:
+                    self.reached[path, line].add(test)
             if not passed:
                 print(f"left out, as it fails without a mutant: {test}")
                 del self.items[test]
 
     def measured(self, tests):
         """How long each test takes, whether it passes, and what lines it reaches."""
-        cov = coverage.Coverage(
-            data_file=None, include=[str(SOURCE)], config_file=False
-        )
+        cov = coverage.Coverage(data_file=None, include=[*SOURCES], config_file=False)
         seconds, passed = {}, {}
         clock = time.perf_counter
         for test in tests:
@@ -405,16 +401,20 @@ class Mutants:
             seconds[test] = round(clock() - start, 3)
             cov.stop()
             passed[test] = self.session.testsfailed == failed
-        lines = collections.defaultdict(list)
-        for line, reaching in cov.get_data().contexts_by_lineno(str(SOURCE)).items():
-            for test in reaching:
-                lines[test].append(line)
+        lines = {test: {path: [] for path in SOURCES} for test in tests}
+        for path in SOURCES:
+            for line, reaching in cov.get_data().contexts_by_lineno(path).items():
+                for test in reaching:
+                    if test in lines:  # and not what no test has run
+                        lines[test][path].append(line)
         return {test: (seconds[test], passed[test], lines[test]) for test in tests}
 
     def tests_for(self, mutation):
+        module = module_of(mutation)
         lines = set(range(mutation.start_pos[0], mutation.end_pos[0] + 1))
-        lines = lines.union(*(LINES.get(line, ()) for line in list(lines)))
-        chosen = set().union(*(self.reached.get(line, ()) for line in lines))
+        lines = lines.union(*(module.lines.get(line, ()) for line in list(lines)))
+        path = str(module.path)
+        chosen = set().union(*(self.reached.get((path, line), ()) for line in lines))
         return [
             item
             for item in self.items.values()
@@ -422,22 +422,26 @@ class Mutants:
         ]
 
     def is_apt(self, mutation, item):
-        """Whether the test is worth its time."""
-        shares = item.path.name.startswith("test_9_")
-        return not shares or self.options.searches or where_of(mutation) in LAST
+        """Whether the test is worth its time: that of a companion takes long."""
+        own = item.path.parent.name in ("spec", "searches")
+        return own or self.options.searches or is_companion(mutation)
 
     # The mutants.
 
     def prepare(self, database):
         if not database.num_work_items:
-            cosmic_ray.commands.init([SOURCE], database, {})
+            cosmic_ray.commands.init(MODULES, database, {})
             if not self.options.all:
                 self.bring_over(database)
-        spans = list(spans_without_effect(TREE))
+        spans = {
+            path: list(spans_without_effect(module.tree))
+            for path, module in SOURCES.items()
+        }
         skipped = []
         for work in database.work_items:
-            start = work.mutations[0].start_pos
-            if any(s <= start < e for s, e in spans):
+            mutation = work.mutations[0]
+            start = mutation.start_pos
+            if any(s <= start < e for s, e in spans[str(mutation.module_path)]):
                 skipped.append(work.job_id)
         database.set_multiple_results(
             skipped, WorkResult(worker_outcome=WorkerOutcome.SKIPPED)
@@ -446,22 +450,23 @@ class Mutants:
     def bring_over(self, database):
         """What is known of mutants of functions that have not changed."""
         name = Path(self.options.session)
-        name.with_suffix(".py").write_text(TEXT)
+        texts = {module.name: module.text for module in SOURCES.values()}
+        name.with_suffix(".texts").write_text(json.dumps(texts))
         earlier = name.parent.glob(name.name.rpartition("-")[0] + "-*.sqlite")
         earlier = sorted(earlier, key=lambda path: path.stat().st_mtime)
         known = {}
         for path in earlier:  # what was found last wins
-            if path == name or not path.with_suffix(".py").exists():
+            if path == name or not path.with_suffix(".texts").exists():
                 continue
-            text = path.with_suffix(".py").read_text()
+            earlier_texts = json.loads(path.with_suffix(".texts").read_text())
             with use_db(path) as old:
                 results = {job: r for job, r in old.results if r.test_outcome}
-                for job, mutant in identities(old.work_items, text):
+                for job, *mutant in identities(old.work_items, earlier_texts):
                     if job in results:
-                        known[mutant] = results[job]
-        for job, mutant in identities(database.work_items, TEXT):
-            if mutant in known:
-                database.set_result(job, known[mutant])
+                        known[tuple(mutant)] = results[job]
+        for job, *mutant in identities(database.work_items, texts):
+            if tuple(mutant) in known:
+                database.set_result(job, known[tuple(mutant)])
 
     def execute(self, database):
         results = dict(database.results)
@@ -469,15 +474,15 @@ class Mutants:
         for work in database.work_items:
             if work.job_id in results:
                 self.note(work, results[work.job_id])
-        explained = explanations()
+        names, explained = names_of_mutants(database), explanations()
         waiting = [
             work
             for work in database.work_items
-            if self.is_waiting(results.get(work.job_id), explained)
+            if self.is_waiting(results.get(work.job_id), names[work.job_id], explained)
         ]
         waiting.sort(key=turn, reverse=True)
         if self.options.only:
-            waiting = [w for w in waiting if self.options.only in key(w)]
+            waiting = [w for w in waiting if self.options.only in names[w.job_id]]
         waiting = waiting[: self.options.limit]
         print(f"{len(waiting)} mutants to run", flush=True)
         running, total, start = {}, len(waiting), time.monotonic()
@@ -503,7 +508,7 @@ class Mutants:
             output.close()
             code = os.waitstatus_to_exitcode(status)
             if code == OWN_FAULT:
-                print(f"could not be run: {key(work)}")
+                print(f"could not be run: {names[work.job_id]}")
                 continue
             survived = code == 0
             diff, _, killer = said.partition("\n")
@@ -518,13 +523,14 @@ class Mutants:
             number = total - len(waiting) - len(running)
             if survived or not number % 50:
                 spent = time.monotonic() - start
-                print(f"{number}/{total} {spent:.0f} s {outcome.value}: {diff}")
+                name = names[work.job_id]
+                print(f"{number}/{total} {spent:.0f} s {outcome.value}: {name}: {diff}")
                 sys.stdout.flush()
 
-    def is_waiting(self, result, explained):
+    def is_waiting(self, result, name, explained):
         if result is None:
             return not self.options.searches
-        if result.test_outcome != TestOutcome.SURVIVED or result.diff in explained:
+        if result.test_outcome != TestOutcome.SURVIVED or name in explained:
             return False
         return self.options.searches or self.options.retry
 
@@ -542,20 +548,24 @@ class Mutants:
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
             self.session.config.pluginmanager.unregister(name="terminalreporter")
-            text = mutated(mutation)
+            module = module_of(mutation)
+            text = module.mutated(mutation)
             # For the processes that tests start.
-            Path(folder, "pybreaker.py").write_text(text)
+            path = Path(folder, module.path.relative_to(ROOT))
+            if path.parent != Path(folder):
+                shutil.copytree(module.path.parent, path.parent)
+            path.write_text(text)
             sys.path.insert(0, folder)
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             os.environ["PYTHONSAFEPATH"] = "1"  # pybreaker.py is in this folder, too
-            first = description(mutation, text) + "\n"
+            first = module.difference(text) + "\n"
             tests = self.tests_for(mutation)
             is_apt = functools.partial(self.is_apt, mutation)
             runner = Runner(is_apt, self.seconds, self.kills[place_of(work)], output)
             runner.say = lambda said: Runner.say(runner, first + said)
             runner.say("")  # perhaps there are no tests
             try:
-                is_in_place = put_in_place(text, self.living)
+                is_in_place = put_in_place(module, text, self.living)
             except SyntaxError:
                 runner.say("SyntaxError")
                 status = 1
@@ -567,31 +577,36 @@ class Mutants:
                 runner.say("import")
                 signal.alarm(120)
                 status = 1  # if it cannot be imported
-                import_anew(text)
-                status = pytest.main(self.options.pytest, plugins=[runner])
+                import_anew(module, text)
+                chosen = Chosen(self.options.searches)
+                status = pytest.main(self.options.pytest, plugins=[chosen, runner])
         finally:
             os._exit(int(status))
 
 
 def place_of(work):
-    """The innermost function or class."""
-    return DEFINITIONS.get(work.mutations[0].start_pos[0], "")
-
-
-def key(work):
+    """The innermost function or class, and its module."""
     mutation = work.mutations[0]
-    return f"{place_of(work)} {mutation.operator_name} {mutation.occurrence}"
+    module = module_of(mutation)
+    return module.name, module.definitions.get(mutation.start_pos[0], "")
 
 
-def where_of(mutation):
-    """The outermost function or class."""
-    return DEFINITIONS.get(mutation.start_pos[0], "").split(".")[0]
+def names_of_mutants(database):
+    """By their jobs, the names that survivors.toml has for mutants."""
+    texts = {module.name: module.text for module in SOURCES.values()}
+    named = identities(database.work_items, texts)
+    return {job: name for job, name, _ in named}
+
+
+def is_companion(mutation):
+    return module_of(mutation).name != "pybreaker"
 
 
 def turn(work):
-    """What to sort mutants by: first those without Redis, both in any order."""
-    digest = hashlib.sha1(key(work).encode()).digest()
-    return where_of(work.mutations[0]) in LAST, digest
+    """What to sort mutants by: first those of the library itself, in any order."""
+    mutation = work.mutations[0]
+    key = f"{place_of(work)} {mutation.operator_name} {mutation.occurrence}"
+    return is_companion(mutation), hashlib.sha1(key.encode()).digest()
 
 
 def explanations():
@@ -601,18 +616,18 @@ def explanations():
 
 def report(database, options):
     outcomes = collections.Counter()
-    survivors = collections.Counter()
-    for _, result in database.completed_work_items:
+    survivors, names = {}, names_of_mutants(database)
+    for work, result in database.completed_work_items:
         if result.worker_outcome == WorkerOutcome.SKIPPED:
             continue
         outcomes[result.test_outcome.value] += 1
         if result.test_outcome == TestOutcome.SURVIVED:
-            survivors[result.diff] += 1
+            survivors[names[work.job_id]] = result.diff
     left = database.num_work_items - database.num_results
     explained = explanations()
     unexplained = sorted(set(survivors) - explained)
     for mutant in unexplained:
-        print(f"survived without a reason: {mutant}")
+        print(f"survived without a reason: {mutant}: {survivors[mutant]}")
     if not left:
         for mutant in sorted(explained - set(survivors)):
             print(f"explained, but killed or gone: {mutant}")
@@ -632,19 +647,21 @@ def main():
     add("--session", default=".mutation", help="where to keep what became of each")
     add("--jobs", type=int, default=os.cpu_count())
     add("--limit", type=int, help="run so many at most; the rest next time")
-    add("--only", help="run those in whose place or operator this occurs")
+    add("--only", help="run those in whose name this occurs")
     add("--retry", action="store_true", help="run those again that survived")
     add("--all", action="store_true", help="bring nothing over from earlier sessions")
     add("--searches", action="store_true", help="do so with the tests that search")
     options = parser.parse_args()
-    options.pytest = [*PYTEST, *test_files(options.searches)]
-    digest = hashlib.sha256(TEXT.encode() + Path(operators.__file__).read_bytes())
+    options.pytest = [*PYTEST, *test_folders(options.searches)]
+    digest = hashlib.sha256(Path(operators.__file__).read_bytes())
+    for module in SOURCES.values():
+        digest.update(module.text.encode())
     options.session += f"-{digest.hexdigest()[:12]}.sqlite"
     cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = operators.Provider()
     sys.path.insert(0, str(ROOT))
     sys.dont_write_bytecode = False  # so that tests are rewritten once, if read often
     plugin = Mutants(options)
-    pytest.main(options.pytest, plugins=[plugin])
+    pytest.main(options.pytest, plugins=[Chosen(options.searches), plugin])
     return plugin.verdict
 
 
