@@ -856,7 +856,7 @@ def test_tasks_that_somebody_else_started_do_not_belong(way):
     assert breaker.current_state == "closed"
 
 
-def test_who_started_the_trials_task_does_not_belong_to_it():
+def test_the_task_that_started_the_trials_task_does_not_belong_to_it():
     """The context goes from the trial to what it starts, and not back."""
     breaker = CircuitBreaker()
     breaker.half_open()

@@ -278,7 +278,7 @@ def with_a_storage_of_the_users_own():
     [with_a_listener, with_failures_to_forget, with_a_storage_of_the_users_own],
     ids=lambda make: make.__name__,
 )
-def test_nor_where_the_lock_is_needed_before_and_after_them(make, guard):
+def test_calls_that_need_the_lock_do_not_wait_for_each_other_either(make, guard):
     """The lock is for deciding, never for the guarded call."""
     breaker = make()
     results = all_at_once(*[guard(breaker, meeting())] * THREADS)

@@ -296,7 +296,7 @@ def test_a_snapshot_still_tells_of_the_last_opening_when_the_circuit_is_closed()
 
 
 @pytest.mark.parametrize("watch", [CircuitBreaker.snapshot, repr])
-def test_who_watches_is_told_what_the_storage_says(watch):
+def test_an_operator_is_told_what_the_storage_says(watch):
     """Though no call has yet found that somebody else has opened the circuit."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     told = str(watch(breaker))

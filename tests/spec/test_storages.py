@@ -565,8 +565,8 @@ def test_a_circuit_that_is_moved_during_a_call_is_found_when_it_settles(recorder
 
 @pytest.mark.parametrize("name", ["open", "half-open"])
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
-def test_it_is_told_to_who_hears_of_nothing_else(kind, name):
-    """The success itself has nobody to tell and nothing to change."""
+def test_a_move_during_a_call_is_told_to_a_listener_that_hears_only_moves(kind, name):
+    """The success of that call has nobody to tell and nothing to change."""
 
     class Moves:
         def state_change(self, cb, old_state, new_state):
@@ -1352,7 +1352,7 @@ def test_a_trial_that_lost_its_place_releases_nothing(clock):
     assert storage.asked == [("release", "half-open")]
 
 
-def test_who_takes_the_place_over_claims_before_anything_is_released(clock):
+def test_a_call_that_takes_the_place_over_claims_before_anything_is_released(clock):
     """Or another breaker would get the trial that this one runs already."""
     storage = AskedStorage("half-open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)

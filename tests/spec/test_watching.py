@@ -155,7 +155,9 @@ def test_listeners_and_exclusions_are_tuples(recorder):
     assert breaker.listeners == (recorder,)
 
 
-def test_they_are_tuples_where_code_in_the_field_changed_the_lists(recorder):
+def test_what_was_a_list_and_is_read_is_a_tuple(
+    recorder,
+):
     """Such code reaches for the private lists, which is no reason to hand them out."""
     breaker = CircuitBreaker()
     breaker._listeners.append(recorder)
@@ -321,7 +323,7 @@ def test_retry_after_keeps_what_it_promises(clock):
         repr,
     ],
 )
-def test_who_only_watches_moves_nothing(watch, recorder):
+def test_an_operator_who_only_watches_moves_nothing(watch, recorder):
     """A change in the storage is found, and told, by calls and by breaker.state."""
     breaker = CircuitBreaker(listeners=[recorder])
     storage_of(breaker).state = "open"
