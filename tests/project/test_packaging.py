@@ -110,9 +110,12 @@ def test_sdist_holds_what_it_takes_to_build_test_and_read_it(built):
         "pyproject.toml",
         "setup.py",
         "tox.ini",
+        "tests/requirements.txt",
         "tests/typing/pyrightconfig.json",
+        "tools/mutation/survivors.toml",
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*.py")),
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py")),
+        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tools/**/*.py")),
     }
     assert not [name for name in names if "cache" in name or name.startswith(".")]
 

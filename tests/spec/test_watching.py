@@ -155,9 +155,7 @@ def test_listeners_and_exclusions_are_tuples(recorder):
     assert breaker.listeners == (recorder,)
 
 
-def test_what_was_a_list_and_is_read_is_a_tuple(
-    recorder,
-):
+def test_listeners_that_were_put_into_the_private_list_are_read_as_a_tuple(recorder):
     """Such code reaches for the private lists, which is no reason to hand them out."""
     breaker = CircuitBreaker()
     breaker._listeners.append(recorder)
