@@ -1027,7 +1027,7 @@ def test_a_call_asks_a_listener_only_for_the_events_that_it_tells():
     del asked[:]
     call()
     assert told == ["before_call", "success"]
-    assert collections.Counter(asked) <= collections.Counter(told)
+    assert not collections.Counter(asked) - collections.Counter(told)
 
 
 @pytest.mark.parametrize("listeners", [[], [pybreaker.CircuitBreakerListener()]])
