@@ -20,6 +20,7 @@ import socketserver
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -65,8 +66,12 @@ opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def fetch(url):
     """The call that can fail. What urllib raises for a refused connection, for
     a status like 500, and for a timeout, is a failure to the breaker."""
-    with opener.open(url, timeout=TIMEOUT) as answer:
-        return answer.read()
+    try:
+        with opener.open(url, timeout=TIMEOUT) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer like any other, on a connection of its own
+        raise
 
 
 def main():

@@ -1388,16 +1388,29 @@ def test_a_log_handler_that_raises_changes_nothing(
     assert elsewhere(breaker.snapshot)["state"] == expected.current_state
 
 
+def logging_drops_what_a_handler_logs():
+    """Whether this Python, as 3.13.5 does, drops a record that a handler makes."""
+    logger = logging.Logger("of no tree")
+    nested = Handler(lambda record: record.args or logger.error("%s", "nested"))
+    logger.addHandler(nested)
+    logger.error("the first")
+    return len(nested.records) == 1
+
+
 def test_a_log_handler_may_use_the_breaker_itself(handler, clock, guard):
-    """What it causes is logged too, after what it was about."""
+    """The move that the handler makes is logged after the move that it was told of."""
     breaker = CircuitBreaker(1, TIMEOUT)
     log = handler(lambda record: breaker.current_state == "open" and breaker.close())
     with pytest.raises(CircuitBreakerError):
         guard(breaker, raising(ServiceDown()))
     assert breaker.current_state == "closed"
-    first, second = (record.getMessage() for record in log.records)
+    first, *rest = (record.getMessage() for record in log.records)
     assert "open, was closed" in first
-    assert "closed, was open" in second
+    if logging_drops_what_a_handler_logs():
+        assert rest == []
+    else:
+        (second,) = rest
+        assert "closed, was open" in second
 
 
 def test_an_interruption_in_a_log_handler_reaches_the_caller(guard, handler, clock):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import inspect
 import math
 import pickle
 import sqlite3
@@ -1095,7 +1096,7 @@ class FleetStorage(PlainStorage):
 
     async def claim_trial_async(self, timeout):
         await asyncio.sleep(0)
-        if asyncio.iscoroutinefunction(self.on_claim):
+        if inspect.iscoroutinefunction(self.on_claim):
             self.claims.append(timeout)
             await self.on_claim()
             return self.fleet.claim(self)
