@@ -193,6 +193,8 @@ if __name__ == "__main__":
         license="BSD-3-Clause",
         keywords=["circuit breaker", "resilience", "fault tolerance", "design pattern"],
         py_modules=["pybreaker"],
+        packages=["pybreaker_extras"],
+        package_data={"pybreaker_extras": ["py.typed"]},
         # Said aloud so that an editable install is a plain path entry, which
         # type checkers and editors can follow, and not an import hook.
         package_dir={"": "."},

@@ -28,6 +28,7 @@ HEADING = "What a shared circuit costs\n===========================\n"
 PROCESSES = 8
 TIMEOUT = 60  # for an answer
 FAIL_MAX = 5
+MANY = 200
 
 
 class Failed(Exception):
@@ -144,6 +145,16 @@ def measure_idleness(fleet, fast):
     return {"idle trips": trips[0] / seconds}
 
 
+def measure_many(fleet, fast):
+    """What a process takes that shares many circuits and makes no calls."""
+    with fleet.server.client() as client:
+        before = client.info("clients")["connected_clients"]
+        threads = fleet.ask(0, "share_many", count=MANY)
+        core = fleet.ask(0, "rest", seconds=2 if fast else 10)
+        connections = client.info("clients")["connected_clients"] - before
+    return {"many": {"threads": threads, "connections": connections, "core": core}}
+
+
 def measure_trials(fleet, fast):
     """How many trials there are for each timeout, of two seconds, when all call a
     service that takes 0.1 s to fail."""
@@ -251,6 +262,7 @@ def measure_stall(fleet, fast):
 TASKS = {  # each with the number of processes that it takes
     measure_costs: 1,
     measure_idleness: 1,
+    measure_many: 1,
     measure_trials: PROCESSES,
     measure_opening: PROCESSES,
     measure_bad_host: PROCESSES,
@@ -307,6 +319,10 @@ def cost(path, which):
 
 def per_call(name):
     return lambda found: f"{found[name]:.2f}"
+
+
+def many(what, style):
+    return lambda found: format(found["many"][what], style)
 
 
 def trials(found):
@@ -375,6 +391,14 @@ ROWS = (
         "round trips a second of a process without calls",
         per_call("idle trips"),
     ),
+    *(
+        Row(measure_many, f"{label} of {MANY} circuits", many(what, style))
+        for what, label, style in (
+            ("threads", "threads", ""),
+            ("connections", "connections", ""),
+            ("core", "share of a core", ".1%"),
+        )
+    ),
     Row(measure_trials, "trials for each timeout", trials),
     Row(measure_opening, "failures until all refuse", failures),
     Row(measure_opening, "until an idle process knows", knowing),
@@ -439,7 +463,8 @@ def report(figures, environments, loads):
         f"this library's without Redis, measured beside: sharing costs a closed call "
         f"{ratio('closed')}, a failing one {ratio('failing')} and a rejected one "
         f"{ratio('rejected')} times as much, which is the median of many pairs. The "
-        f"server counts the round trips, those too which no call waits for. The rest "
+        f"server counts the round trips, those too which no call waits for. The "
+        f"{MANY} circuits are one process's, with one client, and rest. All else "
         f"is about eight processes and ``fail_max`` 5. Trials: how many there are for "
         f"each timeout if all call a service that takes 0.1 s to fail. Failures: how "
         f"many calls reach it until all processes refuse, if each makes one every "

@@ -79,6 +79,7 @@ class PyBreaker(Library):
             def state_change(self, cb, old_state, new_state):
                 pass
 
+        self.clients = {}  # of Redis, by the URL
         self.Breaker = pybreaker.CircuitBreaker
         self.Rejected = pybreaker.CircuitBreakerError
         self.unchanged_listener = Unchanged()
@@ -92,7 +93,8 @@ class PyBreaker(Library):
 
         from pybreaker import STATE_CLOSED, CircuitRedisStorage
 
-        client = redis.Redis.from_url(url)
+        # A program has one client for all of its circuits.
+        client = self.clients.setdefault(url, redis.Redis.from_url(url))
         storage = CircuitRedisStorage(STATE_CLOSED, client, namespace=name)
         return self.Breaker(fail_max, timeout, state_storage=storage)
 

@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import sys
+import threading
 import time
 import traceback
 
@@ -74,6 +75,23 @@ class Member:
                 guarded(1, 2)
             if pause:
                 time.sleep(pause)
+
+    def share_many(self, count):
+        """Guard so many functions, each with a circuit of its own. Returns how many
+        threads that took."""
+        before = threading.active_count()
+        for number in range(count):
+            shared = self.library.shared(self.url, f"many {number}", 5, HOUR)
+            self.guarded[number] = shared(succeed)
+            self.guarded[number](1, 2)
+        return threading.active_count() - before
+
+    def rest(self, seconds):
+        """Make no calls. Returns the share of a core that it took."""
+        before, began = time.process_time(), time.perf_counter()
+        time.sleep(seconds)
+        used, elapsed = time.process_time() - before, time.perf_counter() - began
+        return used / elapsed
 
     # Life in a fleet
 

@@ -138,9 +138,14 @@ class Model:
                 self.fail(exc)
 
     def succeed(self):
-        if self.era.name == CLOSED:
+        """A success that counts forgets the failures, whatever it decides."""
+        if self.era.name != OPEN:
             self.fail_counter = 0
-        elif self.era.name == HALF_OPEN:
+        self.decide_success()
+
+    def decide_success(self):
+        """`state.on_success`, which leaves the failures to whoever calls it."""
+        if self.era.name == HALF_OPEN:
             self.success_counter += 1
             if self.success_counter >= self.success_threshold:
                 self.move(CLOSED)

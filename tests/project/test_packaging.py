@@ -18,7 +18,13 @@ from packaging.specifiers import SpecifierSet
 import pybreaker
 
 ROOT = Path(__file__).resolve().parents[2]
-IN_WHEEL = {"pybreaker.py", "pybreaker-stubs/__init__.pyi"}
+IN_WHEEL = {
+    "pybreaker.py",
+    "pybreaker-stubs/__init__.pyi",
+    "pybreaker_extras/__init__.py",
+    "pybreaker_extras/py.typed",
+    "pybreaker_extras/redis.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,7 @@ def test_an_extra_brings_a_client_for_redis():
 # Wheel and sdist
 
 
-def test_wheel_holds_the_module_its_stub_and_nothing_else(built):
+def test_wheel_holds_the_module_its_stub_its_companions_and_nothing_else(built):
     """Everything besides is the wheel's own description of itself."""
     names = names_in_wheel(built)
     assert {name for name in names if ".dist-info/" not in name} == IN_WHEEL

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import threading
 import time
 
 import pytest
-
-import pybreaker
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,8 +24,10 @@ def impatient_clients():
 
 def stop_couriers(patience):
     """Let them end that there are, and wait for so many seconds until they have."""
-    for storage in list(pybreaker._couriered.values()):
-        storage._courier.stop()
+    if "pybreaker_extras.redis" in sys.modules:
+        import errands
+
+        errands.stop_couriers()
     end = time.monotonic() + patience
     for thread in threading.enumerate():
         if "pybreaker courier" in thread.name:

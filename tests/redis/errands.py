@@ -1,7 +1,8 @@
 """Processes that share a circuit through Redis, without Redis, processes and threads.
 
-Nothing happens by itself: a process's errands are run when a test says so, and the
-clock is moved. Redis is a table of the circuit's keys.
+Nothing happens by itself: a courier makes a pass when a test says so, and the clock is
+moved. Redis is a table of the circuit's keys. What tests use of the storage's private
+names, they use through this module.
 """
 
 from __future__ import annotations
@@ -9,15 +10,23 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
 import types
-import weakref
+from datetime import datetime, timezone
 
 import redis
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
+from pybreaker_extras import redis as shared
 
 REFRESH = 4.0  # seconds
+EPOCH = 1_600_000_000  # when the clocks of these tests say 0, by the wall clock
+LibrarysCourier, Link = shared._Courier, shared._Link
+waiter, claim, view = shared._waiter, shared._Claim, shared._View
+at_exit, before_fork = shared._at_exit, shared._before_fork
+after_fork_in_parent = shared._after_fork_in_parent
+after_fork_in_child = shared._after_fork_in_child
 
 
 def trial_of(breaker):
@@ -33,7 +42,7 @@ def ends(block, exc=None):
 
 
 def let_nobody_wait(monkeypatch, wait):
-    """The library's events call this with their timeout, and wait for nothing."""
+    """The storage's events call this with their timeout, and wait for nothing."""
 
     class Event(threading.Event):
         def wait(self, timeout=None):
@@ -41,14 +50,116 @@ def let_nobody_wait(monkeypatch, wait):
                 wait(timeout)
             return self.is_set()
 
-    fake = types.SimpleNamespace(**{**vars(threading), "Event": Event})
-    monkeypatch.setattr(pybreaker, "threading", fake)
+    replace(monkeypatch, "threading", Event=Event)
+
+
+def replace(monkeypatch, module, **names):
+    """The storage finds these names in a module that it imports."""
+    real = getattr(shared, module)
+    fake = types.SimpleNamespace(**{**vars(real), **names})
+    monkeypatch.setattr(shared, module, fake)
+    return fake
+
+
+def set_clock(monkeypatch, clock):
+    """The storage, and a storage in memory, have the clock of the test. That may begin
+    near zero, where the machine's does."""
+    clock.now = 5.0
+    fake = types.SimpleNamespace(monotonic=lambda: clock.monotonic(), sleep=time.sleep)
+    monkeypatch.setattr(shared, "time", fake)
+
+    class Datetime(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromtimestamp(EPOCH + clock.now, timezone.utc)
+
+    for module in (pybreaker, shared):
+        monkeypatch.setattr(module, "datetime", Datetime)
+    return fake
 
 
 def leave_alone(monkeypatch):
-    """There are no storages and breakers that other tests have left."""
-    for name in ("_couriered", "_breakers"):
-        monkeypatch.setattr(pybreaker, name, weakref.WeakValueDictionary())
+    """There are no couriers that other tests have left."""
+    monkeypatch.setattr(shared, "_couriers", {})
+
+
+def carry_by_hand(monkeypatch):
+    """Couriers have no threads, and make a pass when a test says so."""
+    monkeypatch.setattr(shared, "_Courier", Courier)
+
+
+# The classes whose objects threads share.
+WRITERS = (
+    *(CircuitRedisStorage, shared._Outbox, shared._Membership, shared._Claim),
+    *(shared._Exchange, pybreaker.CircuitMemoryStorage),
+)
+
+
+def couriers_of_old_worlds_are_gone():
+    """A client of a new world may have the id of one of an old world."""
+    shared._couriers.clear()
+
+
+def gate():
+    return shared._gate
+
+
+def set_gate(monkeypatch, gate):
+    """What is held where a courier begins or ends."""
+    monkeypatch.setattr(shared, "_gate", gate)
+    return gate
+
+
+def mutex_of(storage):
+    return storage._mutex
+
+
+def couriers():
+    return list(shared._couriers.values())
+
+
+def stop_couriers():
+    """Let all couriers end that there are."""
+    with shared._gate:
+        for courier in couriers():
+            courier.stop()
+
+
+def courier_of(storage):
+    return storage._courier
+
+
+def go_at_once(storage):
+    """The courier goes to Redis and back, though there may be nothing to send."""
+    return storage._notify_when_sent()
+
+
+def shared_state(storage):
+    """What other threads may see or change of a storage, apart from the counts."""
+    return storage._outbox, storage._membership
+
+
+def outbox(storage):
+    return storage._outbox
+
+
+def unconfirmed(storage):
+    """The trip that Redis may still confirm."""
+    return storage._membership.unconfirmed
+
+
+def ask(storage, timeout=60, hear=int):
+    """A claim, whose answer nobody waits for."""
+    return storage._ask(timeout, hear)
+
+
+def give_back(storage, claim):
+    storage._give_back(claim)
+
+
+def is_due(storage):
+    """Whether the next pass is to take the storage along at once."""
+    return storage._due_at() == -math.inf
 
 
 class Redis:
@@ -119,7 +230,7 @@ class Client:
         self.meanwhile = None  # is called once, while an answer is on its way
         self.seconds = 0.0  # that answers take
         self.sent = []
-        self.looks = self.times = 0
+        self.passes = self.times = 0
 
     def execute_command(self, *words):
         raise AssertionError("commands are sent together")
@@ -139,7 +250,7 @@ class Client:
 
         def execute(raise_on_error):
             assert not raise_on_error
-            self.looks += 1
+            self.passes += 1
             self.keys.clock.advance(self.seconds)
             if self.trouble:
                 self.interrupted()
@@ -170,31 +281,34 @@ class Client:
         ]
 
 
-class Courier:
-    """Takes the place of the library's: who waits for it is waited for by it."""
+class Courier(LibrarysCourier):
+    """Has no threads. Who waits for it is waited for by it."""
 
-    def __init__(self, storage):
-        self.storage = weakref.ref(storage)
+    def __init__(self, client):
+        super().__init__(client)
         self.done = []
         self.is_quick = True
-        self.is_under_way = False
+        self.is_passing = False
 
-    def wake(self):
+    def wake(self, storage):
+        self._kept[id(storage)] = storage
         self.done.append("wake")
-        storage = self.storage()
         for _ in range(3):
-            if not self.is_quick or self.is_under_way:
+            if not self.is_quick or self.is_passing:
                 return
-            if not storage._waiting and not storage._unasked:
+            boxes = [outbox(storage) for storage in self.storages()]
+            if not any(box.waiting or box.asked for box in boxes):
                 return
-            self.run_errands()
+            self.go()
 
-    def run_errands(self):
-        self.is_under_way = True
+    def go(self):
+        """Make a pass that takes all storages along."""
+        self._next_round = -math.inf
+        self.is_passing = True
         try:
-            return self.storage()._run_errands()
+            return self.make_pass()
         finally:
-            self.is_under_way = False
+            self.is_passing = False
 
     def start(self):
         self.done.append("start")
@@ -224,7 +338,7 @@ class Process:
         self.storage = CircuitRedisStorage(
             settings.pop("state", "closed"), self.client, refresh=refresh, **settings
         )
-        self.courier = self.storage._courier
+        self.courier = courier_of(self.storage)
         self.breaker = CircuitBreaker(
             fail_max,
             reset_timeout,
@@ -234,8 +348,8 @@ class Process:
 
     def runs_errands(self, times=1):
         for _ in range(times):
-            leisure = self.courier.run_errands()
-        return leisure
+            idle_time = self.courier.go()
+        return idle_time
 
     def is_cut_off(self, why="gone"):
         self.client.trouble = redis.ConnectionError(why)
@@ -267,7 +381,9 @@ def agree(processes):
 def check(process):
     assert process.runs_errands() == REFRESH
     storage, keys = process.storage, process.client.keys
-    if storage._apart:  # it has opened by a count that did not stand
+    with mutex_of(storage):
+        is_apart = storage._membership.is_apart
+    if is_apart:  # it has opened by a count that did not stand
         assert process.state != "closed"
         return
     if process.state != "half-open" or keys["state"] != "open":

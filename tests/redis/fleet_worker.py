@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from pathlib import Path
 
 SETTINGS = {}
@@ -323,6 +324,15 @@ class Commands:
 
     def do(self, move):
         getattr(self._breaker, move)()
+
+    def move(self, **attributes):
+        """Hand the storage a move, as a breaker does."""
+        self._breaker._state_storage.move(types.SimpleNamespace(**attributes))
+
+    def last_move(self, *names):
+        """What the storage knows of it, or None."""
+        move = self._breaker._state_storage.last_move()
+        return move and [getattr(move, name) for name in names]
 
     def log(self):
         return self._records.seen

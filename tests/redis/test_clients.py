@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import errands
 import fleet
 import pytest
 import redis
@@ -17,6 +18,7 @@ import valkey
 import valkey.asyncio
 from fleet import ask_all, installed, until
 
+import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
 
@@ -28,11 +30,11 @@ def calls_are_shared(mine, theirs):
     """All that a client is needed for: failures, an opening, a trial, a closing."""
 
     def soon(condition):
-        """Nobody waits for the next refresh: they are woken, and look."""
+        """Nobody waits for the next refresh: the couriers go at once."""
 
         def looked():
             for breaker in (mine, theirs):
-                breaker._state_storage._courier.wake()
+                errands.go_at_once(breaker._state_storage)
             return condition()
 
         until(looked)
@@ -263,6 +265,68 @@ def test_redis_py_may_be_as_old_as_5(kind, server, cluster, fleet_of, namespace)
     theirs.ask("do", "open")
     until(lambda: mine.ask("state") == "open")
     assert fleet.about_redis(mine) == fleet.about_redis(theirs) == []
+
+
+def local_proxy(client):
+    """Werkzeug's, of a client that only the thread has that makes the storage."""
+    local = pytest.importorskip("werkzeug.local")
+    context = local.Local()
+    context.client = client
+    return context("client")
+
+
+def test_a_client_may_be_behind_a_proxy(server, share, closing):
+    """Flask programs have one from Werkzeug. Its class has the methods of an asyncio
+    client, whatever it is the proxy of."""
+    share(lambda: local_proxy(closing(redis.Redis(port=server.port))))
+
+
+def test_an_asyncio_client_may_be_behind_a_proxy(server, share):
+    async def make():  # in Python 3.9 only a coroutine can
+        return redis.asyncio.Redis(port=server.port)
+
+    share(lambda: local_proxy(asyncio.run(make())))
+
+
+def test_a_client_may_be_behind_an_object_that_passes_on_what_it_lacks(
+    server, share, closing
+):
+    """As the one of Flask-Redis does."""
+
+    class Passing:
+        def __init__(self, client):
+            self._client = client
+
+        def __getattr__(self, name):
+            return getattr(self._client, name)
+
+    share(lambda: Passing(closing(redis.Redis(port=server.port))))
+
+
+def test_a_proxy_and_its_client_have_one_courier(server, closing, namespace):
+    client = closing(redis.Redis(port=server.port))
+    behind = [
+        CircuitRedisStorage("closed", each, f"{namespace}-{number}")
+        for number, each in enumerate([client, local_proxy(client)])
+    ]
+    assert len({errands.courier_of(storage) for storage in behind}) == 1
+
+
+def test_the_client_that_was_given_is_there_by_the_name_that_programs_use(
+    server, closing, namespace
+):
+    proxy = local_proxy(closing(redis.Redis(port=server.port)))
+    storage = CircuitRedisStorage("closed", proxy, namespace)
+    assert storage._redis is proxy
+
+
+def test_programs_can_tell_the_storage_from_one_in_memory(server, closing, namespace):
+    """By its class, as they do where they fall back."""
+    client = closing(redis.Redis(port=server.port))
+    storage = CircuitRedisStorage("closed", client, namespace)
+    assert not isinstance(storage, pybreaker.CircuitMemoryStorage)
+    assert isinstance(storage, pybreaker.CircuitBreakerStorage)
+    assert storage.name == "redis"
 
 
 class NoClient:

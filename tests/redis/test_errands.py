@@ -11,13 +11,18 @@ import contextlib
 import functools
 import gc
 import inspect
+import json
 import logging
 import math
 import os
+import queue
 import threading
 import time
 import types
+import weakref
+from datetime import datetime, timezone
 
+import errands
 import hypothesis.strategies as st
 import pytest
 import redis
@@ -25,12 +30,10 @@ import trio
 from errands import (
     REFRESH,
     Client,
-    Courier,
     Process,
     Redis,
     agree,
     ends,
-    leave_alone,
     let_nobody_wait,
     trial_of,
 )
@@ -43,16 +46,12 @@ from hypothesis.stateful import (
 )
 from support import BRIEF, DEEP, PATIENCE, Boom, boom, fail
 
-import pybreaker
 from pybreaker import CircuitBreakerError, CircuitRedisStorage
-
-LibrarysCourier = pybreaker._Courier
 
 
 @pytest.fixture
-def clock(clock):
-    """It may begin near zero, where the machine does."""
-    clock.now = 5.0
+def clock(clock, monkeypatch):
+    clock.module = errands.set_clock(monkeypatch, clock)
     return clock
 
 
@@ -70,7 +69,7 @@ def slept(clock):
         slept.append(seconds)
         clock.advance(1.0)  # in an instant something else was quicker
 
-    pybreaker.time.sleep = sleep
+    clock.module.sleep = sleep
     return slept
 
 
@@ -85,13 +84,13 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def alone(monkeypatch):
-    leave_alone(monkeypatch)
+    errands.leave_alone(monkeypatch)
 
 
 @pytest.fixture
 def process(monkeypatch, keys, waits, alone):
     """Makes processes."""
-    monkeypatch.setattr(pybreaker, "_Courier", Courier)
+    errands.carry_by_hand(monkeypatch)
     return lambda **settings: Process(keys, **settings)
 
 
@@ -171,7 +170,7 @@ def test_the_courier_comes_when_the_count_is_to_be_judged(process, clock):
     clock.advance(1)
     assert mine.runs_errands() == REFRESH - 1
     clock.advance(REFRESH)
-    assert mine.storage._leisure() == 0.0
+    assert errands.unconfirmed(mine.storage).due < clock.now
 
 
 def test_a_count_that_does_not_stand_leaves_the_others_closed(process, keys, clock):
@@ -333,17 +332,16 @@ def test_a_look_judges_no_trip_where_a_later_one_was_made_at_the_same_moment(
     mine = process()
     fail(mine.breaker, 3)
     mine.runs_errands()
-    (until, threshold), mine.storage._doubt = mine.storage._doubt, None
-    mine.storage._doubt = until, threshold
+    _, membership = errands.shared_state(mine.storage)
     clock.advance(REFRESH)
 
     def meanwhile():
-        mine.storage._doubt = until + 0.0, threshold + 0
+        membership.unconfirmed = membership.unconfirmed._replace()
 
     mine.client.meanwhile = meanwhile
     mine.runs_errands()
     assert keys["state"] == "closed"
-    assert mine.storage._unsent_move is None
+    assert errands.outbox(mine.storage).state is None
 
 
 def test_a_trip_that_is_forgotten_while_it_is_judged_does_no_harm(process, clock, said):
@@ -546,8 +544,8 @@ def test_a_moment_of_opening_that_is_set_is_sent_at_once(process, keys, clock):
     mine.courier.done.clear()
     mine.storage.opened_at = mine.storage.opened_at
     assert mine.courier.done == ["wake"]
-    assert mine.storage._leisure() == REFRESH
-    mine.runs_errands()
+    assert errands.is_due(mine.storage)
+    assert mine.courier.make_pass() > 0
     assert len(mine.client.sent_to("opened_at")) == 2
 
 
@@ -556,8 +554,8 @@ def test_a_moment_of_opening_that_is_set_is_sent_at_once(process, keys, clock):
     [
         lambda mine: mine.breaker.open(),
         lambda mine: fail(mine.breaker),
-        lambda mine: mine.storage._ask(60, int),
-        lambda mine: mine.storage._give_back(pybreaker._Claim(60, int)),
+        lambda mine: errands.ask(mine.storage),
+        lambda mine: errands.give_back(mine.storage, errands.claim(60, int)),
     ],
     ids=["a move", "a count", "a claim", "a claim to give back"],
 )
@@ -615,6 +613,251 @@ def test_who_closes_by_hand_what_was_open_alone_tells_all(apart, keys):
         mine.runs_errands()
         theirs.runs_errands()
         assert keys["state"] == theirs.state == mine.state
+
+
+# What belongs to an opening: its length, its reason, and the trials that have failed.
+
+
+def move(state="open", by="hand", reason="why", seconds=None, failed_trials=0):
+    """A move, as a breaker hands it to its storage."""
+    return types.SimpleNamespace(
+        state=state,
+        by=by,
+        reason=reason,
+        seconds=seconds,
+        failed_trials=failed_trials,
+        fail_max=3,
+    )
+
+
+def known(process):
+    """What the storage of a process knows of the last move."""
+    found = process.storage.last_move()
+    return found and (found.state, found.reason, found.seconds, found.failed_trials)
+
+
+@pytest.mark.parametrize("seconds", [None, 0, 0.5, 3600, 10**12, math.inf])
+@pytest.mark.parametrize("failed_trials", [0, 7])
+def test_what_belongs_to_an_opening_travels_with_it(
+    process, seconds, failed_trials, said
+):
+    mine, theirs = process(), process()
+    why = 'ümläuts, "quotes" and a \N{SNOWMAN}'
+    made = move(by="outcome", reason=why, seconds=seconds, failed_trials=failed_trials)
+    mine.storage.move(made)
+    mine.runs_errands()
+    theirs.runs_errands()
+    assert known(theirs) == ("open", why, seconds, failed_trials)
+    assert theirs.storage.last_move().by == "outcome"
+    assert said() == []
+
+
+def test_a_breaker_shows_what_belongs_to_an_opening_elsewhere(process, clock):
+    """Its wait is that of the opening, whatever its own timeout is."""
+    mine, theirs = process(), process(reset_timeout=5)
+    mine.breaker.open(1000, "maintenance")
+    mine.runs_errands()
+    clock.advance(10)
+    theirs.runs_errands()
+    assert theirs.breaker.state.reason == "maintenance"
+    assert theirs.breaker.retry_after == 990
+
+
+def test_a_process_that_starts_later_knows_what_belongs_to_the_opening(process):
+    mine = process()
+    mine.storage.move(move(seconds=9, failed_trials=2))
+    mine.runs_errands()
+    assert known(process()) == ("open", "why", 9, 2)
+
+
+def test_a_storage_knows_the_very_move_that_was_made_in_its_process(
+    process, keys, clock
+):
+    """Until the circuit moves again; so a breaker can tell the one from the other."""
+    mine, theirs = process(), process()
+    mine.storage.counter = 3
+    assert mine.storage.last_move() is None
+    for made in (move(), move("half-open"), move("closed"), move(by="count")):
+        mine.storage.move(made)
+        mine.runs_errands(2)
+        assert mine.storage.last_move() is made
+    clock.advance(REFRESH)
+    mine.runs_errands(3)
+    assert (keys["state"], mine.storage.last_move()) == ("open", made)
+    theirs.runs_errands()
+    found = theirs.storage.last_move()
+    theirs.runs_errands(3)
+    assert theirs.storage.last_move() is found
+
+
+def test_the_half_opening_for_a_trial_takes_nothing_from_the_opening(process, keys):
+    """The process that runs the trial was away when it opened the circuit."""
+    mine = process()
+    mine.is_cut_off()
+    mine.storage.move(move(seconds=9))
+    trial = move("half-open", by="trial")
+    mine.storage.move(trial)
+    mine.is_back()
+    assert mine.storage.last_move() is trial
+    assert known(process()) == ("open", "why", 9, 0)
+
+
+def test_an_opening_by_the_count_travels_with_its_reason_when_it_is_confirmed(
+    process, clock
+):
+    mine, theirs = process(), process()
+    for _ in range(3):
+        mine.storage.increment_counter()
+    mine.storage.move(move(by="count", reason="3 failures"))
+    mine.runs_errands()
+    theirs.runs_errands()
+    assert known(theirs) is None
+    clock.advance(REFRESH)
+    mine.runs_errands(2)
+    theirs.runs_errands()
+    assert known(theirs) == ("open", "3 failures", None, 0)
+
+
+def test_an_opening_in_the_same_second_as_the_one_before_is_news(process):
+    """Redis has the same moment for both."""
+    mine, theirs = process(), process()
+    for seconds in (None, 30, 60):
+        mine.storage.move(move(seconds=seconds))
+        mine.runs_errands()
+        theirs.runs_errands()
+        assert known(theirs) == ("open", "why", seconds, 0)
+
+
+def test_what_belongs_to_another_opening_is_ignored(process, keys):
+    """Older releases open the circuit anew and leave the key as it is."""
+    mine = process()
+    mine.storage.move(move(seconds=9, failed_trials=2))
+    mine.runs_errands()
+    keys.texts["opened_at"] = "4"
+    mine.runs_errands()
+    assert (mine.storage.state, mine.storage.last_move()) == ("open", None)
+    assert known(process()) is None
+
+
+def test_closing_deletes_what_belongs_to_the_opening(process, keys):
+    mine, theirs = process(), process()
+    mine.breaker.open()
+    mine.runs_errands()
+    assert keys["opening"] is not None
+    mine.breaker.half_open()
+    mine.runs_errands()
+    assert keys["opening"] is not None
+    mine.breaker.close()
+    mine.runs_errands()
+    assert keys["opening"] is None
+    theirs.runs_errands()
+    assert (theirs.state, theirs.storage.last_move()) == ("closed", None)
+
+
+def test_nobody_sees_an_opening_before_what_belongs_to_it(process, keys):
+    """It is written first."""
+    mine = process()
+    seen = []
+    reply = mine.client.reply
+
+    def watched(command):
+        replied = reply(command)
+        seen.append((keys["opened_at"], keys["opening"] is not None))
+        return replied
+
+    mine.client.reply = watched
+    mine.breaker.open()
+    mine.runs_errands()
+    assert (None, True) in seen
+    assert ("5", False) not in seen
+
+
+def test_a_moment_that_is_set_takes_what_belongs_to_the_opening_along(process, clock):
+    """It stays the same opening."""
+    mine, theirs = process(), process()
+    mine.storage.move(move(seconds=9))
+    mine.runs_errands()
+    clock.advance(10)
+    mine.storage.opened_at = datetime.fromtimestamp(errands.EPOCH + 8, timezone.utc)
+    mine.runs_errands()
+    theirs.runs_errands()
+    assert known(theirs) == ("open", "why", 9, 0)
+    assert theirs.storage.open_for() == 7
+
+
+def test_a_state_that_is_written_alone_says_nothing_of_an_opening(process, keys):
+    """What belonged to the one before is not its own."""
+    mine = process()
+    mine.storage.move(move(seconds=9))
+    mine.runs_errands()
+    mine.storage.state = "open"
+    assert mine.storage.last_move() is None
+    mine.runs_errands()
+    assert keys["opening"] is None
+    assert known(process()) is None
+
+
+def test_a_flush_loses_nothing_of_what_belongs_to_an_opening(process, keys):
+    mine, theirs = process(), process()
+    mine.storage.move(move(seconds=9))
+    mine.runs_errands()
+    theirs.runs_errands()
+    keys.texts.clear()
+    theirs.runs_errands()
+    assert known(process()) == ("open", "why", 9, 0)
+
+
+def test_what_belongs_to_an_opening_may_be_lost_alone(process, keys):
+    """As a server does that is short of memory. Who knows it goes on knowing it."""
+    mine = process()
+    mine.storage.move(move(seconds=9))
+    mine.runs_errands()
+    del keys["opening"]
+    mine.runs_errands(2)
+    assert known(mine) == ("open", "why", 9, 0)
+    assert known(process()) is None
+
+
+GOOD = {"opened_at": "5", "reason": "", "by": "", "seconds": None, "failed_trials": 0}
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        *(["a", "list"], "", "nonsense", "5", "[]", "[" * 100_000, "null", "{}"),
+        *(json.dumps({**GOOD, "seconds": s}) for s in (-1, math.nan, "9", [])),
+        *(json.dumps({**GOOD, "failed_trials": k}) for k in (-1, 0.5, "1", None)),
+    ],
+    ids=lambda nonsense: str(nonsense)[:80],
+)
+def test_nonsense_about_an_opening_is_put_in_order(process, keys, nonsense, said):
+    """By the processes that know what was there, and else deleted."""
+    mine = process()
+    mine.storage.move(move(seconds=9))
+    mine.runs_errands()
+    good = keys["opening"]
+    keys.texts["opening"] = nonsense
+    mine.runs_errands()
+    assert (keys["opening"], levels(said)) == (good, ["WARNING"])
+    mine.breaker.close()
+    mine.runs_errands()
+    keys.texts["opening"] = nonsense
+    mine.runs_errands()
+    assert keys["opening"] is None
+
+
+def test_a_trip_made_before_redis_first_answered_stands_and_is_sent(process, keys):
+    """Redis is empty when it answers."""
+    mine = process(trouble=redis.ConnectionError("not yet"), patience=0.001)
+    mine.client.trouble = None
+    membership = errands.shared_state(mine.storage)[1]
+    membership.is_away = False  # as if the answer were only late
+    mine.client.meanwhile = lambda: fail(mine.breaker, 3)
+    keys.texts.clear()
+    mine.runs_errands()
+    assert mine.state == "open"
+    mine.runs_errands()
+    assert (mine.state, keys["state"], keys["fail_counter"]) == ("open", "open", "3")
 
 
 # Trials.
@@ -696,16 +939,16 @@ def test_a_circuit_that_closes_as_its_trial_begins_is_closed(due, keys):
     mine.courier.is_quick = False
     theirs.breaker.close()
     theirs.runs_errands()
-    move = mine.storage._move
+    move = mine.storage.move
 
     def hear_and_move(*args, **kwargs):
         mine.runs_errands()
         move(*args, **kwargs)
 
-    mine.storage._move = hear_and_move
+    mine.storage.move = hear_and_move
     trial = trial_of(mine.breaker)
     assert mine.state == "closed"
-    del mine.storage._move
+    del mine.storage.move
     ends(trial, Boom())
     mine.runs_errands(2)
     assert mine.state == theirs.state == keys["state"] == "closed"
@@ -714,7 +957,7 @@ def test_a_circuit_that_closes_as_its_trial_begins_is_closed(due, keys):
 @pytest.mark.parametrize("reset_timeout", [0, 0.0004, 0.4, 60, math.inf, 1e9])
 def test_the_lease_of_a_claim_is_the_timeout_and_a_day_at_most(process, reset_timeout):
     mine = process()
-    claim = mine.storage._ask(reset_timeout, int)
+    claim = errands.ask(mine.storage, reset_timeout)
     lease = {0: 1, 0.0004: 1, 0.4: 400, 60: 60_000}.get(reset_timeout, 86_400_000)
     assert mine.client.sent_to("trial")[0] == ("SET", claim.token, "NX", "PX", lease)
 
@@ -727,7 +970,7 @@ def test_a_claim_that_follows_ones_own_is_made_when_that_is_given_back(due, keys
     ends(trial_of(mine.breaker))
     assert keys["trial"] is not None  # that is still to be given back
     trial = trial_of(mine.breaker)
-    assert keys["trial"] == mine.storage._claim.token
+    assert keys["trial"] == mine.client.sent_to("trial")[-1][1]
     assert is_refused(theirs.breaker)
     ends(trial)
 
@@ -737,7 +980,7 @@ def test_all_who_ask_meanwhile_are_answered_when_it_is_given_back(due):
     trial = trial_of(mine.breaker)
     mine.courier.is_quick = False
     ends(trial)
-    claims = [mine.storage._ask(60, int) for _ in range(2)]
+    claims = [errands.ask(mine.storage) for _ in range(2)]
     mine.runs_errands(2)
     assert [claim.granted for claim in claims] == [True, False]
 
@@ -748,7 +991,7 @@ def test_a_claim_is_not_granted_in_a_look_that_brings_news(due, keys):
     mine.courier.is_quick = False
     theirs.storage.state = "half-open"
     theirs.runs_errands()
-    claim = mine.storage._ask(60, int)
+    claim = errands.ask(mine.storage)
     mine.runs_errands()
     assert claim.granted is False
     assert keys["trial"] is None
@@ -839,7 +1082,9 @@ def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, whe
     told, claims = [], []
 
     def ask():
-        claims.append(mine.storage._ask(60, lambda: told.append(claims[0].granted)))
+        claims.append(
+            errands.ask(mine.storage, hear=lambda: told.append(claims[0].granted))
+        )
 
     if when == "sent":
         ask()
@@ -858,7 +1103,7 @@ def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
     def gone():
         raise RuntimeError("Event loop is closed")
 
-    claims = [mine.storage._ask(60, gone), mine.storage._ask(60, int)]
+    claims = [errands.ask(mine.storage, hear=gone), errands.ask(mine.storage)]
     mine.runs_errands()
     assert [claim.granted for claim in claims] == [True, False]
     assert said() == []
@@ -932,9 +1177,9 @@ def test_a_redis_that_keeps_nothing_is_asked_three_times_and_is_away(
     mine = process()
     keys.texts.clear()
     keys.set = lambda *_: True
-    looks = mine.client.looks
+    passes = mine.client.passes
     assert mine.runs_errands() == REFRESH
-    assert mine.client.looks == looks + 3
+    assert mine.client.passes == passes + 3
     assert levels(said) == ["WARNING"]
     assert "does not keep" in said()[0][1]
 
@@ -1135,7 +1380,7 @@ def test_the_clock_of_redis_is_asked_for_what_is_new_and_open(process, keys, clo
 def test_the_clock_of_redis_has_microseconds(process, clock):
     mine = process()
     clock.now = 12.5
-    assert mine.storage._link.time() == 12.5
+    assert mine.courier.link.time() == 12.5
 
 
 # All together.
@@ -1251,70 +1496,54 @@ def test_in_the_end_all_of_a_fleet_say_the_same(process, keys):
 # Threads, forks, and the end of the program.
 
 
-class Owner:
-    """What a courier asks of its storage, and a list of what it was asked."""
+class Member:
+    """A storage, as a courier sees it, and a list of what it was asked."""
 
-    def __init__(self):
-        self.heard = heard = []
-        self._refresh = REFRESH
-        self._link = types.SimpleNamespace(
-            asked_at=None, close=lambda: heard.append("close")
-        )
-        self._run_errands = lambda: heard.append("errands")
-        self._goes_away = heard.append
+    _patience = 0.25
+
+    def __init__(self, refresh=REFRESH):
+        self.heard = []
+        self._refresh = refresh
+        self._go_away = self.heard.append
+        self._due_at = lambda: math.inf
 
 
 @pytest.fixture
-def courier(clock):
-    """The library's, whose threads are not started."""
-    owner = Owner()
-    courier = LibrarysCourier(owner)
-    courier.owner = owner
-    courier._is_stopping = False
+def courier(clock, alone):
+    """The library's, whose threads are not started. It has one member, and what it does
+    in a pass is for the test to say."""
+    client = Client(Redis(clock))
+    courier = errands.LibrarysCourier(client)
+    courier.member = Member()
+    courier.add(courier.member)
+    courier.heard = []
+    courier.make_pass = lambda: courier.heard.append("pass") or 3600.0
+    courier.link.close = lambda: courier.heard.append("close")
     return courier
 
 
 def test_a_courier_that_has_a_signal_is_given_no_other(courier):
     """A million calls that fail leave one."""
     for _ in range(3):
-        courier.wake()
+        courier.wake(courier.member)
     assert courier._signals.qsize() == 1
 
 
 def test_a_courier_that_is_quicker_than_who_wakes_it_can_be_woken_again(courier):
-    """It may have its signal, and have run its errands, before wake() goes on."""
+    """The courier may have got its signal before wake() goes on."""
     signals = []
 
     def put(signal):
         signals.append(signal)
-        courier._is_signalled = False  # as the courier says when it has got one
+        courier._is_signalled = False  # as the courier says when it has got a signal
 
     courier._signals = types.SimpleNamespace(put=put)
-    courier.wake()
-    courier.wake()
+    courier.wake(courier.member)
+    courier.wake(courier.member)
     assert signals == [None, None]
 
 
-class Lock:
-    """Tells when it is taken, and calls somebody when it was released."""
-
-    def __init__(self, released=lambda: None):
-        self.taken = 0
-        self.is_held = False
-        self.released = released
-
-    def __enter__(self):
-        self.taken += 1
-        self.is_held = True
-
-    def __exit__(self, *exc_info):
-        self.is_held = False
-        released, self.released = self.released, lambda: None
-        released()
-
-
-def test_a_courier_that_two_threads_start_is_started_once(courier, monkeypatch):
-    """The other one comes as soon as the lock is free."""
+def test_a_courier_that_is_started_twice_is_started_once(courier, monkeypatch):
     started = []
 
     class Thread:
@@ -1325,53 +1554,65 @@ def test_a_courier_that_two_threads_start_is_started_once(courier, monkeypatch):
         def start(self):
             started.append(self.name)
 
-    fake = types.SimpleNamespace(**{**vars(threading), "Thread": Thread})
-    monkeypatch.setattr(pybreaker, "threading", fake)
-    courier._lock = lock = Lock(released=courier.start)
+    errands.replace(monkeypatch, "threading", Thread=Thread)
     courier.start()
-    assert lock.taken == 2
+    courier.start()
     assert sorted(started) == ["pybreaker courier", "pybreaker courier's watch"]
 
 
-def test_a_courier_that_stops_says_so_before_it_ends(courier):
-    """With the lock held, so that who starts it meanwhile starts another."""
-    courier._is_running, over = True, threading.Event()
-    courier._lock = lock = Lock()
+class Gate:
+    """Tells whether it is held."""
+
+    def __init__(self):
+        self.is_held = False
+        self.passed = 0
+
+    def __enter__(self):
+        self.is_held = True
+
+    def __exit__(self, *exc_info):
+        self.is_held = False
+        self.passed += 1
+
+
+def test_a_courier_says_at_the_gate_that_it_ends(courier, monkeypatch):
+    """So whoever starts one meanwhile starts another."""
+    gate, over = errands.set_gate(monkeypatch, Gate()), threading.Event()
+    courier._is_running = True
     courier.stop()
-    assert lock.taken == 1
     courier._carry(over)
-    assert lock.taken == 2
+    assert gate.passed == 1
     assert over.is_set()
     assert not courier._is_running
-    assert courier.owner.heard == []
+    assert courier.heard == ["close"]
 
 
 def test_a_courier_parts_from_redis_at_its_end(courier):
-
-    def errands():
-        courier.owner.heard.append("errands")
+    def make_pass():
+        courier.heard.append("pass")
         courier.stop()
         return 3600.0
 
-    courier.owner._run_errands = errands
+    courier.make_pass = make_pass
     courier._carry(threading.Event())
-    assert courier.owner.heard == ["errands", "close"]
+    assert courier.heard == ["pass", "close"]
 
 
 def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     waited = []
 
     def get(block, timeout):
-        waited.append(timeout)
-        assert block == (timeout is not None)
+        waited.append((block, timeout))
         if len(waited) == 3:
             courier._is_stopping = True
-        raise courier._nothing
+        raise queue.Empty
 
+    delays = iter([7.0, 0.0, 8.0])
     courier._signals = types.SimpleNamespace(get=get)
-    courier.owner._run_errands = lambda: 7.0
+    courier.make_pass = lambda: next(delays)
     courier._carry(threading.Event())
-    assert waited == [None, 7.0, 7.0]
+    # Told to block for 0 s, Python 3.9 may wait for ever.
+    assert waited == [(True, 7.0), (False, None), (True, 8.0)]
 
 
 def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
@@ -1380,31 +1621,35 @@ def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(couri
     assert not courier._is_stopping
 
 
-def test_a_courier_that_is_woken_during_its_errands_goes_again(courier):
-    def errands():
-        courier.owner.heard.append("errands")
-        courier.wake() if len(courier.owner.heard) == 1 else courier.stop()
+def test_a_courier_that_is_woken_during_its_pass_makes_another(courier):
+    def make_pass():
+        courier.heard.append("pass")
+        courier.wake(courier.member) if len(courier.heard) == 1 else courier.stop()
         return 3600.0
 
-    courier.owner._run_errands = errands
-    courier.wake()
+    courier.make_pass = make_pass
     thread = threading.Thread(
         target=courier._carry, args=(threading.Event(),), daemon=True
     )
     thread.start()
     thread.join(PATIENCE)
-    assert courier.owner.heard == ["errands", "errands", "close"]
+    assert courier.heard == ["pass", "pass", "close"]
 
 
-def test_a_courier_ends_at_once_when_its_storage_is_gone(courier):
-    """However long it would have slept."""
-    asleep = threading.Event()
-    courier.owner._run_errands = lambda: asleep.set() or 3600.0
-    over = threading.Event()
+def test_a_courier_ends_at_once_when_its_last_storage_is_gone(courier):
+    """However long it would have slept, and not when the first is gone."""
+    asleep, over = threading.Semaphore(0), threading.Event()
+    courier.make_pass = lambda: asleep.release() or 3600.0
+    other = Member()
+    courier.add(other)
     thread = threading.Thread(target=courier._carry, args=(over,), daemon=True)
     thread.start()
-    assert asleep.wait(PATIENCE)
-    del courier.owner
+    assert asleep.acquire(timeout=PATIENCE)
+    del other
+    gc.collect()
+    assert asleep.acquire(timeout=PATIENCE)
+    assert not over.is_set()
+    del courier.member
     gc.collect()
     assert over.wait(PATIENCE)
     thread.join(PATIENCE)
@@ -1424,66 +1669,99 @@ def test_a_courier_ends_at_once_when_its_storage_is_gone(courier):
 def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
     courier, clock, asked_at, now, said
 ):
-    """Somebody looks for that twice in each."""
-    periods = []
+    """The watch looks for that twice in each refresh, and tells all storages."""
+    periods, other = [], Member(refresh=2 * REFRESH)
+    courier.add(other)
 
     def wait(period):
         periods.append(period)
         return len(periods) == 3
 
-    courier.owner._link.asked_at, clock.now = asked_at, now
+    courier.link.asked_at, clock.now = asked_at, now
     courier._watch(types.SimpleNamespace(wait=wait))
     assert periods == [0.0, REFRESH / 2, REFRESH / 2]
-    assert courier.owner.heard == said * 2
+    assert courier.member.heard == other.heard == said * 2
 
 
-def test_an_answer_may_come_while_somebody_looks_for_silence(courier, clock):
+def test_a_watch_keeps_no_storage_alive(courier, clock):
+    """Not while it waits, also where Redis was silent when it looked last."""
+    gone = weakref.ref(courier.member)
+    rounds = iter([False, True])
+
+    def wait(period):
+        if period:
+            del courier.member
+            gc.collect()
+            assert gone() is None
+        return next(rounds)
+
+    courier.link.asked_at, clock.now = 3.0, 100.0
+    courier._watch(types.SimpleNamespace(wait=wait))
+    assert gone() is None
+
+
+def test_an_answer_may_come_while_the_watch_looks_for_silence(courier, clock):
     """Then there is none."""
     asked = [3.0, None, None]
     rounds = iter([False, False, True])
-    courier.owner._link = type(
-        "Link", (), {"asked_at": property(lambda _: asked.pop(0))}
-    )()
+    courier.link = type("Link", (), {"asked_at": property(lambda _: asked.pop(0))})()
     clock.now = 4.0
     courier._watch(types.SimpleNamespace(wait=lambda period: next(rounds)))
-    assert courier.owner.heard == []
+    assert courier.member.heard == []
     assert asked == [None]
 
 
-def test_a_courier_that_is_started_as_it_stops_goes_on(courier):
-    """It says under the lock that it ends, having looked there whether it should."""
-    ran, lock = [], courier._lock
-
-    class Lock:
-        def __enter__(self):
-            courier._lock = lock
-            courier.start()
-            lock.acquire()
-
-        def __exit__(self, *_):
-            lock.release()
-
-    def run_errands():
-        ran.append(True)
-        courier.stop()
-        return 0.0
-
-    courier.owner._run_errands = run_errands
-    courier.owner._link = types.SimpleNamespace(close=lambda: None)
-    courier._is_running = courier._is_stopping = True
-    courier._lock = Lock()
-    courier._carry(threading.Event())
-    assert ran == [True]
-    assert not courier._is_running
-
-
-def test_nobody_is_asked_when_the_answer_has_come(process):
-    """So there is no silence between two errands."""
+def test_redis_is_asked_until_the_answer_has_come(process):
+    """So there is no silence between two passes."""
     mine = process()
-    assert pybreaker._RedisLink(mine.client, None).asked_at is None
-    assert mine.storage._link.asked_at is None
+    assert mine.courier.link.asked_at is None
+    asked = []
+    mine.client.meanwhile = lambda: asked.append(mine.courier.link.asked_at)
+    mine.runs_errands()
+    assert asked == [5.0]
+    assert mine.courier.link.asked_at is None
     mine.is_cut_off()
-    assert mine.storage._link.asked_at is None
+    assert mine.courier.link.asked_at is None
+
+
+@pytest.mark.parametrize("say", ["fails", "trips", "opens"])
+def test_a_storage_that_is_collected_says_first_what_it_has_to_say(
+    process, keys, clock, say
+):
+    """Then the courier has it no more, nor while Redis is away."""
+    mine = process()
+    courier, client, breaker = mine.courier, mine.client, mine.breaker
+    gone = weakref.ref(mine.storage)
+    if say == "opens":
+        breaker.open()
+    else:
+        fail(breaker, 3 if say == "trips" else 1)
+    del mine, breaker
+    gc.collect()
+    courier.go()
+    clock.advance(REFRESH)
+    if say == "trips":
+        courier.go()
+        courier.go()
+    assert keys["state"] == ("closed" if say == "fails" else "open")
+    assert keys["fail_counter"] == {"fails": "1", "trips": "3"}.get(say)
+    gc.collect()
+    assert gone() is None
+    assert client.sent
+
+
+def test_a_storage_is_not_kept_for_a_redis_that_is_away(process):
+    """It might never come back."""
+    mine = process()
+    courier, gone = mine.courier, weakref.ref(mine.storage)
+    mine.is_cut_off()
+    mine.breaker.open()
+    mine.runs_errands()
+    mine.client.trouble = None  # whose traceback has seen the storage
+    del mine
+    gc.collect()
+    assert gone() is None
+    assert courier.storages() == []
 
 
 def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slept):
@@ -1533,78 +1811,105 @@ def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock)
         each.courier.done = told
         each.courier.wait = wait
     clock.now = 1000.5
-    pybreaker._before_fork()
+    errands.before_fork()
     assert told == ["stop", "stop", ("wait", 1000.75), ("wait", 1000.75)]
-    pybreaker._after_fork_in_parent()
+    errands.after_fork_in_parent()
     assert told[4:] == ["start", "start"]
 
 
-def test_a_child_begins_with_errands_of_its_own(process, waits):
+def test_a_child_begins_with_an_outbox_of_its_own(process, waits, monkeypatch):
     """With nothing of its parent's, whatever that was in the middle of."""
     mine = process()
-    storage, link, courier = mine.storage, mine.storage._link, mine.courier
-    mine.courier.is_quick = False
+    storage, courier = mine.storage, mine.courier
+    courier.is_quick = False
     held, over = threading.Event(), threading.Event()
 
     def another_thread():
-        with storage._mutex:
+        with errands.mutex_of(storage), errands.gate():
             held.set()
             over.wait(PATIENCE)
 
+    errands.set_gate(monkeypatch, threading.RLock())
+    mine.breaker.half_open()
     trial_of(mine.breaker)
-    storage._claim = storage._lapsing = storage._ask(60, int)
     mine.breaker.open()
     fail(mine.breaker)
-    storage._give_back(storage._claim)
+    errands.give_back(storage, errands.ask(storage))
     thread = threading.Thread(target=another_thread)
     thread.start()
     assert held.wait(PATIENCE)
-    pybreaker._after_fork()
-    assert storage._mutex.acquire(blocking=False)
-    storage._mutex.release()
+    errands.after_fork_in_child()
     over.set()
     thread.join(PATIENCE)
-    assert storage._leisure() == REFRESH
-    assert storage._claim is storage._lapsing is None
-    assert storage._link is not link
-    assert (storage._link.client, storage._link.prefix) == (link.client, link.prefix)
-    assert storage._courier is not courier
-    assert storage._courier.done == ["start"]
+    assert not errands.outbox(storage)
+    new = errands.courier_of(storage)
+    assert new is not courier
+    assert new.link is not courier.link
+    assert new.link.client is mine.client
+    assert new.done == ["start"]
     assert "start" not in courier.done[1:]  # the first was its own
-    storage._courier.is_quick = False
+    assert errands.couriers() == [new]
+    new.is_quick = False
+    storage.release_trial()  # the parent's
     waits.clear()
-    pybreaker._at_exit()
+    errands.at_exit()
     assert waits == []
 
 
+def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(process, monkeypatch):
+    """In the child there is no thread that would release it."""
+    mine = process()
+    mutex, gate = threading.Lock(), threading.Lock()
+    mutex.acquire()
+    gate.acquire()
+    errands.set_gate(monkeypatch, gate)
+    mine.storage._mutex = mutex
+    errands.after_fork_in_child()
+    fail(mine.breaker)
+    process()
+    assert mine.breaker.fail_counter == 1
+
+
 def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
-    """For all processes' storages together no longer than the patience."""
+    """For all storages together no longer than the patience."""
     idle, busy, under_way = process(), process(), process()
     for each in (idle, busy, under_way):
         each.courier.is_quick = False
     fail(busy.breaker)
-    pybreaker._at_exit()
+    errands.at_exit()
     assert waits == [0.25]
     waits.clear()
-    under_way.client.meanwhile = pybreaker._at_exit
-    under_way.courier.run_errands()
+    under_way.client.meanwhile = errands.at_exit
+    under_way.runs_errands()
     assert waits == [0.25, 0.25]
     waits.clear()
     busy.runs_errands()
-    pybreaker._at_exit()
+    under_way.runs_errands()
+    errands.at_exit()
     assert waits == []
 
 
 def test_the_end_waits_once_for_all_that_are_silent(process, waits, clock):
     """What one has used up is not there for the next."""
-    for each in [process(), process(), process()]:
+    process.kept = [process(), process(), process()]
+    waits.clear()
+    for each in process.kept:
         each.courier.is_quick = False
-        each.courier.wake = lambda: clock.advance(0.15)
+        each.courier.wake = lambda storage: clock.advance(0.1)
         fail(each.breaker)
-        process.kept = [*getattr(process, "kept", []), each]
     clock.now = 1000.0
-    pybreaker._at_exit()
-    assert waits == [pytest.approx(0.1), 0.0, 0.0]
+    errands.at_exit()
+    assert waits == [0.0, 0.0, 0.0]
+
+
+def test_at_the_end_a_trip_that_redis_has_not_confirmed_is_announced(process, keys):
+    """The next process of its kind would make the same failing call, and so on."""
+    mine = process()
+    fail(mine.breaker, 3)
+    mine.runs_errands()
+    assert keys["state"] == "closed"
+    errands.at_exit()
+    assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
 # Clients, and who waits.
@@ -1617,14 +1922,17 @@ def test_an_asyncio_client_without_a_pool_is_refused_at_once(alone):
         async def __aenter__(self):
             return self
 
+        async def execute_command(self):
+            raise AssertionError
+
         def pipeline(self):
             raise AssertionError
 
-        execute_command = time = pipeline
+        time = pipeline
 
     with pytest.raises(TypeError, match="redis_object"):
         CircuitRedisStorage("closed", Cluster())
-    assert len(pybreaker._couriered) == 0
+    assert errands.couriers() == []
 
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
@@ -1660,7 +1968,7 @@ class AsyncClient:
     async def __aenter__(self):
         raise AssertionError("nobody does that")
 
-    def execute_command(self):
+    async def execute_command(self):
         raise AssertionError("commands are sent together")
 
     async def time(self):
@@ -1702,11 +2010,11 @@ def test_an_asyncio_client_is_asked_in_a_loop_of_the_couriers(process, keys, kin
     loop with it. In the courier's thread, which has no loop, too."""
     heard = []
     pool = Pool(dict, client=Client(keys), heard=heard)
-    link = pybreaker._RedisLink(asyncio.run(made(kind, pool)), None)
+    link = errands.Link(asyncio.run(made(kind, pool)))
     found = []
 
     def ask():
-        found.append(link.run(("SET", "state", "open"), ("GET", "state")))
+        found.append(link.run([("SET", "state", "open"), ("GET", "state")]))
         found.append(link.time())
         found.append(link._own)
 
@@ -1736,21 +2044,21 @@ def test_a_connection_that_was_lost_is_closed_all_the_same(keys, caplog):
     """With a line for who looks closely."""
     caplog.set_level(logging.DEBUG, "pybreaker")
     pool = Pool(dict, client=Client(keys), heard=[])
-    link = pybreaker._RedisLink(asyncio.run(made(AsyncClient, pool)), "mine")
-    link.run(("GET", "state"))
+    link = errands.Link(asyncio.run(made(AsyncClient, pool)))
+    link.run([("GET", "state")])
     loop, link._own.aclose = link._loop, boom
     link.close()
     assert loop.is_closed()
     (record,) = caplog.records
     assert record.levelname == "DEBUG"
-    assert record.getMessage() == "mine:pybreaker: the connection was lost: Boom()"
+    assert record.getMessage() == "the connection to Redis was lost: Boom()"
 
 
 def test_the_clock_of_a_cluster_is_that_of_one_of_its_nodes(process):
     """Each answers."""
     mine = process()
     mine.client.time = lambda: {"a": (12, 500_000), "b": (99, 0)}
-    assert mine.storage._link.time() == 12.5
+    assert mine.courier.link.time() == 12.5
 
 
 def test_nothing_is_left_in_a_loop_that_has_waited():
@@ -1761,7 +2069,7 @@ def test_nothing_is_left_in_a_loop_that_has_waited():
         loop = asyncio.get_running_loop()
         call_later = loop.call_later
         loop.call_later = lambda *args: timers.append(call_later(*args)) or timers[-1]
-        wait, hear = pybreaker._waiter(PATIENCE)
+        wait, hear = errands.waiter(PATIENCE)
         hear()
         await wait()
 
@@ -1777,7 +2085,7 @@ def test_an_answer_that_comes_twice_is_heard_once():
     async def main():
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: complaints.append(context))
-        wait, hear = pybreaker._waiter(0.001)
+        wait, hear = errands.waiter(0.001)
         hear()
         hear()
         await wait()
@@ -1790,7 +2098,7 @@ def test_an_answer_that_comes_twice_is_heard_once():
 
 def test_a_coroutine_on_no_event_loop_waits_for_its_answer(monkeypatch):
     """For as long as a call would."""
-    wait, hear = pybreaker._waiter(30.0)
+    wait, hear = errands.waiter(30.0)
     timer = threading.Timer(0.05, hear)
     began = time.monotonic()
     timer.start()
@@ -1804,7 +2112,7 @@ def test_no_trio_loop_stalls_while_a_trial_is_asked_for():
     order = []
 
     async def main():
-        wait, hear = pybreaker._waiter(30.0)
+        wait, hear = errands.waiter(30.0)
         async with trio.open_nursery() as nursery:
 
             async def other():
@@ -1822,7 +2130,7 @@ def test_no_trio_loop_stalls_while_a_trial_is_asked_for():
 
 def test_a_task_of_trio_waits_no_longer_than_its_patience():
     async def main():
-        wait, _ = pybreaker._waiter(0.01)
+        wait, _ = errands.waiter(0.01)
         with trio.fail_after(20):
             await wait()
 

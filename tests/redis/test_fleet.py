@@ -268,6 +268,56 @@ def test_old_and_new_count_together(mixed, service, server, namespace):
     until(lambda: all_are(ours, "closed"))
 
 
+BELONGS_TO_AN_OPENING = ("reason", "seconds", "failed_trials")
+
+
+def opening(seconds=None, failed_trials=0, by="hand"):
+    """A move that opens the circuit."""
+    return {
+        "state": "open",
+        "by": by,
+        "reason": "why",
+        "seconds": seconds,
+        "failed_trials": failed_trials,
+        "fail_max": 5,
+    }
+
+
+def test_old_processes_go_by_their_timeout_whatever_belongs_to_an_opening(
+    mixed, server, namespace
+):
+    """They do not know of its length, its reason and the failed trials, which only the
+    new ones share. What an old one does next is an opening of its own, or a closing,
+    and nothing of that belongs to it."""
+    ours, theirs = mixed
+
+    def known():
+        return [w.ask("last_move", *BELONGS_TO_AN_OPENING) for w in ours]
+
+    ours[0].ask("move", **opening(seconds=3600, failed_trials=2, by="outcome"))
+    until(lambda: known() == [["why", 3600, 2]] * 4)
+
+    def moment():
+        return server.key(namespace, "opened_at")
+
+    opened_at = moment()
+    assert theirs[0].ask("call", "ok")["outcomes"] == {"CircuitBreakerError": 1}
+    # Its timeout of two seconds over, an old one makes its trial, and it fails.
+    until(lambda: theirs[0].ask("call", "fail") and opened_at != moment())
+    until(lambda: all_are(ours, "open") and known() == [None] * 4)
+    # The next one succeeds.
+    until(lambda: theirs[0].ask("call", "ok")["outcomes"] == {"ok": 1})
+    until(lambda: all_are(ours, "closed"))
+    assert known() == [None] * 4
+    # An opening by a new one is shared among the new ones again.
+    ours[1].ask("move", **opening(seconds=7))
+    until(lambda: known() == [["why", 7, 0]] * 4)
+    assert ask_all(theirs, "state") == ["open"] * 4
+    ours[2].ask("do", "close")
+    until(lambda: server.key(namespace, "opening") is None)
+    assert all_are(theirs, "closed")
+
+
 def test_a_process_that_is_killed_takes_nothing_with_it(
     workers, service, server, namespace
 ):

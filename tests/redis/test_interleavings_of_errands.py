@@ -24,12 +24,10 @@ import errands
 import pytest
 from errands import (
     REFRESH,
-    Courier,
     Process,
     Redis,
     check,
     ends,
-    leave_alone,
     let_nobody_wait,
     trial_of,
 )
@@ -92,6 +90,7 @@ class World:
 
     def __init__(self, scenario, scheduler, clock, mutex):
         clock.now = 5.0
+        errands.couriers_of_old_worlds_are_gone()
         self.clock = clock
         self.step = clock.step = scheduler.step
         self.keys = Redis(clock)
@@ -223,11 +222,7 @@ class Listener(pybreaker.CircuitBreakerListener):
 def shared_names():
     """The names of what a storage and its claims write, and of the lock."""
     names = {"_mutex", "_lock"}
-    for each in (
-        pybreaker.CircuitRedisStorage,
-        pybreaker.CircuitMemoryStorage,
-        pybreaker._Claim,
-    ):
+    for each in errands.WRITERS:
         names |= written_names(compile(inspect.getsource(each), "<class>", "exec"))
     return names
 
@@ -241,7 +236,7 @@ class Race:
         self.mutex = mutex
         self.scheduler = Scheduler(
             2,
-            None if steps == "moments" else pybreaker.__file__,
+            None if steps == "moments" else errands.shared.__file__,
             opcodes=steps == "instructions",
             shared=shared_names(),
         )
@@ -282,8 +277,9 @@ class Race:
 def clock(clock, monkeypatch):
     """One of a world where who would wait lets others in, and does not."""
     let_nobody_wait(monkeypatch, lambda timeout: clock.step())
-    leave_alone(monkeypatch)
-    monkeypatch.setattr(pybreaker, "_Courier", Courier)
+    errands.leave_alone(monkeypatch)
+    errands.carry_by_hand(monkeypatch)
+    errands.set_clock(monkeypatch, clock)
     return clock
 
 
@@ -342,7 +338,7 @@ LOST_WITHOUT_THE_LOCK = [
     "a failure",
     "a trip",
     "an opening against news",
-    "a move while Redis goes away",
+    "a failure while Redis goes away",
     "a trial while Redis goes away",
 ]
 STEPS = ["instructions", "lines"] if DEEP else ["instructions"]
@@ -388,11 +384,10 @@ class Unlocked(BaseException):
 class Watched(pybreaker.CircuitRedisStorage):
     """Sees to it that the lock is held, from when it is the scheduler's."""
 
-    # What is to be done is read with the lock as well.
-    to_do = {"_unsent", "_unsent_move", "_unsent_opening", "_unasked", "_unreturned"}
-    to_do |= {"_waiting", "_claim", "_lapsing", "_doubt"}
-    known = {"_state", "_fail_counter", "_success_counter", "_opened", "_moment"}
-    known |= {"_shared", "_unheard", "_away", "_apart"}
+    # These are read with the lock as well.
+    to_do = {"_outbox", "_claim", "_lapsing", "_membership"}
+    known = {"_state", "_fail_counter", "_success_counter", "_opening"}
+    known |= {"_view", "_last_move"}
 
     def __getattribute__(self, name):
         own = super().__getattribute__
@@ -418,14 +413,14 @@ def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypa
     with Race(scenario, clock, "moments") as race:
         for _ in explore(race.run, 1):
             storage = race.world.mine.storage
-            storage._wait_for_errands(clock.now)
+            errands.go_at_once(storage)
             storage.opened_at = storage.opened_at
-            storage._leisure()
+            errands.is_due(storage)
             # One trial follows another, whose claim is still on its way back.
-            claim = storage._ask(TIMEOUT, int)
+            claim = errands.ask(storage, TIMEOUT)
             race.world.errands()
-            storage._give_back(claim)
-            storage._ask(TIMEOUT, int)
+            errands.give_back(storage, claim)
+            errands.ask(storage, TIMEOUT)
             race.world.errands()
 
 

@@ -18,6 +18,7 @@ import time
 import weakref
 from datetime import datetime, timedelta, timezone
 
+import errands
 import fleet
 import pytest
 import redis
@@ -28,7 +29,7 @@ from support import PATIENCE, Boom, boom, fail
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
-KEYS = {"state", "fail_counter", "success_counter", "opened_at", "trial"}
+KEYS = {"state", "fail_counter", "success_counter", "opened_at", "opening", "trial"}
 
 
 def succeeds(breaker):
@@ -251,7 +252,9 @@ def test_keys_are_those_of_the_original(server, namespace, breaker_of, key):
     until(lambda: key("success_counter") == "1")
     keys = server.client.keys(f"{namespace}*")
     assert {key.rpartition(":")[0] for key in keys} == {f"{namespace}:pybreaker"}
-    assert KEYS - {"trial"} <= {key.rpartition(":")[2] for key in keys} <= KEYS
+    assert (
+        KEYS - {"trial", "opening"} <= {key.rpartition(":")[2] for key in keys} <= KEYS
+    )
     assert key("state") in ("closed", "open", "half-open")
     for name in ("fail_counter", "success_counter", "opened_at"):
         assert re.fullmatch(r"\d+", key(name)), name
@@ -849,7 +852,7 @@ def test_a_claim_is_given_back_where_waiting_for_it_is_interrupted(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pybreaker.threading, "Event", Interrupted)
+        errands.replace(patch, "threading", Event=Interrupted)
         with pytest.raises(KeyboardInterrupt):
             breaker.call(int)
     until(lambda: key("trial") is None)
@@ -939,7 +942,8 @@ def test_the_clock_of_the_host_plays_no_part(breaker_of, monkeypatch, key, serve
             return true_datetime.fromtimestamp(true_time() - 500, tz)
 
     monkeypatch.setattr(time, "time", lambda: true_time() - 500)
-    monkeypatch.setattr(pybreaker, "datetime", Late)
+    for module in (pybreaker, errands.shared):
+        monkeypatch.setattr(module, "datetime", Late)
     breaker.open()
     opened_at = int(until(lambda: key("opened_at")))
     assert abs(opened_at - server_time(server)) < 5
@@ -1454,7 +1458,8 @@ def test_a_courier_that_runs_is_not_started_twice(storage_of):
     """It may not have ended in time for a fork."""
     storage = storage_of()
     count = threading.active_count()
-    storage._courier.start()
+    with errands.gate():
+        errands.courier_of(storage).start()
     assert threading.active_count() == count
 
 

@@ -176,9 +176,6 @@ class Storage(pybreaker.CircuitBreakerStorage):
             "open_for", lambda: pybreaker.time.monotonic() - (self.opened or 0.0)
         )
 
-    def trip(self, fail_max):
-        self.use("trip", lambda: self.values.__setitem__("state", "open"))
-
     def claim_trial(self, timeout):
         def effect():
             now = pybreaker.time.monotonic()
@@ -522,14 +519,11 @@ def test_a_move_that_a_storage_has_interrupted_is_forgotten(clock):
             if failed:
                 raise OSError
 
-        def trip(self, fail_max):
-            tripped.append(fail_max)
+        def move(self, move):
+            if move.by == "count":
+                tripped.append(move.fail_max)
             self.once()
-            super().trip(fail_max)
-
-        def _move(self, state, by_hand):
-            self.once()
-            super()._move(state, by_hand)
+            super().move(move)
 
     storage = Failing("closed")
     breaker = CircuitBreaker(1, TIMEOUT, state_storage=storage, success_threshold=2)

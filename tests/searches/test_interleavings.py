@@ -227,7 +227,7 @@ class World(Model):
         era = self.era
         yield
         if era is self.era:
-            self.succeed()
+            self.decide_success()
 
     def fail_by_hand(self):
         call = Call(self.era)

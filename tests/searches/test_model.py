@@ -205,9 +205,10 @@ class FleetStorage(PlainStorage):
         self.grants, self.is_slow = True, False
         self.trips, self.granted, self.released = [], 0, 0
 
-    def trip(self, fail_max):
-        self.trips.append(fail_max)
-        super().trip(fail_max)
+    def move(self, move):
+        if move.by == "count":
+            self.trips.append(move.fail_max)
+        super().move(move)
 
     def claim_trial(self, timeout):
         self.granted += self.grants
@@ -542,12 +543,12 @@ class Witness(Model):
             self.reached[f"{outcome} while {self.era.name}"] += 1
         super().settle(call, outcome, exc)
 
-    def succeed(self):
+    def decide_success(self):
         if self.era.name == HALF_OPEN and self.success_threshold > 1:
             last = self.success_counter + 1 >= self.success_threshold
             corner = "the last success of several" if last else "a success of several"
             self.reached[corner] += 1
-        super().succeed()
+        super().decide_success()
 
     def count(self):
         if self.era.name == CLOSED and self.fail_counter == self.fail_max:
@@ -1361,7 +1362,7 @@ class Circuit(RuleBasedStateMachine):
         def decided():
             self.model.fail_counter += fails
             if era is self.model.era:
-                self.model.fail(exc) if fails else self.model.succeed()
+                self.model.fail(exc) if fails else self.model.decide_success()
 
         def decide():
             with lock_of(self.breaker):

@@ -552,21 +552,6 @@ def test_one_method_makes_a_listener(event):
     assert breaker.listeners == (listener,)
 
 
-def test_a_class_may_be_a_listener_itself():
-    """One that needs no instance, as its methods are the class's own."""
-
-    class Statistics:
-        successes = 0
-
-        @classmethod
-        def success(cls, cb):
-            cls.successes += 1
-
-    breaker = CircuitBreaker(listeners=[Statistics])
-    breaker.call(int)
-    assert Statistics.successes == 1
-
-
 class Nothing:
     """Has none of a listener's methods."""
 

@@ -611,15 +611,6 @@ def test_on_failure_raises_the_error_itself_where_that_is_asked(shelter, boom):
     assert raised.value is error
 
 
-def test_on_success_forgets_the_failures(shelter):
-    """On a closed state."""
-    breaker = CircuitBreaker()
-    breaker.fail_counter = 3
-    with shelter(breaker):
-        breaker.state.on_success()
-    assert breaker.fail_counter == 0
-
-
 def test_on_success_closes_a_half_open_circuit(shelter):
     """At success_threshold."""
     breaker = CircuitBreaker(success_threshold=2)

@@ -335,7 +335,7 @@ def test_a_storage_has_a_name():
     """What its class gave to super().__init__(), if it calls that."""
     assert PlainStorage().name == "plain"
     assert CircuitBreakerStorage("redis").name == "redis"
-    assert OldStorage().name == ""
+    assert not hasattr(OldStorage(), "name")
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,8 @@ STORAGE_NAMES = {
     "increment_success_counter",
     "reset_success_counter",
     "open_for",
-    "trip",
+    "move",
+    "last_move",
     "release_trial",
 }
 
@@ -566,8 +567,10 @@ def test_a_circuit_that_is_moved_during_a_call_is_found_when_it_settles(recorder
 
 @pytest.mark.parametrize("name", ["open", "half-open"])
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
-def test_a_move_during_a_call_is_told_to_a_listener_that_hears_only_moves(kind, name):
-    """The success of that call has nobody to tell and nothing to change."""
+def test_a_move_from_outside_is_told_to_a_listener_that_hears_of_nothing_else(
+    kind, name
+):
+    """By the call during which it was made, or by the next where that was quiet."""
 
     class Moves:
         def state_change(self, cb, old_state, new_state):
@@ -579,7 +582,11 @@ def test_a_move_during_a_call_is_told_to_a_listener_that_hears_only_moves(kind, 
     moves = []
     breaker = CircuitBreaker(state_storage=kind("closed"), listeners=[Moves()])
     breaker.call(moved)
-    assert moves == [("closed", name)]
+    if kind is CircuitMemoryStorage:  # which a quiet call does not look at twice
+        assert moves == []
+        with contextlib.suppress(CircuitBreakerError):
+            breaker.call(int)
+    assert moves[0] == ("closed", name)
 
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
@@ -898,9 +905,10 @@ class AskedStorage(PlainStorage):
         super().__init__(state)
         self.asked = []
 
-    def trip(self, fail_max):
-        self.asked.append(("trip", fail_max))
-        super().trip(fail_max)
+    def move(self, move):
+        if move.by == "count":
+            self.asked.append(("trip", move.fail_max))
+        super().move(move)
 
     def claim_trial(self, timeout):
         self.asked.append(("claim", timeout))
@@ -911,7 +919,7 @@ class AskedStorage(PlainStorage):
         super().release_trial()
 
 
-def test_the_count_that_opens_the_circuit_asks_for_a_trip(fail, boom):
+def test_the_count_that_opens_the_circuit_is_said_to_have_moved_it(fail, boom):
     """With the limit, once; and the default opens."""
     storage = AskedStorage()
     breaker = CircuitBreaker(fail_max=2, state_storage=storage)
@@ -923,8 +931,8 @@ def test_the_count_that_opens_the_circuit_asks_for_a_trip(fail, boom):
     assert (storage.state, breaker.current_state) == ("open", "open")
 
 
-def test_no_other_opening_asks_for_a_trip(fail):
-    """By hand and after a failed trial it is the state that is written."""
+def test_no_other_opening_is_said_to_be_made_by_the_count(fail):
+    """Neither one by hand nor that of a failed trial."""
     storage = AskedStorage()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     breaker.open()

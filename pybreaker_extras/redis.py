@@ -1,0 +1,1301 @@
+"""One circuit for many processes, shared through Redis.
+
+    import redis
+    from pybreaker_extras.redis import CircuitRedisStorage
+
+    storage = CircuitRedisStorage("closed", redis.Redis(), namespace="weather")
+
+``pybreaker.CircuitRedisStorage`` is the same class.
+
+How it works. Calls are decided from memory. What a process has to tell the fleet goes
+into the storage's *outbox*. A thread, the *courier*, makes one *pass* after the other:
+it takes the outbox, sends what is in it, reads in the same pipeline what Redis has
+then, the *view*, and has the storage take that in. If a pass fails, the outbox is put
+back as a whole and the storage goes *away*: its process goes by its own circuit until a
+pass succeeds. There is one courier for each client. All circuits of the client travel
+in its pipelines: those with something in their outbox at once, all of them every
+`refresh` seconds.
+
+How far a process goes with the fleet is its `_Membership`. A trip by the count is
+*unconfirmed* until Redis still has that count one `refresh` later. If Redis has it no
+more, the circuit of this process stays open *apart* from the fleet's.
+
+A storage's mutex is held for moments: by the threads of a breaker, which hold the
+breaker's lock already, and by the courier, which never does. No thread waits for Redis
+with a lock held.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import queue
+import sys
+import threading
+import time
+import weakref
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
+
+from pybreaker import (
+    STATE_CLOSED,
+    STATE_HALF_OPEN,
+    STATE_OPEN,
+    CircuitBreakerStorage,
+    CircuitMemoryStorage,
+)
+
+if TYPE_CHECKING:
+    _T = TypeVar("_T")
+    _Command = tuple[Any, ...]  # its name, a key without the prefix, and the rest
+
+__all__ = ("CircuitRedisStorage",)
+
+_PAUSE = 0.1  # seconds between claims, after one was refused
+_SAFE = 0.25  # seconds that a command is hardly ever under way
+_LONGEST_LEASE = 86_400.0  # seconds: a process that is killed gives no claim back
+_COUNTERS = ("fail_counter", "success_counter")
+_STATES = (STATE_CLOSED, STATE_OPEN, STATE_HALF_OPEN)
+
+
+class CircuitRedisStorage(CircuitBreakerStorage):
+    """Shares one circuit between processes, through Redis.
+
+    `redis_object` is a client of redis-py or valkey-py: `Redis`, `RedisCluster`
+    or the one for asyncio, or a proxy of one. Calls are decided from memory, as they
+    are with a `CircuitMemoryStorage`. A thread, the courier, carries changes to Redis
+    and back, every `refresh` seconds and at once after a change here. Only a call that
+    is due as a trial waits for Redis, for at most `patience` seconds. All storages
+    with the same client share a courier, which goes by the smallest `refresh`.
+
+    A failure counts here at once, and the count is the fleet's, as last heard.
+    The one that brings it to `fail_max` opens the circuit of this process; that
+    of the others follows one to two `refresh` later, if the count still stands
+    in Redis then: a success anywhere sets it back. All other moves are announced
+    at once, and the last one wins. One process at a time runs a trial.
+
+    While Redis is away each process goes by its own circuit, which it begins in
+    `fallback_circuit_state` if it has never heard from Redis. `state` is what
+    Redis is given where it has none.
+
+    The keys, with `namespace` and a colon before them if there is one, are those
+    of older releases, which may use them at the same time: ``pybreaker:state``,
+    ``pybreaker:fail_counter``, ``pybreaker:success_counter``,
+    ``pybreaker:opened_at``; and two more: ``pybreaker:trial``, whose the trial is, and
+    ``pybreaker:opening``, the length, the reason and the failed trials of the opening
+    at ``opened_at``. All commands are for single keys, so `cluster_mode` makes no
+    difference.
+
+    `TypeError` for something that is no client; a Redis that does not answer
+    raises nothing, and is waited for no longer than `patience`.
+    """
+
+    _is_plain = True
+
+    def __init__(
+        self,
+        state: str,
+        redis_object: Any,
+        namespace: str | None = None,
+        fallback_circuit_state: str = STATE_CLOSED,
+        cluster_mode: bool = False,
+        *,
+        refresh: float = 1.0,
+        patience: float = 0.25,
+    ) -> None:
+        super().__init__("redis")
+        state = _checked_state("state", state)
+        self._state: str = _checked_state(
+            "fallback_circuit_state", fallback_circuit_state
+        )
+        self._fail_counter = self._success_counter = 0
+        if namespace is not None and not isinstance(namespace, str):
+            raise TypeError(f"namespace must be a string or None, not {namespace!r}")
+        self._prefix = f"{namespace}:pybreaker:" if namespace else "pybreaker:"
+        self._refresh = _checked_seconds("refresh", refresh)
+        self._patience = _checked_seconds("patience", patience)
+        self._redis = redis_object  # by a name that programs in the field use
+        self._client = _client_behind(redis_object)
+
+        self._mutex = threading.RLock()
+        self._outbox = _Outbox()
+        self._view = _View([state, None, None, None, None])
+        self._membership = _Membership()
+        self._is_under_way = False  # what was in the outbox, to Redis
+        self._opening = _Opening.at(None)
+        self._last_move: Any = None
+        self._refused_at = -math.inf
+        self._claim: _Claim | None = None  # of the trial that runs
+        self._lapsing: _Claim | None = None  # of the last trial that failed
+        self._courier = _join_courier(self)
+        done = self._notify_when_sent()
+        done.wait(self._patience)
+
+    # What a breaker and its owner do. What is written to a public name is carried to
+    # Redis; to a private one, which a breaker reads without the lock, it is not.
+
+    @property
+    def state(self) -> str:
+        """The state's name. Setting it moves the circuit of the fleet."""
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        state = _checked_state("state", state)
+        with self._mutex:
+            self._last_move, self._state = None, state
+            self._opening = self._opening._replace(move=None)
+            self._give_back_lapsing_claim()
+            self._announce(state)
+        self._courier.wake(self)
+
+    @property
+    def counter(self) -> int:
+        """Failures in a row, in all processes, as far as they are known here."""
+        return self._fail_counter
+
+    @counter.setter
+    def counter(self, count: int) -> None:
+        self._set_count("fail_counter", _checked_count("counter", count))
+
+    @property
+    def success_counter(self) -> int:
+        """Successful trials, in all processes."""
+        return self._success_counter
+
+    @success_counter.setter
+    def success_counter(self, count: int) -> None:
+        self._set_count("success_counter", _checked_count("success_counter", count))
+
+    def increment_counter(self) -> None:
+        """Add one to `counter`."""
+        self._add_one("fail_counter")
+
+    def reset_counter(self) -> None:
+        """Set `counter` to 0."""
+        self._set_count("fail_counter", 0)
+
+    def increment_success_counter(self) -> None:
+        """Add one to `success_counter`."""
+        self._add_one("success_counter")
+
+    def reset_success_counter(self) -> None:
+        """Set `success_counter` to 0."""
+        self._set_count("success_counter", 0)
+
+    @property
+    def opened_at(self) -> datetime | None:
+        """The moment of the last opening: in Redis, by its clock and in whole
+        seconds. Setting it moves the opening."""
+        return self._opening.moment
+
+    @opened_at.setter
+    def opened_at(self, moment: datetime | None) -> None:
+        with self._mutex:
+            self._opening = _Opening.at(moment, move=self._opening.move)
+            self._outbox.opening |= not self._membership.is_apart
+        self._courier.wake(self)
+
+    def open_for(self) -> float:
+        """Seconds since the opening."""
+        return self._opening.storage.open_for()
+
+    def move(self, move: Any) -> None:
+        """Move the circuit of this process, and that of the fleet; after a trip by the
+        count that of the fleet follows if the count lasts."""
+        with self._mutex:
+            membership = self._membership
+            if move.by == "trial":
+                # Redis goes on saying open. If it has just said something else, that
+                # stands, and the breaker finds it when it looks next.
+                if self._state == STATE_OPEN:
+                    self._last_move, self._state = move, move.state
+                return
+            if move.state == STATE_OPEN:
+                self._opening = _Opening.at(datetime.now(timezone.utc), move=move)
+            self._last_move, self._state = move, move.state
+            if move.by == "count":
+                # Where nobody can tell what the fleet's count is, the trip stands.
+                cannot_tell = membership.is_away or membership.is_new
+                if cannot_tell or self._view.state == STATE_OPEN:
+                    self._announce(STATE_OPEN)
+                else:
+                    due = time.monotonic() + self._refresh
+                    membership.is_apart = True
+                    membership.unconfirmed = _Trip(due, move.fail_max)
+            elif move.by == "outcome":
+                if move.state == STATE_OPEN:  # no other trial before the claim lapses
+                    self._lapsing, self._claim = self._claim, None
+                if not membership.is_apart:
+                    self._announce(move.state)
+                elif move.state == STATE_CLOSED:
+                    membership.rejoin()
+            else:
+                self._give_back_lapsing_claim()
+                self._announce(move.state)
+        self._courier.wake(self)
+
+    def last_move(self) -> Any:
+        """The move that has brought the circuit to its state, or None if the storage
+        does not know it. It is the same object until the circuit moves again, and may
+        be asked for at any time from any thread."""
+        move = self._last_move
+        return move if move is not None and move.state == self._state else None
+
+    def claim_trial(self, timeout: float) -> bool:
+        """Whether this process may run the trial that is due. Waits for the
+        answer of Redis for at most `patience` seconds; without one, it may."""
+        heard = threading.Event()
+        claim = self._ask(timeout, heard.set)
+        try:
+            heard.wait(self._patience)
+        except BaseException:
+            self._give_back(claim)
+            raise
+        return self._conclude(claim)
+
+    async def claim_trial_async(self, timeout: float) -> bool:
+        """The same, for asyncio and trio without holding up the event loop."""
+        wait, hear = _waiter(self._patience)
+        claim = self._ask(timeout, hear)
+        try:
+            await wait()
+        except BaseException:
+            self._give_back(claim)
+            raise
+        return self._conclude(claim)
+
+    def release_trial(self) -> None:
+        """Give the claim back, when all that was said before has been sent."""
+        with self._mutex:
+            claim, self._claim = self._claim, None
+        if claim is not None:
+            self._give_back(claim)
+
+    def _ask(self, timeout: float, hear: Callable[[], object]) -> _Claim:
+        claim = _Claim(timeout, hear)
+        with self._mutex:
+            if self._membership.is_alone:
+                claim.answer(True)
+                return claim
+            if time.monotonic() - self._refused_at < _PAUSE:
+                claim.answer(False)
+                return claim
+            self._outbox.asked.append(claim)
+        self._courier.wake(self)
+        return claim
+
+    def _conclude(self, claim: _Claim) -> bool:
+        with self._mutex:
+            if claim.granted is False:
+                return False
+            self._claim = claim  # without an answer, the claim may still reach Redis
+            return True
+
+    def _give_back(self, claim: _Claim) -> None:
+        with self._mutex:
+            self._outbox.returned.append(claim)
+        self._courier.wake(self)
+
+    def _add_one(self, key: str) -> None:
+        with self._mutex:
+            name = "_" + key
+            setattr(self, name, getattr(self, name) + 1)
+            if self._membership.is_alone:
+                return
+            self._outbox.add_one(key)
+        self._courier.wake(self)
+
+    def _set_count(self, key: str, count: int) -> None:
+        with self._mutex:
+            setattr(self, "_" + key, count)
+            is_alone = self._membership.is_alone
+            # While Redis is away failures stay here, and a success is told later.
+            if not is_alone or (self._membership.is_away and count == 0):
+                self._outbox.counts[key] = _Count(count, is_absolute=True)
+        if not is_alone:
+            self._courier.wake(self)
+
+    # Mutex held.
+
+    def _announce(self, state: str) -> None:
+        self._membership.rejoin()
+        self._outbox.state = state
+        self._outbox.opening |= state == STATE_OPEN
+
+    def _give_back_lapsing_claim(self) -> None:
+        claim, self._lapsing = self._lapsing, None
+        if claim is not None:
+            self._outbox.returned.append(claim)
+
+    # What the courier asks for, in its own thread.
+
+    def _due_at(self) -> float:
+        """When the next pass must take this storage along, by the monotonic clock;
+        -inf for at once. It goes with the others every `refresh` seconds anyhow."""
+        with self._mutex:
+            membership = self._membership
+            # While Redis is away the outbox waits for the next round.
+            if self._outbox.waiting or (self._outbox and not membership.is_away):
+                return -math.inf
+            trip = membership.unconfirmed
+            return math.inf if trip is None else trip.due
+
+    def _begin_exchange(self) -> _Exchange:
+        with self._mutex:
+            self._is_under_way = True
+            return _Exchange(self)
+
+    def _take_in(
+        self, view: _View, has_moved: bool, age: float, trip: _Trip | None
+    ) -> None:
+        """Follow the circuit in Redis if that has moved, or judge `trip`."""
+        with self._mutex:
+            membership = self._membership
+            membership.is_new = False
+            self._view = view
+            if has_moved and self._outbox.state is None:
+                if view.state == STATE_OPEN:
+                    self._opening = _Opening.at(view.moment, age, view.move)
+                else:
+                    self._give_back_lapsing_claim()
+                self._last_move, self._state = view.move, view.state
+                membership.rejoin()
+            elif trip is not None and trip is membership.unconfirmed:
+                membership.unconfirmed = None
+                if view.fail_counter >= trip.fail_max:
+                    self._announce(STATE_OPEN)
+            if membership.is_apart and membership.unconfirmed is None:
+                return
+            for key in _COUNTERS:
+                unsent = self._outbox.counts.get(key, _NOTHING)
+                if not unsent.is_absolute:
+                    setattr(self, "_" + key, getattr(view, key) + unsent.number)
+
+    def _go_away(self, why: str, unsent: _Outbox | None = None) -> None:
+        """Put the outbox back. From now on this process goes by its own circuit."""
+        with self._mutex:
+            if unsent is not None:
+                self._outbox.put_under(unsent)
+            was_away, self._membership.is_away = self._membership.is_away, True
+            self._outbox.drop_failures()
+            asked, self._outbox.asked = self._outbox.asked, []
+            if self._membership.unconfirmed is not None:
+                self._announce(STATE_OPEN)
+        for claim in asked:
+            claim.answer(True)
+        if not was_away:
+            message = "%s Redis is away, each process goes by its own circuit (%s)"
+            _log(logging.WARNING, message, self._prefix, why)
+
+    def _come_back(self) -> None:
+        with self._mutex:
+            was_away, self._membership.is_away = self._membership.is_away, False
+        if was_away:
+            _log(logging.INFO, "%s Redis is back", self._prefix)
+
+    # The first answer, forks and the end of the program.
+
+    def _notify_when_sent(self) -> threading.Event:
+        """An event that is set when the courier has been to Redis with all that is in
+        the outbox now, whether or not that went well."""
+        done = threading.Event()
+        with self._mutex:
+            self._outbox.waiting.append(done)
+        self._courier.wake(self)
+        return done
+
+    def _last_words(self) -> threading.Event | None:
+        """The same at the end of the program, or None if all has been said."""
+        with self._mutex:
+            if self._membership.unconfirmed is not None:
+                self._announce(STATE_OPEN)  # nobody will be here to confirm it
+            if not self._outbox and not self._is_under_way:
+                return None
+        return self._notify_when_sent()
+
+    def _renew(self) -> None:
+        """In the child of a fork, whose parent sends what is in the outbox."""
+        self._mutex = threading.RLock()
+        self._outbox = _Outbox()
+        self._is_under_way = False
+        self._claim = self._lapsing = None
+        self._courier = _join_courier(self)
+
+
+class _Opening(NamedTuple):
+    """The last opening. It is replaced as a whole, as a breaker may read it without the
+    lock."""
+
+    moment: datetime | None  # as `opened_at` says it
+    storage: CircuitMemoryStorage  # knows the rule of clocks
+    move: Any  # that has opened the circuit, or None if the storage does not know it
+
+    @classmethod
+    def at(
+        cls, moment: datetime | None, age: float | None = None, move: Any = None
+    ) -> _Opening:
+        """At `moment` by the clock of this host, or `age` seconds ago, where the moment
+        is by the clock of Redis."""
+        storage = CircuitMemoryStorage(STATE_OPEN)
+        if age is None:
+            storage.opened_at = moment
+        elif age == math.inf:
+            storage.opened_at = None
+        else:
+            storage.opened_at = datetime.now(timezone.utc) - timedelta(seconds=age)
+        return cls(moment, storage, move)
+
+
+class _Membership:
+    """How far a process goes with its fleet."""
+
+    def __init__(self) -> None:
+        self.is_new = True  # Redis has never answered
+        self.is_away = False  # Redis does not answer now
+        self.is_apart = False  # open by the count of this process, and Redis is not
+        self.unconfirmed: _Trip | None = None  # the trip that Redis may still confirm
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether counts and trials are this process's own."""
+        return self.is_away or (self.is_apart and self.unconfirmed is None)
+
+    def rejoin(self) -> None:
+        """What this process says is the fleet's state again, or the other way round."""
+        self.is_apart, self.unconfirmed = False, None
+
+
+class _Trip(NamedTuple):
+    """A trip by the count, which the fleet follows if the count lasts."""
+
+    due: float  # when that is to be seen, by the monotonic clock
+    fail_max: float
+
+
+class _Count(NamedTuple):
+    """What is to be sent of a counter: its value, or what is to be added to it."""
+
+    number: int
+    is_absolute: bool
+
+
+_NOTHING = _Count(0, is_absolute=False)
+
+
+class _Outbox:
+    """What a storage has to send. The courier takes all of it, and puts it back as a
+    whole if it could not be sent."""
+
+    __slots__ = ("counts", "state", "opening", "asked", "returned", "waiting")
+
+    def __init__(self) -> None:
+        self.counts: dict[str, _Count] = {}
+        self.state: str | None = None  # the circuit has moved there
+        self.opening = False  # the storage has an opening that Redis does not have
+        self.asked: list[_Claim] = []
+        self.returned: list[_Claim] = []
+        self.waiting: list[threading.Event] = []  # set when the pass is over
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.counts or self.state or self.opening or self.asked or self.returned
+        )
+
+    def add_one(self, key: str) -> None:
+        number, is_absolute = self.counts.get(key, _NOTHING)
+        self.counts[key] = _Count(number + 1, is_absolute)
+
+    def put_under(self, older: _Outbox) -> None:
+        """Put back what was taken before. What is here is newer and wins."""
+        self.counts = {**older.counts, **self.counts}
+        self.state = self.state or older.state
+        self.opening |= older.opening
+        self.returned += [claim for claim in older.returned if claim.is_safe()]
+
+    def drop_failures(self) -> None:
+        """Keep of the counts only that they were reset."""
+        reset = _Count(0, is_absolute=True)
+        self.counts = {key: c for key, c in self.counts.items() if c == reset}
+
+
+class _Circuit(NamedTuple):
+    """The circuit as Redis has it; `opened_at` and `opening` of an open one only."""
+
+    state: Any
+    opened_at: str | None
+    opening: str | None
+
+    def differs_from(self, expected: _Circuit) -> bool:
+        # A lost text of the opening is no new opening.
+        return self[:2] != expected[:2] or self.opening not in (None, expected.opening)
+
+    def commands(self) -> list[_Command]:
+        """What writes it. The state comes last: no process may see a circuit open
+        that has no moment of opening."""
+        commands: list[_Command] = []
+        if self.opening is not None:
+            commands.append(("SET", "opening", self.opening))
+        if self.opened_at is not None:
+            commands.append(("SET", "opened_at", self.opened_at))
+        return [*commands, ("SET", "state", self.state)]
+
+
+class _FoundMove(NamedTuple):
+    """An opening by another process, as far as the key ``opening`` tells."""
+
+    state: str
+    reason: str
+    by: str
+    seconds: float | None
+    failed_trials: int
+    fail_max: float = math.inf
+
+
+class _View:
+    """What there is in Redis under the keys of one circuit."""
+
+    keys = ("state", "fail_counter", "success_counter", "opened_at", "opening")
+
+    @classmethod
+    def commands(cls, for_trial: bool) -> list[_Command]:
+        commands = [("GET", key) for key in cls.keys]
+        return commands + [("GET", "trial"), ("PTTL", "trial")] * for_trial
+
+    def __init__(self, replies: list[Any]) -> None:
+        state, fail_counter, success_counter, opened_at, opening, *trial = replies
+        self.broken: set[str] = set()  # keys under which there is nonsense
+        self.state: Any = self._value("state", state, _known_state)
+        self.fail_counter: int = self._value("fail_counter", fail_counter, _count) or 0
+        self.success_counter: int = (
+            self._value("success_counter", success_counter, _count) or 0
+        )
+        self.moment = self._value("opened_at", opened_at, _moment)
+        if self.moment is None or self.state != STATE_OPEN:
+            opened_at = None
+        about, move = self._value("opening", opening, _opening) or (None, None)
+        if about is None or about != opened_at:
+            opening = move = None
+        self.move = move  # that has opened the circuit, where it is open
+        self.circuit = _Circuit(self.state, opened_at, opening)
+        self.holder = self.lease = None
+        if trial:
+            self.holder = self._value("trial", trial[0], str)
+            self.lease = trial[1]
+
+    def _value(self, key: str, reply: Any, read: Callable[[Any], _T]) -> _T | None:
+        if isinstance(reply, Exception):
+            if not _is_about_a_value(reply):
+                raise reply
+            self.broken.add(key)
+        elif reply is not None:
+            try:
+                return read(reply)
+            except Exception:  # whatever comes of reading nonsense
+                self.broken.add(key)
+        return None
+
+
+def _known_state(text: str) -> str:
+    return str(_checked_state("state", text))
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise ValueError(text)
+    return count
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromtimestamp(int(text), timezone.utc)
+
+
+def _opening_text(opened_at: str | None, move: Any) -> str | None:
+    if opened_at is None or move is None or move.state != STATE_OPEN:
+        return None
+    opening = {
+        "opened_at": opened_at,
+        "reason": move.reason,
+        "by": move.by,
+        "seconds": move.seconds,
+        "failed_trials": move.failed_trials,
+    }
+    return json.dumps(opening)
+
+
+def _opening(text: str) -> tuple[str, _FoundMove]:
+    """What such a text says: which opening it is about, and how that came about."""
+    opening = json.loads(text)
+    seconds, failed_trials = opening["seconds"], opening["failed_trials"]
+    if seconds is not None and not 0 <= seconds <= math.inf:
+        raise ValueError(text)
+    if not isinstance(failed_trials, int) or failed_trials < 0:
+        raise ValueError(text)
+    return opening["opened_at"], _FoundMove(
+        STATE_OPEN, str(opening["reason"]), str(opening["by"]), seconds, failed_trials
+    )
+
+
+def _is_about_a_value(error: Exception) -> bool:
+    """Whether Redis complains of what lies under the key, and of nothing else."""
+    text = str(error)
+    return any(part in text for part in ("WRONGTYPE", "wrong kind", "not an integer"))
+
+
+class _Exchange:
+    """One circuit's part in a pass: what is sent, and what Redis answers."""
+
+    def __init__(self, storage: CircuitRedisStorage) -> None:
+        """Take the outbox, and what is needed to send it. Mutex held."""
+        self.storage = storage
+        self.outbox, storage._outbox = storage._outbox, _Outbox()
+        self.view: _View | None = None
+        self.has_failed = False
+        self.afterwards: list[_Command] = []  # to be sent when the claims are answered
+        membership, now = storage._membership, time.monotonic()
+        self._is_away, self._is_new = membership.is_away, membership.is_new
+        self._opened, self._move = now - storage.open_for(), storage._opening.move
+        # A trip is judged by a view that is younger than `due`, with all that was
+        # counted before it.
+        trip = membership.unconfirmed
+        self._trip = trip if trip is not None and now >= trip.due else None
+        self._writes: list[_Command] = []
+        # What Redis has when this is sent, if no other process has moved the circuit.
+        self._expected = storage._view.circuit
+
+    @property
+    def is_pending(self) -> bool:
+        return self.view is None and not self.has_failed
+
+    def prepare(self, clock: _Clock) -> None:
+        """Put the outbox into commands."""
+        outbox, writes = self.outbox, self._writes
+        if outbox.state is not None and self._is_away:
+            # What a move resets was not kept.
+            reset = _COUNTERS if outbox.state == STATE_CLOSED else _COUNTERS[1:]
+            for key in reset:
+                outbox.counts.setdefault(key, _Count(0, is_absolute=True))
+        for key, (number, is_absolute) in outbox.counts.items():
+            writes.append(("SET" if is_absolute else "INCRBY", key, number))
+        state, opened_at, opening = self._expected
+        if outbox.opening:
+            opened_at = clock.moment_of(self._opened)
+            opening = _opening_text(opened_at, self._move)
+            for key, text in (("opening", opening), ("opened_at", opened_at)):
+                writes.append(("DEL", key) if text is None else ("SET", key, text))
+        if outbox.state is not None:
+            state = outbox.state
+            writes.append(("SET", "state", state))
+            if state == STATE_CLOSED:
+                writes.append(("DEL", "opening"))
+        if state != STATE_OPEN:
+            opened_at = opening = None
+        self._expected = _Circuit(state, opened_at, opening)
+        writes += [claim.command for claim in outbox.asked]
+        if self._is_away:
+            # A Redis that can be read may still refuse writes.
+            writes += [(*command, "NX") for command in self._expected.commands()]
+
+    def commands(self) -> list[_Command]:
+        """The writes, and the questions what Redis has then."""
+        for_trial = bool(self.outbox.asked or self.outbox.returned)
+        commands = self._writes + _View.commands(for_trial)
+        prefix = self.storage._prefix
+        return [(name, prefix + key, *rest) for name, key, *rest in commands]
+
+    def read(self, replies: list[Any]) -> None:
+        """Take the view from the replies. What is missing or makes no sense is put in
+        order first, by the next round of commands: a flush does not close a circuit."""
+        view = _View(replies[len(self._writes) :])
+        for (_, key, *_), reply in zip(self._writes, replies):
+            if isinstance(reply, Exception):
+                if not _is_about_a_value(reply):
+                    raise reply
+                view.broken.add(key)
+        if view.state is not None and not view.broken:
+            self.view = view
+        else:
+            self._writes = self._repairs(view)
+
+    def _repairs(self, view: _View) -> list[_Command]:
+        storage, known = self.storage, self._expected.commands()
+        repairs: list[_Command] = []
+        if "trial" in view.broken:
+            repairs.append(("DEL", "trial"))
+        for key in _COUNTERS:
+            count = getattr(storage, "_" + key)
+            if key in view.broken:
+                repairs.append(("SET", key, count))
+            elif view.state is None and not (self._is_away or self._is_new):
+                repairs.append(("SET", key, count, "NX"))
+        for key in ("opening", "opened_at"):
+            if key in view.broken and key not in [name for _, name, _ in known]:
+                repairs.append(("DEL", key))
+        for command in known:
+            is_broken = command[1] in view.broken
+            repairs.append(command if is_broken else (*command, "NX"))
+        if view.broken:
+            message = "%s Redis had no good value for %s; it has now"
+            keys = ", ".join(sorted(view.broken))
+            _log(logging.WARNING, message, storage._prefix, keys)
+        return repairs
+
+    def finish(self, clock: _Clock) -> None:
+        """Take the view in, and answer the claims."""
+        storage, view = self.storage, self.view
+        assert view is not None
+        circuit = view.circuit
+        has_moved = self._is_new or circuit.differs_from(self._expected)
+        is_opening = has_moved and circuit.state == STATE_OPEN
+        age = clock.age_of(circuit.opened_at) if is_opening else 0.0
+        storage._take_in(view, has_moved, age, self._trip)
+        asked, returned = self.outbox.asked, self.outbox.returned
+        own = [claim.token for claim in returned]
+        for claim in asked:
+            if view.holder in own and claim.token not in own:
+                # The claim before it, of the same process, is given back below.
+                with storage._mutex:
+                    storage._outbox.asked.append(claim)
+                continue
+            is_granted = view.holder == claim.token and not has_moved
+            if not is_granted:
+                storage._refused_at = time.monotonic()
+            claim.answer(is_granted)
+            if claim.granted is False:
+                returned.append(claim)
+                if view.lease == -1:  # a claim of no process: theirs have a lease
+                    self._afterwards("PEXPIRE", "trial", claim.lease)
+        for claim in returned:
+            if view.holder == claim.token and claim.is_safe():
+                self._afterwards("DEL", "trial")
+
+    def _afterwards(self, name: str, key: str, *rest: Any) -> None:
+        self.afterwards.append((name, self.storage._prefix + key, *rest))
+
+    def attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step of this circuit. If it fails, it fails for no other circuit."""
+        try:
+            step(*args)
+        except Exception as exc:
+            self.fail(exc)
+
+    def fail(self, exc: Exception) -> None:
+        self.has_failed = True
+        self.storage._go_away(f"{type(exc).__name__}: {exc}", self.outbox)
+        for claim in self.outbox.asked:
+            claim.answer(True)
+
+    def end(self) -> None:
+        self.storage._is_under_way = False
+        for done in self.outbox.waiting:
+            done.set()
+
+
+class _Courier:
+    """Carries for all storages of one client, in a thread of its own, until the last of
+    them is gone. As some clients wait for ever, another thread notices when Redis is
+    silent."""
+
+    def __init__(self, client: Any) -> None:
+        self.link = _Link(client)
+        self.refresh = math.inf  # the smallest of the storages'
+        self.patience = 0.0  # the longest
+        self._members: list[weakref.ref[CircuitRedisStorage]] = []
+        # Those with something to say, by their id: it must not be lost with them.
+        self._kept: dict[int, CircuitRedisStorage] = {}
+        self._next_round = -math.inf  # when all storages are to travel
+        self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_signalled = False
+        self._is_running = self._is_stopping = False
+        self._threads: list[threading.Thread] = []
+
+    def wake(self, storage: CircuitRedisStorage) -> None:
+        """The storage has something to send, or to have confirmed."""
+        self._kept[id(storage)] = storage
+        if not self._is_signalled:
+            self._is_signalled = True
+            self._signals.put(None)
+
+    def add(self, storage: CircuitRedisStorage) -> None:
+        """Carry for this storage too. Gate held."""
+
+        # This takes no lock, as a storage may be collected anywhere.
+        def wake(_: object) -> None:
+            self._signals.put(None)
+
+        self._members = [*self._members, weakref.ref(storage, wake)]
+        self.refresh = min(self.refresh, storage._refresh)
+        self.patience = max(self.patience, storage._patience)
+
+    def storages(self) -> list[CircuitRedisStorage]:
+        """Those that are alive, and are kept alive by the list."""
+        found = (member() for member in self._members)
+        return [storage for storage in found if storage is not None]
+
+    def start(self) -> None:
+        """Begin, or go on after `stop`. Gate held."""
+        self._is_stopping = False
+        if self._is_running:
+            return
+        self._is_running = True
+        over = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, args=(over,), name=name, daemon=True)
+            for target, name in (
+                (self._carry, "pybreaker courier"),
+                (self._watch, "pybreaker courier's watch"),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Let both threads end. Gate held."""
+        self._is_stopping = True
+        self._signals.put(None)
+
+    def wait(self, end: float) -> None:
+        """Wait for their end, until the clock says `end`."""
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        for thread in self._threads:
+            # What join() waits for, the system may see a moment later.
+            task = f"/proc/self/task/{thread.native_id}"
+            while os.path.exists(task) and time.monotonic() < end:
+                time.sleep(0.0001)
+
+    def _carry(self, over: threading.Event) -> None:
+        delay = 0.0
+        while self._goes_on():
+            delay = self.make_pass()
+            try:
+                # Told to block for 0 s, Python 3.9 may wait for ever.
+                self._signals.get(delay > 0.0, delay or None)
+            except queue.Empty:
+                pass
+            self._is_signalled = False
+        over.set()
+        self.link.close()
+
+    def _goes_on(self) -> bool:
+        with _gate:
+            self._members = [member for member in self._members if member() is not None]
+            if self._members and not self._is_stopping:
+                return True
+            self._is_running = False
+            if not self._members:
+                _couriers.pop(id(self.link.client), None)
+            return False
+
+    def make_pass(self) -> float:
+        """Go to Redis for the storages that are due. Returns the seconds until some
+        storage is due again."""
+        storages = self.storages()
+        self.refresh = min((s._refresh for s in storages), default=self.refresh)
+        start = time.monotonic()
+        self._next_round = min(self._next_round, start + self.refresh)
+        if start >= self._next_round:
+            due = storages
+            self._next_round = start + self.refresh
+        else:
+            due = [storage for storage in storages if storage._due_at() <= start]
+        if due:
+            self._exchange([storage._begin_exchange() for storage in due], start)
+        for key, storage in self._kept.copy().items():
+            # In this order, as meanwhile the storage may get something to say.
+            del self._kept[key]
+            if storage._due_at() < math.inf:
+                self._kept[key] = storage
+        next_due = min([self._next_round, *(s._due_at() for s in storages)])
+        return max(0.0, next_due - time.monotonic())
+
+    def _exchange(self, exchanges: list[_Exchange], start: float) -> None:
+        clock = _Clock(self.link)
+        try:
+            for exchange in exchanges:
+                exchange.attempt(exchange.prepare, clock)
+            for _ in range(3):  # more than once where something has to be put in order
+                pending = [e for e in exchanges if e.is_pending]
+                replies = self._send(pending, [e.commands() for e in pending])
+                for exchange, own in zip(pending, replies):
+                    exchange.attempt(exchange.read, own)
+            for exchange in exchanges:
+                if exchange.is_pending:
+                    exchange.fail(ValueError("Redis does not keep what it is given"))
+                elif not exchange.has_failed:
+                    exchange.attempt(exchange.finish, clock)
+            last = [e for e in exchanges if e.afterwards and not e.has_failed]
+            self._send(last, [e.afterwards for e in last])
+            if time.monotonic() - start <= 2 * self.refresh:
+                for exchange in exchanges:
+                    if not exchange.has_failed:
+                        exchange.storage._come_back()
+        finally:
+            for exchange in exchanges:
+                exchange.end()
+
+    def _send(
+        self, exchanges: list[_Exchange], parts: list[list[_Command]]
+    ) -> list[list[Any]]:
+        """Send the commands of all these circuits in one pipeline, and share out the
+        replies. There are none if it fails, and then it fails for all."""
+        if not exchanges:
+            return []
+        try:
+            replies = self.link.run(list(itertools.chain.from_iterable(parts)))
+        except Exception as exc:
+            for exchange in exchanges:
+                exchange.fail(exc)
+            return []
+        ends = itertools.accumulate(map(len, parts))
+        return [replies[end - len(part) : end] for part, end in zip(parts, ends)]
+
+    def _watch(self, over: threading.Event) -> None:
+        period = 0.0
+        while not over.wait(period):
+            self._notice_silence()
+            period = self.refresh / 2
+
+    def _notice_silence(self) -> None:
+        asked_at = self.link.asked_at
+        if asked_at is not None:
+            silence = time.monotonic() - asked_at
+            if silence > 2 * self.refresh:
+                for storage in self.storages():
+                    storage._go_away(f"no answer for {silence:.1f} s")
+
+
+class _Link:
+    """The way to Redis, for the courier's thread alone. Whatever the client is, texts
+    are str here, and coroutines of asyncio clients are run to their end here."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.asked_at: float | None = None  # while there is no answer
+        self._own: Any = None
+        self._loop: Any = None
+
+    def run(self, commands: list[_Command]) -> list[Any]:
+        """Send commands in one go. Errors that Redis reports are among the replies."""
+        pipe = self._connected().pipeline(transaction=False)
+        for command in commands:
+            pipe.execute_command(*command, NEVER_DECODE=True)
+        replies = self._answer(pipe.execute, raise_on_error=False)
+        return [
+            r.decode("utf-8", "replace") if isinstance(r, bytes) else r for r in replies
+        ]
+
+    def time(self) -> float:
+        """The time by the clock of Redis."""
+        now = self._answer(self._connected().time)
+        if isinstance(now, dict):  # that of each node of a cluster
+            now = next(iter(now.values()))
+        return float(now[0]) + float(now[1]) / 1e6
+
+    def close(self) -> None:
+        """Part from Redis, as far as the connection is not the client's own."""
+        own, loop = self._own, self._loop
+        self._own = self._loop = None
+        if loop is not None:
+            try:
+                close = getattr(own, "aclose", None) or own.close
+                loop.run_until_complete(close())
+                loop.run_until_complete(own.connection_pool.disconnect())
+            except Exception as exc:
+                _log(logging.DEBUG, "the connection to Redis was lost: %r", exc)
+            finally:
+                loop.close()
+
+    def _connected(self) -> Any:
+        if not _is_async(self.client):
+            return self.client
+        if self._own is None:
+            # An asyncio client belongs to its loop, so this one is made like it.
+            import asyncio
+
+            pool = self.client.connection_pool
+            self._loop = asyncio.new_event_loop()
+            # Python 3.9's locks look for the loop when they are made.
+            asyncio.set_event_loop(self._loop)
+            own_pool = type(pool)(
+                connection_class=pool.connection_class, **pool.connection_kwargs
+            )
+            self._own = type(self.client)(connection_pool=own_pool)
+        return self._own
+
+    def _answer(self, ask: Callable[..., Any], **options: Any) -> Any:
+        self.asked_at = time.monotonic()
+        try:
+            answer = ask(**options)
+            if self._loop is not None:
+                answer = self._loop.run_until_complete(answer)
+            return answer
+        finally:
+            self.asked_at = None
+
+
+class _Clock:
+    """The clock of Redis, which is asked at most once in a pass."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self._ahead: float | None = None  # of the monotonic clock of this host
+        self._error = ""
+
+    def moment_of(self, opened: float) -> str | None:
+        """What to write for a moment of the monotonic clock: whole seconds,
+        rounded up, as older releases read no others."""
+        return None if opened == -math.inf else str(math.ceil(opened + self._asked()))
+
+    def age_of(self, opened_at: str | None) -> float:
+        """Seconds since then. No opening lies in the future."""
+        if opened_at is None:
+            return math.inf
+        return max(0.0, time.monotonic() + self._asked() - int(opened_at))
+
+    def _asked(self) -> float:
+        if self._error:
+            raise RuntimeError(self._error)
+        if self._ahead is None:
+            try:
+                self._ahead = self._link.time() - time.monotonic()
+            except Exception as exc:  # as text: the exception would keep storages alive
+                self._error = f"no time from Redis: {exc}"
+                raise
+        return self._ahead
+
+
+def _client_behind(redis_object: Any) -> Any:
+    """The client, also where `redis_object` is a proxy of one, such as Werkzeug's
+    LocalProxy: of that the class says nothing, and another thread may not use it."""
+    method = getattr(redis_object, "pipeline", None)
+    for client in (getattr(method, "__self__", None), redis_object):
+        if not isinstance(client, type) and all(
+            callable(getattr(client, name, None))
+            for name in ("pipeline", "execute_command", "time")
+        ):
+            pool = getattr(client, "connection_pool", None)
+            if not _is_async(client) or hasattr(pool, "connection_kwargs"):
+                return client
+    raise TypeError(
+        f"redis_object must be a client of redis-py or valkey-py, such as "
+        f"redis.Redis(), not {redis_object!r}"
+    )
+
+
+def _is_async(client: Any) -> bool:
+    return inspect.iscoroutinefunction(inspect.unwrap(client.execute_command))
+
+
+class _Claim:
+    """A question to Redis: may this process run the trial?"""
+
+    def __init__(self, timeout: float, hear: Callable[[], object]) -> None:
+        self.token = os.urandom(16).hex()
+        self.lease = max(1, math.ceil(1000 * min(timeout, _LONGEST_LEASE)))
+        self.command = "SET", "trial", self.token, "NX", "PX", self.lease
+        self.granted: bool | None = None
+        self._hear = hear
+        self._end = time.monotonic() + self.lease / 1000
+
+    def answer(self, granted: bool) -> None:
+        if self.granted is None:
+            self.granted = granted
+            try:
+                self._hear()
+            except Exception as exc:  # the event loop of the caller is gone
+                _log(logging.DEBUG, "nobody waits for the answer any more: %r", exc)
+
+    def is_safe(self) -> bool:
+        """Whether the claim will not lapse, and be another process's, before Redis is
+        told that it is given back."""
+        left = self._end - time.monotonic()
+        return left > min(_SAFE, self.lease / 4000)
+
+
+def _waiter(patience: float) -> Any:
+    """A coroutine function that waits on the event loop that runs here, for at
+    most `patience` seconds, and what ends the waiting, from any thread."""
+    # None has no such attributes, which is an AttributeError too.
+    trio: Any = sys.modules.get("trio")
+    asyncio: Any = sys.modules.get("asyncio")
+    try:
+        trio.lowlevel.current_task()
+    except (AttributeError, RuntimeError):
+        pass
+    else:
+        return _trio_waiter(trio, patience)
+    try:
+        loop = asyncio.get_running_loop()
+    except (AttributeError, RuntimeError):
+        return _other_waiter(patience)
+    return _asyncio_waiter(loop, patience)
+
+
+def _asyncio_waiter(loop: Any, patience: float) -> Any:
+    future = loop.create_future()
+
+    def end() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    async def wait() -> None:
+        timer = loop.call_later(patience, end)
+        try:
+            await future
+        finally:
+            timer.cancel()
+
+    return wait, lambda: loop.call_soon_threadsafe(end)
+
+
+def _trio_waiter(trio: Any, patience: float) -> Any:
+    token, heard = trio.lowlevel.current_trio_token(), trio.Event()
+
+    async def wait() -> None:
+        with trio.move_on_after(patience):
+            await heard.wait()
+
+    return wait, lambda: token.run_sync_soon(heard.set)
+
+
+def _other_waiter(patience: float) -> Any:
+    heard = threading.Event()
+
+    async def wait() -> None:
+        heard.wait(patience)
+
+    return wait, heard.set
+
+
+def _log(*args: Any) -> None:
+    try:
+        logging.getLogger("pybreaker").log(*args)
+    except Exception:
+        return  # a broken filter or handler is not the courier's
+
+
+def _checked_state(parameter: str, state: Any) -> Any:
+    if state not in _STATES:
+        names = f"{STATE_CLOSED!r}, {STATE_OPEN!r} or {STATE_HALF_OPEN!r}"
+        raise ValueError(f"{parameter} must be {names}, not {state!r}")
+    return state
+
+
+def _checked_count(parameter: str, value: Any) -> int:
+    whole = isinstance(value, float) and value.is_integer()
+    count = _index(parameter, int(value) if whole else value, "a whole number")
+    if count < 0:
+        raise ValueError(f"{parameter} must be at least 0, not {value!r}")
+    return count
+
+
+def _checked_seconds(parameter: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        value = _index(parameter, value, "a number of seconds")
+    if not 0 < value <= threading.TIMEOUT_MAX:  # nor NaN
+        raise ValueError(
+            f"{parameter} must be some seconds, more than 0 and not without an end, "
+            f"not {value!r}"
+        )
+    return value
+
+
+def _index(parameter: str, value: Any, what: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{parameter} must be {what}, not {value!r}") from None
+
+
+# The couriers that have storages, by the id of the client, which each keeps alive. The
+# gate is held for moments where a courier begins, gets a storage, or ends.
+_couriers: dict[int, _Courier] = {}
+_gate = threading.RLock()
+
+
+def _join_courier(storage: CircuitRedisStorage) -> _Courier:
+    """The courier for the storage's client, which carries for the storage from now."""
+    client = storage._client
+    with _gate:
+        courier = _couriers.get(id(client))
+        if courier is None:
+            courier = _couriers[id(client)] = _Courier(client)
+        courier.add(storage)
+        courier.start()
+        return courier
+
+
+# A fork copies the thread that forks and no other. So all couriers end before it, in
+# good order, and begin again in the parent; the child gets couriers of its own.
+
+
+def _before_fork() -> None:
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        _deliver_at_the_end_of_processes(util)
+    with _gate:
+        couriers = list(_couriers.values())
+        for courier in couriers:
+            courier.stop()
+    begin = time.monotonic()
+    for courier in couriers:
+        courier.wait(begin + courier.patience)
+
+
+def _after_fork_in_parent() -> None:
+    with _gate:
+        for courier in _couriers.values():
+            courier.start()
+
+
+def _after_fork_in_child() -> None:
+    global _gate
+    _gate = threading.RLock()
+    couriers = list(_couriers.values())
+    _couriers.clear()
+    for courier in couriers:
+        for storage in courier.storages():
+            storage._renew()
+
+
+def _at_exit() -> None:
+    """Wait until all storages have said what they have to say, but for no longer than
+    the patience that they have."""
+    begin = time.monotonic()
+    with _gate:
+        storages = [s for courier in _couriers.values() for s in courier.storages()]
+    told = [(storage, storage._last_words()) for storage in storages]
+    for storage, done in told:
+        if done is not None:
+            done.wait(max(0.0, begin + storage._patience - time.monotonic()))
+
+
+def _deliver_at_the_end_of_processes(util: Any) -> None:
+    """A `multiprocessing.Process` that was forked runs no `atexit` functions, but what
+    was registered with `multiprocessing` after the fork."""
+    if not _registered:
+        _registered.append(util)
+        util.register_after_fork(
+            _at_exit, lambda at_exit: util.Finalize(None, at_exit, exitpriority=0)
+        )
+
+
+_registered: list[Any] = []
+
+# Windows has no forks.
+getattr(os, "register_at_fork", lambda **_: None)(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
+atexit.register(_at_exit)

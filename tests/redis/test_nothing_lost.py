@@ -1,0 +1,232 @@
+"""What a process has counted and decided reaches the fleet, however short it lives and
+whenever Redis answers first. Over a real server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import redis
+from fleet import until
+from support import PATIENCE, fail
+
+from pybreaker import CircuitBreaker, CircuitRedisStorage
+
+PRELUDE = """
+import multiprocessing, os, signal, sys, threading, time
+import redis
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
+
+signal.alarm(20)  # what hangs is killed
+port, namespace = int(sys.argv[1]), sys.argv[2]
+
+def boom():
+    print("the service is called", flush=True)
+    raise ZeroDivisionError
+
+def fail(breaker):
+    try:
+        breaker.call(boom)
+    except (ZeroDivisionError, CircuitBreakerError) as exc:
+        print(type(exc).__name__, flush=True)
+
+def breaker_of(fail_max=3, number="", client=None, **settings):
+    client = client or redis.Redis(port=port)
+    storage = CircuitRedisStorage("closed", client, namespace + number, **settings)
+    return CircuitBreaker(fail_max, state_storage=storage)
+"""
+
+
+@pytest.fixture
+def run(server, namespace):
+    """Runs a program in a process of its own. Returns the lines that it printed."""
+
+    def run(program, port=server.port):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", PRELUDE + textwrap.dedent(program)),
+                *(str(port), namespace),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def key(server, namespace):
+    """What a key of the circuit holds."""
+    return lambda name, number="": server.key(namespace + number, name)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+def test_a_command_that_is_run_again_and_again_opens_the_circuit(run, key):
+    """Each run makes one call and ends, long before the count could be confirmed."""
+    program = "fail(breaker_of())"
+    failed = ["the service is called", "ZeroDivisionError"]
+    assert run(program) == failed
+    assert run(program) == failed
+    assert run(program) == ["the service is called", "CircuitBreakerError"]
+    assert (key("state"), key("fail_counter")) == ("open", "3")
+    assert run(program) == ["CircuitBreakerError"]
+
+
+def test_all_circuits_of_a_program_are_delivered_at_its_end(run, key):
+    """Also those of other clients, and those that the program has let go."""
+    run("""
+        client = redis.Redis(port=port)
+        for number in range(50):
+            shared = client if number % 10 else None
+            fail(breaker_of(1, f"-{number}", shared, patience=5))
+    """)
+    for number in range(50):
+        assert key("state", f"-{number}") == "open"
+
+
+@needs_fork
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_child_that_ends_at_once_delivers_its_counts(run, key, method, tmp_path):
+    """A `multiprocessing.Process` runs no functions of `atexit`."""
+    if method == "forkserver":
+        # Such a child makes its own storage.
+        program = tmp_path / "work.py"
+        program.write_text(f"""{PRELUDE}
+def work():
+    fail(breaker_of())
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=work)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+""")
+        run(f"""
+            import subprocess
+            command = [sys.executable, {str(program)!r}, *sys.argv[1:]]
+            assert subprocess.run(command).returncode == 0
+        """)
+    else:
+        run("""
+            breaker = breaker_of(refresh=60)
+            child = multiprocessing.get_context("fork").Process(
+                target=fail, args=(breaker,)
+            )
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+        """)
+    assert key("fail_counter") == "1"
+
+
+@needs_fork
+def test_a_child_that_trips_and_ends_at_once_opens_the_fleets_circuit(run, key):
+    run("""
+        breaker = breaker_of(refresh=60)
+        def work():
+            for _ in range(3):
+                fail(breaker)
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join()
+    """)
+    assert (key("state"), key("fail_counter")) == ("open", "3")
+
+
+@needs_fork
+def test_a_grandchild_delivers_its_counts_too(run, key):
+    """So do the parent and the child, each once."""
+    run("""
+        breaker = breaker_of(10, refresh=60)
+        fork = multiprocessing.get_context("fork")
+
+        def spawn(depth):
+            fail(breaker)
+            if depth:
+                child = fork.Process(target=spawn, args=(depth - 1,))
+                child.start()
+                child.join()
+
+        for _ in range(2):
+            spawn(2)
+    """)
+    assert key("fail_counter") == "6"
+
+
+@needs_fork
+def test_a_child_has_one_courier_for_all_circuits_of_a_client(run, key):
+    """And so has its parent afterwards. All circuits of both are delivered."""
+    run("""
+        client = redis.Redis(port=port)
+        breakers = [breaker_of(9, f"-{n}", client, patience=5) for n in range(20)]
+        child = multiprocessing.get_context("fork").Process
+
+        def work():
+            couriers = [t for t in threading.enumerate() if "courier" in t.name]
+            assert len(couriers) == 2, couriers
+            for breaker in breakers:
+                fail(breaker)
+
+        work()
+        processes = [child(target=work) for _ in range(2)]
+        for process in processes:
+            process.start()
+            work()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+    """)
+    for number in range(20):
+        assert key("fail_counter", f"-{number}") == "5"
+
+
+@needs_fork
+def test_a_child_waits_no_longer_than_its_patience(run, proxies, server):
+    """For a server that does not answer."""
+    proxy = proxies(server)
+    proxy.swallow()
+    (took,) = run(
+        """
+        import logging
+        logging.disable()
+        breaker = breaker_of(refresh=60, patience=0.3)
+        child = multiprocessing.get_context("fork").Process(target=breaker.open)
+        child.start()
+        began = time.monotonic()
+        child.join()
+        print(time.monotonic() - began)
+        os._exit(0)  # some clients wait for ever
+        """,
+        port=proxy.port,
+    )
+    assert float(took) < 10
+
+
+@pytest.mark.parametrize("how", ["swallow", "cut"])
+def test_a_trip_made_before_redis_first_answered_stands_and_is_sent(
+    server, proxies, namespace, closing, key, how
+):
+    """Redis is empty when it answers: it does not say that the circuit is closed."""
+    proxy = proxies(server)
+    getattr(proxy, how)()
+    client = closing(redis.Redis(port=proxy.port))
+    storage = CircuitRedisStorage("closed", client, namespace, refresh=5)
+    breaker = CircuitBreaker(3, state_storage=storage)
+    fail(breaker, 3)
+    assert breaker.current_state == "open"
+    proxy.heal()
+    seen = set()
+    until(lambda: seen.add(breaker.state.name) or key("state") == "open")
+    time.sleep(0.1)
+    assert seen | {breaker.state.name} == {"open"}
