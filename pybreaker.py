@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 import logging
 import math
 import operator
@@ -68,6 +69,7 @@ import threading
 import time
 import types
 import weakref
+from collections import deque
 from datetime import datetime, timezone
 from datetime import timedelta as timedelta  # for code that imports it from here
 
@@ -76,8 +78,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from typing import Any, Final, NoReturn, TypeVar, Union, overload
 
-    from pybreaker_extras.redis import CircuitRedisStorage as CircuitRedisStorage
     from typing_extensions import ParamSpec
+
+    from pybreaker_extras.redis import CircuitRedisStorage as CircuitRedisStorage
 
     _P = ParamSpec("_P")
     _T = TypeVar("_T")
@@ -100,10 +103,13 @@ __all__ = (
     "CircuitBreakerListener",
     "CircuitBreakerState",
     "CircuitBreakerStorage",
+    "CircuitBreakers",
     "CircuitClosedState",
     "CircuitHalfOpenState",
     "CircuitMemoryStorage",
     "CircuitOpenState",
+    "FailedResult",
+    "breakers",
 )
 
 STATE_CLOSED: Final = "closed"
@@ -119,7 +125,8 @@ _REJECTED = "Timeout not elapsed yet, circuit breaker still open"
 _TRIPPED = "Failures threshold reached, circuit breaker opened"
 _TRIAL_FAILED = "Trial call failed, circuit breaker opened"
 
-_NO_KEYWORDS: dict[str, Any] = {}
+_FOUND = "found so in the storage"
+_NOTHING: Any = object()  # the result of a call that has none
 
 # How a guarded call can end.
 _SUCCESS, _FAILURE, _ABANDONED = "success", "failure", "abandoned"
@@ -171,6 +178,15 @@ class CircuitBreakerError(Exception):
 def _title(breaker: CircuitBreaker | None) -> str | None:
     """What texts call the breaker."""
     return None if breaker is None else breaker._name or "unnamed breaker"
+
+
+class FailedResult(Exception):
+    """What a listener is told where `failure_result` made a call that returned
+    `result` a failure. It is never raised."""
+
+    def __init__(self, result: object) -> None:
+        super().__init__(result)
+        self.result = result
 
 
 class _Watched:
@@ -242,6 +258,9 @@ class CircuitBreaker:
     `throw_new_error_on_trip` says what the failure that opens the circuit
     raises: `CircuitBreakerError`, or if False what the function raised.
 
+    The other settings, which are off unless they are given, are properties
+    with the same names, and are explained there.
+
     An argument of the wrong kind is a `TypeError`, one out of range a
     `ValueError`; so it is in every setter, and a setter that refuses changes
     nothing.
@@ -256,6 +275,15 @@ class CircuitBreaker:
     _listeners = _WatchedList("_told")
     _excluded_exceptions = _WatchedList("_exclude")
 
+    _window_size: float | None = None
+    _window_seconds: float | None = None
+    _max_reset_timeout: float | None = None
+    _include: tuple[Any, ...] = ()
+    _ignore: tuple[Any, ...] = ()
+    _failure_result: Any = None
+    _dry_run = False
+
+    _as_made: tuple[Any, ...] | None = None  # the settings, if CircuitBreakers made it
     _due: _Move | None = None  # the move that the library is about to make
     _trial: _Trial | None = None  # the one that holds the place
     _records: tuple[Any, ...] = ()  # for the log, made under the lock
@@ -270,6 +298,14 @@ class CircuitBreaker:
         name: str | None = None,
         throw_new_error_on_trip: bool = True,
         success_threshold: float = 1,
+        *,
+        window_size: float | None = None,
+        window_seconds: float | None = None,
+        max_reset_timeout: float | None = None,
+        include: Iterable[_Exclusion] | None = None,
+        ignore: Iterable[_Exclusion] | None = None,
+        failure_result: _Exclusion | None = None,
+        dry_run: bool = False,
     ) -> None:
         self._lock: threading.RLock = threading.RLock()
         self._fail_max: float
@@ -291,9 +327,22 @@ class CircuitBreaker:
             )
         self._storage = state_storage
         self._admission = _Admission()
-        state = state_storage.state
-        self._era = self._make_state(_found_move(state_storage, state, "new"))
+        known = state_storage.last_move()
+        move = _Move.found(state_storage.state, known, "new").follow(_NEW)
+        self._era = self._make_state(move)
         self._find_admission()
+        # What is not given stays as the class has it, so that a breaker is small.
+        for setting, value, unset in (
+            ("window_seconds", window_seconds, None),
+            ("window_size", window_size, None),
+            ("max_reset_timeout", max_reset_timeout, None),
+            ("include", include, None),
+            ("ignore", ignore, None),
+            ("failure_result", failure_result, None),
+            ("dry_run", dry_run, False),
+        ):
+            if value is not unset:
+                setattr(self, setting, value)
         _breakers[id(self)] = self
 
     # A breaker is one shared thing, as a function is.
@@ -376,7 +425,7 @@ class CircuitBreaker:
                 lazy: _T = guarded(*args, **kwargs)
                 return lazy
         # From here on a copy of _guard_function: to make and call a guard here
-        # takes 1.6 times as long.
+        # takes twice as long.
         admission = self._admission
         if admission.passes._state != STATE_CLOSED:
             admission = self._admit(func, args, kwargs)
@@ -391,8 +440,8 @@ class CircuitBreaker:
                 return rest
         except TypeError:
             pass  # a class that cannot be hashed is none of these
-        if admission.settles._fail_counter:
-            self._settle(admission)
+        if admission.returns._fail_counter:
+            self._settle(admission, None, result)
         return result
 
     @overload
@@ -426,10 +475,10 @@ class CircuitBreaker:
         hand" in what is shown and logged.
 
         An open circuit starts its timeout again. Returns whether a failure that
-        opened the circuit should raise `CircuitBreakerError`.
+        opened the circuit should raise `CircuitBreakerError`: never in a dry run.
         """
         self._move_to(STATE_OPEN, seconds, reason)
-        return self._throw_new_error_on_trip
+        return self._throw_new_error_on_trip and not self._dry_run
 
     def half_open(self, reason: str | None = None) -> None:
         """Half-open the circuit: the next call is a trial. `reason` as in `open`."""
@@ -444,11 +493,12 @@ class CircuitBreaker:
     def state(self) -> CircuitBreakerState:
         """The state, after a look at the storage. Set it to ``'closed'``,
         ``'open'`` or ``'half-open'`` to move the circuit."""
-        return self._present_state()
+        state: CircuitBreakerState = self._present_state()
+        return state
 
     @state.setter
     def state(self, name: str) -> None:
-        moves = {
+        moves: dict[str, Callable[[], object]] = {
             STATE_CLOSED: self.close,
             STATE_OPEN: self.open,
             STATE_HALF_OPEN: self.half_open,
@@ -457,13 +507,72 @@ class CircuitBreaker:
 
     @property
     def fail_max(self) -> float:
-        """Failures in a row that open the circuit. Lowering it below the
-        present count opens nothing: the next failure does."""
+        """Failures in a row, or in the window, that open the circuit. Lowering it
+        below the present count opens nothing: the next failure does."""
         return self._fail_max
 
     @fail_max.setter
     def fail_max(self, fail_max: float) -> None:
-        self._fail_max = _whole_number("fail_max", fail_max, 1, math.inf)
+        fail_max = _whole_number("fail_max", fail_max, 1, math.inf)
+        with self._lock:
+            _check_window(fail_max, self._window_size, self._window_seconds)
+            self._fail_max = fail_max
+
+    @property
+    def window_size(self) -> float | None:
+        """How many calls a failure is remembered for: a whole number, at least
+        `fail_max`, or `math.inf`. With 50, `fail_max` failures among the last 50
+        counted calls open the circuit, and a success forgets no failure by itself.
+        None (the default): a success forgets all failures.
+
+        `ValueError` with a storage that is no `CircuitMemoryStorage`.
+        """
+        return self._window_size
+
+    @window_size.setter
+    def window_size(self, size: float | None) -> None:
+        if size is not None:
+            size = _whole_number("window_size", size, 1, math.inf)
+        self._set_window("window_size", size, self._window_seconds)
+
+    @property
+    def window_seconds(self) -> float | None:
+        """How many seconds a failure is remembered for, by the monotonic clock; more
+        than 0. None (the default): until a success. With `window_size` too, a failure
+        is forgotten by whichever comes first.
+
+        `ValueError` with a storage that is no `CircuitMemoryStorage`.
+        """
+        return self._window_seconds
+
+    @window_seconds.setter
+    def window_seconds(self, seconds: float | None) -> None:
+        if seconds is not None:
+            seconds = _seconds("window_seconds", seconds)
+            if not 0 < seconds < math.inf:
+                raise ValueError(
+                    f"window_seconds must be more than 0 and finite, not {seconds!r}"
+                )
+        self._set_window("window_seconds", self._window_size, seconds)
+
+    def _set_window(
+        self, parameter: str, size: float | None, seconds: float | None
+    ) -> None:
+        with self._lock:
+            if (size, seconds) != (None, None) and not _counts_in_memory(self._storage):
+                raise ValueError(
+                    f"{parameter} needs a CircuitMemoryStorage that counts as the "
+                    f"library's does, not {self._storage!r}"
+                )
+            _check_window(self._fail_max, size, seconds)
+            was_on = self._has_window()
+            if was_on:
+                self._era._end()  # what the old window has forgotten stays forgotten
+            self._window_size, self._window_seconds = size, seconds
+            self._era._change_window(was_on)
+
+    def _has_window(self) -> bool:
+        return self._window_size is not None or self._window_seconds is not None
 
     @property
     def reset_timeout(self) -> float:
@@ -473,7 +582,37 @@ class CircuitBreaker:
 
     @reset_timeout.setter
     def reset_timeout(self, reset_timeout: float) -> None:
-        self._reset_timeout = _seconds("reset_timeout", reset_timeout)
+        reset_timeout = _seconds("reset_timeout", reset_timeout)
+        with self._lock:
+            _check_timeouts(reset_timeout, self._max_reset_timeout)
+            self._reset_timeout = reset_timeout
+
+    @property
+    def max_reset_timeout(self) -> float | None:
+        """Seconds up to which each failed trial doubles `reset_timeout`, at least
+        that; `math.inf` for no end. An opening is then also up to a tenth shorter,
+        by chance, so that processes do not come back in step. None (the default):
+        all openings last `reset_timeout`."""
+        return self._max_reset_timeout
+
+    @max_reset_timeout.setter
+    def max_reset_timeout(self, longest: float | None) -> None:
+        if longest is not None:
+            longest = _seconds("max_reset_timeout", longest)
+        with self._lock:
+            _check_timeouts(self._reset_timeout, longest)
+            self._max_reset_timeout = longest
+
+    def _grown_timeout(self, failed_trials: int) -> float:
+        """`reset_timeout`, doubled by each trial that has failed."""
+        longest = self._max_reset_timeout
+        if longest is None:
+            return self._reset_timeout
+        try:
+            grown = math.ldexp(self._reset_timeout, failed_trials)
+        except OverflowError:
+            return longest
+        return min(grown, longest)
 
     @property
     def success_threshold(self) -> float:
@@ -499,15 +638,60 @@ class CircuitBreaker:
         )
 
     @property
+    def failure_result(self) -> _Exclusion | None:
+        """A predicate, or a class: a call whose result matches is a failure, though
+        its caller gets the result. Listeners are told a `FailedResult`. Asked without
+        the lock, once for each call that returns; of coroutines about the awaited
+        result, of generators and blocks not at all. None (the default): no result is a
+        failure."""
+        predicate: _Exclusion | None = self._failure_result
+        return predicate
+
+    @failure_result.setter
+    def failure_result(self, predicate: _Exclusion | None) -> None:
+        if predicate is not None and not callable(predicate):
+            raise TypeError(
+                f"failure_result must be a predicate that is called with the result, "
+                f"a class or None, not {predicate!r}"
+            )
+        self._set("_failure_result", _checked_predicate("failure_result", predicate))
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing is refused: a call that would be rejected is told as
+        ``rejected``, runs, and decides nothing; the failure that opens the circuit
+        raises what the function raised. Switching it off enforces at once."""
+        return self._dry_run
+
+    @dry_run.setter
+    def dry_run(self, dry_run: bool) -> None:
+        self._set("_dry_run", _true_or_false("dry_run", dry_run))
+
+    def _set(self, attribute: str, value: Any) -> None:
+        """Change a setting that each call is asked about."""
+        with self._lock:
+            setattr(self, attribute, value)
+            self._find_admission()
+
+    @property
     def fail_counter(self) -> int:
-        """Failures in a row so far. Setting it opens nothing by itself."""
-        return self._storage.counter
+        """The failures that are remembered: in a row, or in the window. Setting it
+        opens nothing by itself; with a window it makes so many failures that were
+        counted just now, at most `fail_max`. Reading takes no lock."""
+        if self._window_seconds is None:
+            return self._storage.counter
+        return self._era._remembered()
 
     @fail_counter.setter
     def fail_counter(self, value: float) -> None:
         count: int = _whole_number("fail_counter", value, 0)
         with self._lock:
             storage: Any = self._storage  # its counter may be settable
+            if self._has_window() and count > self._fail_max:
+                raise ValueError(
+                    f"fail_counter must be at most fail_max, {self._fail_max}, "
+                    f"with a window, not {count!r}"
+                )
             try:
                 storage.counter = count
             except AttributeError:  # this storage can only count
@@ -519,6 +703,8 @@ class CircuitBreaker:
                 storage.reset_counter()
                 for _ in range(count):
                     storage.increment_counter()
+            if self._has_window():
+                self._era._change_window(was_on=False)
 
     @property
     def name(self) -> str | None:
@@ -555,7 +741,8 @@ class CircuitBreaker:
         """All there is to know, taken at one moment, as a dict for `json.dumps`.
 
         Times are in seconds; ``opened_at`` is the last opening, in UTC by ISO
-        8601, or None. `math.inf` is None, as JSON has no word for it.
+        8601, or None. `math.inf` is None, as JSON has no word for it; where None
+        means that a setting is off, it is ``"inf"``.
         """
         with self._lock:
             state = self._shown_state()
@@ -569,6 +756,10 @@ class CircuitBreaker:
                 "success_counter": self.success_counter,
                 "success_threshold": self._success_threshold,
                 "reset_timeout": _finite(self._reset_timeout),
+                "window_size": _finite(self._window_size, "inf"),
+                "window_seconds": self._window_seconds,
+                "max_reset_timeout": _finite(self._max_reset_timeout, "inf"),
+                "dry_run": self._dry_run,
                 "opened_at": _utc(opened_at).isoformat() if opened_at else None,
                 "retry_after": _finite(state._wait()),
             }
@@ -581,6 +772,8 @@ class CircuitBreaker:
                 f"{self._name!r}: {state}" if self._name else f"unnamed: {state}",
                 f"{self.fail_counter} of {self._fail_max} failures",
             ]
+            if self._dry_run:
+                parts.insert(0, "dry run")
             if state.name == STATE_HALF_OPEN:
                 parts.append(
                     f"{self.success_counter} of {self._success_threshold} successes"
@@ -591,6 +784,12 @@ class CircuitBreaker:
                 )
                 parts.append(next_trial)
             parts.append(f"reset_timeout {self._reset_timeout} s")
+            if self._max_reset_timeout is not None:
+                parts.append(f"max_reset_timeout {self._max_reset_timeout} s")
+            if self._window_size is not None:
+                parts.append(f"window_size {self._window_size}")
+            if self._window_seconds is not None:
+                parts.append(f"window_seconds {self._window_seconds} s")
         return f"<{type(self).__name__} {', '.join(parts)}>"
 
     # Listeners and exclusions.
@@ -629,6 +828,26 @@ class CircuitBreaker:
     def exclude(self, exclude: Iterable[_Exclusion] | None) -> None:
         self._excluded_exceptions = _checked_exclusions("exclude", exclude)
 
+    @property
+    def include(self) -> tuple[_Exclusion, ...]:
+        """Classes and predicates: if there are any, an exception that none of them
+        matches is no failure but a success. `exclude` comes before."""
+        return self._include
+
+    @include.setter
+    def include(self, include: Iterable[_Exclusion] | None) -> None:
+        self._set("_include", _checked_exclusions("include", include))
+
+    @property
+    def ignore(self) -> tuple[_Exclusion, ...]:
+        """Classes and predicates: an exception that one of them matches says nothing,
+        so that the call is abandoned. `ignore` comes before `exclude`."""
+        return self._ignore
+
+    @ignore.setter
+    def ignore(self, ignore: Iterable[_Exclusion] | None) -> None:
+        self._set("_ignore", _checked_exclusions("ignore", ignore))
+
     def add_excluded_exception(self, exception: _Exclusion) -> None:
         """Add a class or a predicate. `TypeError` if it is neither."""
         self.add_excluded_exceptions(exception)
@@ -646,42 +865,68 @@ class CircuitBreaker:
             self._excluded_exceptions = remaining
 
     def is_system_error(self, exception: BaseException) -> bool:
-        """Whether the exception counts as a failure: no exclusion matches it. An
-        exception group is a failure if an exception in it is one.
+        """Whether the exception counts as a failure by `exclude` and `include`. An
+        exception group does if an exception in it does.
 
         Called outside the lock, and not for what abandons a call, such as
         `KeyboardInterrupt`. A subclass may decide otherwise.
         """
-        return self._judge_by_kind(exception) is _FAILURE
+        return self._judge_by_kind(exception, ()) is _FAILURE
 
     # What an exception says. The lock is not held: predicates are strangers' code.
 
     def _judge(self, exc: BaseException) -> str:
         """The outcome of a call that raised `exc`."""
+        if isinstance(exc, FailedResult):
+            return _FAILURE
         if _is_abandonment(exc):
+            return _ABANDONED
+        if not self._has_own_judgement():
+            return self._judge_by_kind(exc, self._ignore)
+        if self._is_ignored(exc):
             return _ABANDONED
         return _FAILURE if self.is_system_error(exc) else _SUCCESS
 
-    def _judge_by_kind(self, exc: BaseException) -> str:
+    def _judge_by_kind(self, exc: BaseException, ignore: tuple[Any, ...]) -> str:
+        if self._matches(ignore, exc):
+            return _ABANDONED
         if self._matches(self._exclude, exc):
             return _SUCCESS
-        if isinstance(exc, _imported(_GROUPS)):
-            group: Any = exc
+        leaves = _leaves_of(exc)
+        if leaves:
             outcomes = [
-                _ABANDONED if _is_abandonment(leaf) else self._judge_by_kind(leaf)
-                for leaf in group.exceptions
+                _ABANDONED
+                if _is_abandonment(leaf)
+                else self._judge_by_kind(leaf, self._ignore)
+                for leaf in leaves
             ]
-            return _FAILURE if _FAILURE in outcomes else _SUCCESS
+            order = (_FAILURE, _SUCCESS, _ABANDONED)
+            return next(outcome for outcome in order if outcome in outcomes)
+        if self._include and not self._matches(self._include, exc):
+            return _SUCCESS
         return _FAILURE
 
-    def _matches(self, kinds: Any, exc: BaseException) -> bool:
+    def _is_ignored(self, exc: BaseException) -> bool:
+        """Whether `ignore` matches the exception, or all that is in a group of them."""
+        leaves = _leaves_of(exc)
+        return self._matches(self._ignore, exc) or (
+            len(leaves) > 0
+            and all(_is_abandonment(each) or self._is_ignored(each) for each in leaves)
+        )
+
+    def _has_own_judgement(self) -> bool:
+        judge = getattr(self.is_system_error, "__func__", None)
+        return judge is not CircuitBreaker.is_system_error
+
+    def _matches(self, kinds: Any, told: object) -> bool:
+        """Whether a class or a predicate matches an exception or a result."""
         for kind in tuple(kinds):  # a predicate may change a list
             try:
-                if isinstance(exc, kind) if isinstance(kind, type) else kind(exc):
+                if isinstance(told, kind) if isinstance(kind, type) else kind(told):
                     return True
             except Exception as error:
                 with self._lock:
-                    message = "%r could not judge an exception"
+                    message = "%r could not judge an exception or a result"
                     self._log(logging.ERROR, message, kind, exc_info=error)
                 self._hand_on_records()
         return False
@@ -694,7 +939,8 @@ class CircuitBreaker:
         if admission.passes._state == STATE_CLOSED:
             return admission
         state = admission.state
-        if admission.rejects._state == state.name:
+        seen = admission.rejects
+        if seen._state == state.name and seen.last_move() is state._known_move:
             # A rejection that no listener hears changes nothing and takes no lock.
             wait = state._wait()
             if wait and not (self._trial and self._is_within_trial()):
@@ -705,7 +951,7 @@ class CircuitBreaker:
             if trial is None:
                 return admission
             try:  # without the lock: the storage may take its time
-                granted = self._storage.claim_trial(self._reset_timeout)
+                granted = self._storage.claim_trial(self._longest_trial())
                 begun = self._begin_trial(trial, granted, func, args, kwargs)
             except BaseException:
                 self._vacate(trial)
@@ -719,7 +965,8 @@ class CircuitBreaker:
         if admission.passes._state == STATE_CLOSED:
             return admission
         state = admission.state
-        if admission.rejects._state == state.name:
+        seen = admission.rejects
+        if seen._state == state.name and seen.last_move() is state._known_move:
             wait = state._wait()
             if wait and not (self._trial and self._is_within_trial()):
                 raise self._error(state._move, wait, state._hint)
@@ -729,7 +976,7 @@ class CircuitBreaker:
             if trial is None:
                 return admission
             try:
-                granted = await self._storage.claim_trial_async(self._reset_timeout)
+                granted = await self._storage.claim_trial_async(self._longest_trial())
                 begun = self._begin_trial(trial, granted, func, args, kwargs)
             except BaseException:
                 self._vacate(trial)
@@ -744,16 +991,15 @@ class CircuitBreaker:
         trial = None
         try:
             with self._lock:
-                if self._storage.state != self._era.name:
+                if self._storage.state != self._era.name or not self._era._admits_all:
                     self._look()
-                if "before_call" in self._hooks:
-                    try:
-                        self._era.before_call(func, *args, **kwargs)
-                    except CircuitBreakerError:
-                        self._tell("rejected", (self, func, *args), kwargs)
-                        raise
+                is_refused = "before_call" in self._hooks and self._is_refused_by_gate(
+                    func, args, kwargs
+                )
                 admission, state = self._admission, self._era
-                if not state._admits_all:
+                if is_refused:
+                    admission = _WITHIN
+                elif not state._admits_all:
                     wait = state._wait()
                     # A trial that has held the place too long may be hanging, so
                     # it loses it to a call in its own context as well; but a
@@ -762,7 +1008,9 @@ class CircuitBreaker:
                         admission = _WITHIN
                     elif wait:
                         self._tell("rejected", (self, func, *args), kwargs)
-                        raise self._error(state._move, wait, state._hint)
+                        if not self._dry_run:
+                            raise self._error(state._move, wait, state._hint)
+                        admission = _WITHIN
                     else:
                         trial = self._take_place()
                         return _Admission(None, trial)
@@ -773,6 +1021,18 @@ class CircuitBreaker:
             # trial's admission has to log, _begin_trial hands on.
             if self._records and trial is None:
                 self._hand_on_records()
+
+    def _is_refused_by_gate(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Ask the gate of a state of the user's own, which raises where it refuses. In
+        a dry run the call is let in all the same. Lock held."""
+        try:
+            self._era.before_call(func, *args, **kwargs)
+        except CircuitBreakerError:
+            self._tell("rejected", (self, func, *args), kwargs)
+            if not self._dry_run:
+                raise
+            return True
+        return False
 
     def _begin_trial(
         self, trial: _Trial, granted: bool, func: Any, args: Any, kwargs: Any
@@ -790,20 +1050,26 @@ class CircuitBreaker:
                 self._look()
                 if self._trial is not trial:
                     return None
-                if not granted:
-                    self._tell("rejected", (self, func, *args), kwargs)
-                    raise self._error(
-                        self._era._move, 0.0, "another breaker runs the trial"
-                    )
-                trial.begun = True
-                self._era._start_trial()
+                trial.begun = granted
+                is_let_in = granted and self._era._start_trial()
                 if self._trial is not trial:  # a listener moved the circuit
                     return None
                 admission = _Admission(self._era, trial)
+                if not is_let_in:
+                    self._tell("rejected", (self, func, *args), kwargs)
+                    if not self._dry_run:
+                        hint = "" if granted else "another breaker runs the trial"
+                        raise self._error(self._era._move, 0.0, hint)
+                    self._vacate(trial)
+                    admission = _WITHIN
                 self._tell("before_call", (self, func, *args), kwargs)
                 return admission
         finally:
             self._hand_on_records()
+
+    def _longest_trial(self) -> float:
+        """Seconds for which a trial may hold its place."""
+        return self._grown_timeout(self._era._move.failed_trials)
 
     def _take_place(self) -> _Trial:
         """Give the place to the call that asks. Lock held."""
@@ -819,7 +1085,7 @@ class CircuitBreaker:
         if trial is None:
             return 0.0
         held = time.monotonic() - trial.since
-        left = self._reset_timeout - held
+        left = self._longest_trial() - held
         return left if held >= 0.0 < left else 0.0  # a clock that went back is another
 
     def _is_within_trial(self) -> bool:
@@ -845,7 +1111,7 @@ class CircuitBreaker:
         error.__dict__ = {
             "breaker": self,
             "retry_after": wait,
-            "reason": move.why_opened,
+            "reason": move.why_opened or move.reason,
             "_hint": hint,
         }
         return error
@@ -856,43 +1122,49 @@ class CircuitBreaker:
         self,
         admission: _Admission,
         exc: BaseException | None = None,
+        result: object = _NOTHING,
         by: str = "",
     ) -> None:
-        """Take in how a call ended that was admitted, with `exc` if it raised.
-        Raises what is to be raised instead, if that opens the circuit.
+        """Take in how a call ended that was admitted: with `exc`, which it raised, or
+        with `result`. Raises what is to be raised instead of `exc`, if a failure
+        opens the circuit.
 
         Late outcomes, and those of calls within a trial, are told and change
         nothing. A state of the user's own is asked first, unless this was called
         `by` that state's method.
         """
-        error: BaseException | None = None
+        state, number = admission.state, 0
+        error: Any = None
+        told: Any = exc  # what listeners are told; what may be raised is exc
         try:
             if exc is None:
                 outcome = _SUCCESS
+                if self._failure_result is not None and result is not _NOTHING:
+                    if self._matches((self._failure_result,), result):
+                        outcome, told = _FAILURE, FailedResult(result)
             elif self._judges or not isinstance(exc, Exception):
                 outcome = self._judge(exc)
             else:
                 outcome = _FAILURE
             if outcome is _ABANDONED:
                 return
-            if outcome is _SUCCESS and not admission.settles._fail_counter:
-                return  # such a success changes nothing and takes no lock
+            if outcome is _SUCCESS:
+                seen = admission.settles
+                if not seen._fail_counter:
+                    return  # a success that changes nothing takes no lock
+                if self._window_size is not None and state is not None:
+                    number = state._draw_number()
+                    if seen is not _OPAQUE and not state._forgets(number):
+                        return
             with self._lock:
                 if self._storage.state != self._era.name:
                     self._look()
-                state = admission.state
-                hooks = self._hooks if state is self._era else _NO_HOOKS
-                if "_handle_error" in hooks and exc is not None and not by:
-                    state._handle_error(exc, reraise=False)
-                elif (
-                    "_handle_success" in hooks
-                    and outcome is _SUCCESS
-                    and by != "_handle_success"
-                ):
-                    state._handle_success()
+                hooks = self._hooks
+                if hooks and self._ask_own_state(state, outcome, told, exc, by):
+                    pass
                 elif outcome is _SUCCESS:
                     if state is self._era:
-                        state._count_success()
+                        state._count_success(number)
                         if "on_success" in hooks:
                             state.on_success()
                         else:
@@ -902,22 +1174,50 @@ class CircuitBreaker:
                     if state is self._era:
                         state._count_failure()
                     if self._hearers["failure"]:
-                        self._tell("failure", (self, exc))
+                        self._tell("failure", (self, told))
                     if state is not self._era:
-                        pass  # a listener may have moved the circuit
+                        pass  # the outcome is late, or a listener has moved the circuit
                     elif "on_failure" in hooks:
-                        state.on_failure(exc)
+                        self._ask(state.on_failure, told, exc)
                     else:
-                        error = state._failed(exc)
-            if error is not None:
+                        error = state._failed(told)
+            if error is not None and exc is not None:
                 _raise(error, exc)
         finally:
             # Or error, its traceback, this frame and error are a cycle.
-            exc = error = None
+            exc = told = error = None
             if admission.trial is not None:
                 self._vacate(admission.trial)
             if self._records:
                 self._hand_on_records()
+
+    def _ask_own_state(
+        self, state: Any, outcome: str, told: Any, exc: Any, by: str
+    ) -> bool:
+        """Let a state of the user's own settle, if that overrides what settles, and say
+        whether it did. Lock held."""
+        if state is not self._era:
+            return False
+        if told is not None and "_handle_error" in self._hooks and not by:
+            self._ask(state._handle_error, told, exc, reraise=False)
+            return True
+        if outcome is _SUCCESS and "_handle_success" in self._hooks:
+            if by != "_handle_success":
+                state._handle_success()
+                return True
+        return False
+
+    def _ask(self, method: Any, told: Any, exc: Any, **options: Any) -> None:
+        """Ask a method of a state of the user's own about a failure. It may raise, but
+        a call that failed by its result returns that all the same. Lock held."""
+        try:
+            method(told, **options)
+        except (CircuitBreakerError, FailedResult):
+            if exc is not None:
+                raise
+            told.__traceback__ = None  # or told, that and its frames are a cycle
+        finally:
+            del told, exc  # for the same reason
 
     def _inc_counter(self) -> None:
         """Count a failure. Lock held. Code in the field overrides this."""
@@ -938,6 +1238,9 @@ class CircuitBreaker:
             move.seconds = seconds
             move.reason = reason or move.reason
             move.fail_max = self._fail_max
+            move.follow(self._era._move)
+            if self._has_window():
+                self._era._end()
             if name == STATE_CLOSED:
                 self._storage.reset_counter()
             if move.by != "trial":
@@ -962,22 +1265,29 @@ class CircuitBreaker:
 
     def _look(self) -> None:
         """Follow the storage, if something else has moved it."""
-        name = self._storage.state
-        if name != self._era.name:
-            self._begin_era(_found_move(self._storage, name))
+        move = self._found_move()
+        if move is not None:
+            self._begin_era(move)
 
     def _shown_state(self) -> CircuitBreakerState:
         """The state as the storage has it. Listeners are not told of a look."""
-        name = self._storage.state
-        if name == self._era.name:
-            return self._era
-        return self._make_state(_found_move(self._storage, name))
+        move = self._found_move()
+        return self._era if move is None else self._make_state(move)
+
+    def _found_move(self) -> _Move | None:
+        """The move that something else has made in the storage since this era began,
+        or None. The storage may know more of it than the new state's name."""
+        state, known, era = self._storage.state, self._storage.last_move(), self._era
+        if known is era._known_move or (known is not None and known.state != state):
+            known = None  # what the storage knows is older than the move
+        if state == era.name and (known is None or not era._differs_from(known)):
+            return None
+        return _Move.found(state, known).follow(era._move)
 
     def _begin_era(self, move: _Move) -> None:
         """Put a new state in the place of the old one, and tell of it."""
         old, trial = self._era, self._trial
         new = self._make_state(move, prev_state=old, notify=True)
-        move.follow(old._move)
         if move.by == "found":
             new._was_found()
         # A storage that fails here will be found moved at the next look.
@@ -985,6 +1295,7 @@ class CircuitBreaker:
         self._era = new
         self._find_admission()
         try:
+            # variant: overtaken trial
             if trial is not None and not (move.by == "trial" and trial.begun):
                 self._vacate(trial)
         finally:  # the circuit has moved even if the storage fails to take a claim back
@@ -1000,6 +1311,7 @@ class CircuitBreaker:
         state = self._create_new_state(move.state, **options)
         try:
             state.name, state._move = move.state, move  # a mock in its place has none
+            state._known_move = self._storage.last_move()
         except AttributeError:
             pass  # an asynchronous subclass makes a coroutine here, and awaits it
         return state
@@ -1026,7 +1338,9 @@ class CircuitBreaker:
         state, storage = self._era, self._storage
         self._judges = (
             self._exclude != ()  # a list, too, which may be changed in place
-            or type(self).is_system_error is not CircuitBreaker.is_system_error
+            or self._include != ()
+            or self._ignore != ()
+            or self._has_own_judgement()
         )
         self._hooks = _own_hooks(state)
         self._hearers: Any = (
@@ -1036,23 +1350,31 @@ class CircuitBreaker:
         )
         is_quiet = _is_plain(state) and _is_plain(storage) and type(self._told) is tuple
         seen = storage if is_quiet else _OPAQUE
-        passes = settles = rejects = _OPAQUE
+        if getattr(state, "_known_move", None) is _NOTHING:  # of the user's own
+            state._known_move = storage.last_move()
+        passes = returns = settles = rejects = _OPAQUE
         if not getattr(state, "_admits_all", False):
-            rejects = _OPAQUE if self._hearers["rejected"] else seen
+            if not self._hearers["rejected"] and not self._dry_run:
+                rejects = seen
         else:
             passes = _OPAQUE if self._hearers["before_call"] else seen
             settles = _OPAQUE if self._hearers["success"] else seen
+            returns = settles if self._failure_result is None else _OPAQUE
         # Calls that are under way settle under the lock: thread A is admitted,
         # thread B moves the circuit, A ends and must find that it is late.
-        self._admission.settles = _OPAQUE
-        self._admission = _Admission(state, None, passes, settles, rejects)
+        # variant: quiet calls
+        self._admission.returns = self._admission.settles = _OPAQUE
+        self._admission = _Admission(state, None, passes, returns, settles, rejects)
 
     # Telling and logging. The lock is held in all but _hand_on_records.
 
-    def _tell(self, event: str, args: Any, kwargs: Any = _NO_KEYWORDS) -> None:
+    def _tell(self, event: str, args: Any, kwargs: Any = None) -> None:
         for hear in self._hearers[event]:
             try:
-                hear(*args, **kwargs)
+                if kwargs:
+                    hear(*args, **kwargs)
+                else:
+                    hear(*args)
             except Exception as exc:
                 listener = getattr(hear, "__self__", hear)
                 message = "%r failed to hear of %s"
@@ -1077,6 +1399,25 @@ class CircuitBreaker:
                     logger.log(*args, **kwargs)
                 except Exception:
                     continue  # a broken filter or handler is not the caller's
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What an operator may have changed since the breaker was made."""
+        return tuple(getattr(self, name) for name in _SETTINGS)
+
+    def _is_dispensable(self) -> bool:
+        """Whether the breaker is as good as the new one that it was, or open and due
+        for a trial. A look never waits: a breaker whose lock is held is neither."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            state = self._shown_state()
+            if state._admits_all:
+                is_due = not self.fail_counter
+            else:
+                is_due = state.name == STATE_OPEN and not (self._trial or state._wait())
+            return is_due and self._settings() == self._as_made
+        finally:
+            self._lock.release()
 
     def _after_fork(self) -> None:
         # A thread that held the lock, ran the trial or moved the circuit stayed
@@ -1106,6 +1447,7 @@ class CircuitBreakerState:
         self.name: str = name
 
         self._move = _NEW  # the move that began this era
+        self._known_move: Any = _NOTHING  # what the storage knew then
 
     @property
     def reason(self) -> str:
@@ -1136,9 +1478,10 @@ class CircuitBreakerState:
             breaker._look()
             state = breaker._era
             wait = state._wait()
-            if not wait:
-                state._start_trial()
-            elif not breaker._is_within_trial():
+            is_let_in = (
+                breaker._is_within_trial() if wait else state._start_trial()
+            ) or breaker._dry_run
+            if not is_let_in:
                 raise breaker._error(state._move, wait, state._hint)
 
     @_logging
@@ -1181,11 +1524,16 @@ class CircuitBreakerState:
         without the lock."""
         return 0.0
 
-    def _start_trial(self) -> None:
-        """Make way for a trial."""
+    def _differs_from(self, move: Any) -> bool:
+        """Whether a later move to the same state changes what this state answers."""
+        return False
 
-    def _count_success(self) -> None:
-        """Count the success of a call that this state admitted: like in every
+    def _start_trial(self) -> bool:
+        """Make way for a trial, and say whether that was possible."""
+        return True
+
+    def _count_success(self, number: int) -> None:
+        """Count the success of a call that this state admitted: as in every
         release, a success that counts forgets the failures."""
         if self._breaker._storage.counter:
             self._breaker._storage.reset_counter()
@@ -1193,6 +1541,25 @@ class CircuitBreakerState:
     def _count_failure(self) -> None:
         """Count the failure of a call that this state admitted."""
         self._breaker._inc_counter()
+
+    def _draw_number(self) -> int:
+        """The number of a success among the counted calls. Needs no lock."""
+        return 0
+
+    def _forgets(self, number: int) -> bool:
+        """Whether the success with that number makes a failure be forgotten. Needs no
+        lock."""
+        return True
+
+    def _remembered(self) -> int:
+        """How many failures have not been forgotten. Needs no lock."""
+        return self._breaker._storage.counter
+
+    def _change_window(self, was_on: bool) -> None:
+        """Take in that the window, or the number of failures, was set."""
+
+    def _end(self) -> None:
+        """This breaker is about to move the circuit."""
 
     def _succeeded(self) -> None:
         """Draw the conclusion from a success that has been counted."""
@@ -1208,7 +1575,7 @@ class CircuitBreakerState:
     def _trip(self, phrase: str, move: _Move, exc: BaseException) -> BaseException:
         breaker = self._breaker
         # An open() of an older subclass returns nothing, and means True.
-        if breaker._carry_out(move, breaker.open) is False:
+        if breaker._carry_out(move, breaker.open) is False or breaker._dry_run:
             return exc
         return breaker._error(move, breaker._era._wait(), "", phrase)
 
@@ -1226,25 +1593,140 @@ class CircuitClosedState(CircuitBreakerState):
         notify: bool = False,
     ) -> None:
         super().__init__(cb, STATE_CLOSED)
+        # The window. A mark stands for a failure that is remembered: it is the number
+        # of the failed call among those counted in this era, and the moment when it
+        # was counted. The marks are gone with the era: closing forgets all failures.
+        # There are none without a window.
+        self._marks: deque[tuple[int, float]] | None = (
+            deque() if cb._has_window() else None
+        )
+        self._numbers = itertools.count(1)
+        self._oldest = math.inf  # the number of the oldest mark
+
+    def _count_success(self, number: int) -> None:
+        storage = self._breaker._storage
+        if self._breaker._window_size is None and storage.counter:
+            storage.reset_counter()
+        if self._marks is not None:
+            self._forget(number)
 
     def _count_failure(self) -> None:
+        storage = self._breaker._storage
+        if self._marks is not None:
+            self._catch_up()
         # The count is at the limit already where a listener that was told of
         # the failure that brought it there has caused another failure.
-        if self._breaker._storage.counter != self._breaker._fail_max:
+        if storage.counter != self._breaker._fail_max:
             self._breaker._inc_counter()
+            if self._marks is not None:
+                self._forget()
 
     def _failed(self, exc: BaseException) -> BaseException | None:
+        if self._marks is not None:
+            self._catch_up()
         breaker = self._breaker
-        count, limit = breaker._storage.counter, breaker._fail_max
-        if count < limit:
+        count = breaker._storage.counter
+        if count < breaker._fail_max:
             return None
-        many = f"{count} failures in a row; the last" if limit > 1 else "a failure"
-        move = _Move(STATE_OPEN, f"{many}: {_text_of(exc)}", "count")
-        return self._trip(_TRIPPED, move, exc)
+        reason = f"{self._how_many(count)}: {_text_of(exc)}"
+        return self._trip(_TRIPPED, _Move(STATE_OPEN, reason, "count"), exc)
+
+    def _how_many(self, count: int) -> str:
+        size, seconds = self._breaker._window_size, self._breaker._window_seconds
+        within = "" if seconds is None else f" within {seconds} s"
+        if self._breaker._fail_max == 1:
+            return f"a failure{within}"
+        if size is None:
+            return f"{count} failures in a row{within}; the last"
+        if size == math.inf:
+            return f"{count} failures{within}; the last"
+        return f"{count} of the last {size} calls failed; the last"
 
     def _was_found(self) -> None:
         if self._breaker._storage.counter >= self._breaker._fail_max:
             self._breaker._storage.reset_counter()
+        self._forget()
+
+    def _end(self) -> None:
+        self._forget()
+
+    def _draw_number(self) -> int:
+        return next(self._numbers)
+
+    def _forgets(self, number: int) -> bool:
+        breaker = self._breaker
+        is_in_step = self._marks and len(self._marks) == breaker._storage.counter
+        return not is_in_step or number - self._oldest >= (breaker._window_size or 0)
+
+    def _forget(self, number: int | None = None) -> None:
+        """Bring marks and counter together: failures that were counted since get a
+        mark of now, and marks that are too old, too far back from the call with
+        `number`, or too many, go. Lock held."""
+        marks, breaker = self._marks, self._breaker
+        storage: Any = breaker._storage
+        if marks is None:
+            return
+        now, count = time.monotonic(), storage.counter
+        while len(marks) < count:
+            number = next(self._numbers)
+            marks.append((number, now))
+        size, seconds = breaker._window_size, breaker._window_seconds
+        far = -math.inf if size is None or number is None else number - size
+        # A clock that stands before the moment of a mark is another clock.
+        since, until = (
+            (-math.inf, math.inf) if seconds is None else (now - seconds, now)
+        )
+        gone = len(marks) - count
+        while gone < len(marks):
+            failed, moment = marks[gone]
+            if failed > far and since < moment <= until:
+                break
+            gone += 1
+        if gone:
+            # A reader without the lock takes the marks first and the counter after.
+            storage.counter = len(marks) - gone
+            for _ in range(gone):
+                marks.popleft()
+        self._oldest = marks[0][0] if marks else math.inf
+
+    def _catch_up(self) -> None:
+        """The same where time may have passed or other code has counted."""
+        breaker, marks = self._breaker, self._marks or ()
+        if (
+            breaker._window_seconds is not None
+            or len(marks) != breaker._storage.counter
+        ):
+            self._forget()
+
+    def _remembered(self) -> int:
+        seconds, marks = self._breaker._window_seconds, self._marks
+        if seconds is None or marks is None:
+            return self._breaker._storage.counter
+        now = time.monotonic()
+        moments = [moment for _, moment in _copy_of(marks)]
+        count = self._breaker._storage.counter
+        # Of too many marks, the oldest stand for failures that have been reset.
+        standing = moments[max(0, len(moments) - count) :]
+        return count - sum(not 0.0 <= now - moment < seconds for moment in standing)
+
+    def _change_window(self, was_on: bool) -> None:
+        if not self._breaker._has_window():
+            self._marks = None
+            return
+        if not was_on or self._marks is None:
+            self._marks = deque()
+        # The number drawn here is no call's, so the marks move on by one with it.
+        number = next(self._numbers)
+        self._marks = deque((failed + 1, moment) for failed, moment in self._marks)
+        self._forget(number)
+
+
+def _copy_of(marks: deque[Any]) -> tuple[Any, ...]:
+    while True:
+        try:
+            return tuple(marks)
+        except RuntimeError:  # another thread changed them, on a Python without the GIL
+            continue
 
 
 class CircuitOpenState(CircuitBreakerState):
@@ -1265,17 +1747,38 @@ class CircuitOpenState(CircuitBreakerState):
         breaker, length = self._breaker, self._move.seconds
         if length is None:
             length = breaker._reset_timeout
+            if breaker._max_reset_timeout is not None:
+                grown = breaker._grown_timeout(self._move.failed_trials)
+                length = grown * self._shortening()
         left = length - breaker._storage.open_for()
         return left if left > 0.0 else breaker._place_wait()  # inf - inf is not
 
-    def _start_trial(self) -> None:
+    def _differs_from(self, move: Any) -> bool:
+        mine = self._move
+        return (mine.reason, mine.seconds, mine.failed_trials) != (
+            move.reason,
+            move.seconds,
+            move.failed_trials,
+        )
+
+    def _shortening(self) -> float:
+        """A factor between 0.9 and 1, by chance: in each process another for each
+        opening."""
+        factor: float | None = vars(self).get("_factor")
+        if factor is None:
+            from random import Random  # which takes long to load
+
+            opening = os.getpid(), id(self._breaker), self._breaker._storage.opened_at
+            factor = self._factor = Random(f"{_SALT!r} {opening}").uniform(0.9, 1.0)
+        return factor
+
+    def _start_trial(self) -> bool:
         breaker = self._breaker
         move = _Move(STATE_HALF_OPEN, "the timeout has passed", "trial")
         breaker._carry_out(move, breaker.half_open)
-        if breaker._era is self:  # a subclass's half_open() did nothing
-            raise breaker._error(self._move, 0.0, self._hint)
+        return breaker._era is not self  # else a subclass's half_open() did nothing
 
-    def _count_success(self) -> None:
+    def _count_success(self, number: int) -> None:
         """Nothing: an open circuit admits no call."""
 
     def _count_failure(self) -> None:
@@ -1311,6 +1814,87 @@ class CircuitHalfOpenState(CircuitBreakerState):
         return self._trip(_TRIAL_FAILED, move, exc)
 
 
+def breakers() -> tuple[CircuitBreaker, ...]:
+    """All breakers that are alive in this process, by name, unnamed ones last."""
+    alive = [breaker for ref in _breakers.valuerefs() if (breaker := ref()) is not None]
+    return tuple(sorted(alive, key=lambda each: (each._name is None, each._name or "")))
+
+
+class CircuitBreakers(dict[object, CircuitBreaker]):
+    """A mapping that makes a breaker for each key when it is first asked for.
+
+        breakers = CircuitBreakers(fail_max=25, window_size=50)
+        breakers["api.example.org"].call(fetch, url)
+
+    `breakers[key]` is ``CircuitBreaker(name=str(key), **settings)``, one however many
+    threads ask at once; the look-up of one that is there takes no lock. A subclass
+    overrides `make` for anything else. ``in``, ``len``, iteration and `get` make none.
+
+    When there are more than `maxsize` (a whole number from 1; `math.inf`: never), a new
+    one makes room. Of the oldest a few are looked at, and those go that are as good as
+    new (closed, nothing remembered, settings and listeners as they were made), or open
+    and due for a trial. A breaker that has gone stays the one for its key as long as
+    anything holds it, as a running call does.
+    """
+
+    def __init__(self, maxsize: float = 1024, **settings: Any) -> None:
+        for name in ("name", "state_storage"):
+            if name in settings:
+                raise TypeError(
+                    f"{name} cannot be the same for all breakers, not "
+                    f"{settings[name]!r}: override make(key) in a subclass"
+                )
+        super().__init__()
+        self._maxsize = _whole_number("maxsize", maxsize, 1, math.inf)
+        for name in ("exclude", "include", "ignore", "listeners"):
+            # An iterator is read once, for all breakers, if it is one that may be.
+            if _is_iterable(settings.get(name)) and not isinstance(
+                settings[name], type
+            ):
+                settings[name] = tuple(settings[name])
+        self._settings = settings
+        CircuitBreaker(**settings)  # which checks them
+        self._lock = threading.RLock()
+        self._gone: weakref.WeakValueDictionary[Any, CircuitBreaker] = (
+            weakref.WeakValueDictionary()
+        )
+        _registries[id(self)] = self
+
+    def make(self, key: Any) -> CircuitBreaker:
+        """A new breaker for a key. Called with this mapping's lock held."""
+        return CircuitBreaker(name=str(key), **self._settings)
+
+    def __missing__(self, key: Any) -> CircuitBreaker:
+        with self._lock:
+            breaker = self.get(key, self._gone.get(key))
+            if breaker is None:
+                breaker = self.make(key)
+                if not isinstance(breaker, CircuitBreaker):
+                    raise TypeError(
+                        f"make must return a CircuitBreaker, not {breaker!r}: the "
+                        f"key was {key!r}"
+                    )
+                breaker._as_made = breaker._settings()
+            self[key] = breaker
+            if len(self) > self._maxsize:
+                self._make_room()
+            return breaker
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)}, maxsize {self._maxsize}>"
+
+    def _make_room(self) -> None:
+        for _ in range(_LOOKED_AT):
+            # The oldest is taken out first, so that a look-up in another thread meets
+            # the lock, and finds it again in the weak table.
+            key = next(iter(self))
+            breaker = self._gone[key] = self.pop(key)
+            if not breaker._is_dispensable():
+                self[key] = breaker  # as the newest
+            elif len(self) <= self._maxsize:
+                return
+
+
 # What a call, a trial and a move are to the breaker.
 
 
@@ -1318,24 +1902,27 @@ class _Admission:
     """What a call was let in by. One serves all ordinary calls of an era; a trial
     has its own; that of calls within a trial has a state that is no breaker's.
 
-    `passes`, `settles` and `rejects` are the storage, where a call may see in it
-    without the lock that it passes, that its success changes nothing, or that it
-    is rejected; elsewhere they are `_OPAQUE`, which shows none of this.
+    The others are the storage, where a call may see in it without the lock that it
+    passes (`passes`), that there is nothing to settle when it returns (`returns`),
+    that its success changes nothing (`settles`), or that it is rejected (`rejects`);
+    elsewhere they are `_OPAQUE`, which shows none of this.
     """
 
-    __slots__ = ("state", "trial", "passes", "settles", "rejects")
+    __slots__ = ("state", "trial", "passes", "returns", "settles", "rejects")
 
     def __init__(
         self,
         state: Any = None,
         trial: _Trial | None = None,
         passes: Any = None,
+        returns: Any = None,
         settles: Any = None,
         rejects: Any = None,
     ) -> None:
         self.state = state
         self.trial = trial
         self.passes = passes or _OPAQUE
+        self.returns = returns or _OPAQUE
         self.settles = settles or _OPAQUE
         self.rejects = rejects or _OPAQUE
 
@@ -1382,28 +1969,38 @@ class _Move:
         reason: str,
         by: str,
         seconds: float | None = None,
-        failed_trials: int = 0,
+        failed_trials: int | None = None,
     ) -> None:
         self.state = state
         self.reason = reason
         self.by = by
         self.seconds = seconds
-        self.failed_trials = failed_trials
+        self.failed_trials: Any = failed_trials  # None until `follow`
         self.fail_max: float = math.inf
-        self.why_opened = reason
+        self.why_opened = ""
 
-    def follow(self, before: _Move) -> None:
-        """While the circuit is half-open, the reason of the opening stays known."""
-        is_recovering = self.state == STATE_HALF_OPEN and before.state != STATE_CLOSED
-        self.why_opened = before.why_opened if is_recovering else self.reason
+    @classmethod
+    def found(cls, state: str, known: Any, unknown: str = _FOUND) -> _Move:
+        """A move that something else has made in a storage, which knows `known` of it,
+        an object with attributes like these, or None."""
+        if known is None or known.state != state:
+            return cls(state, unknown, "found")
+        return cls(state, known.reason, "found", known.seconds, known.failed_trials)
 
-
-def _found_move(storage: Any, state: str, unknown: str = "") -> _Move:
-    """The move that brought a storage to its state, made by something else."""
-    known = storage.last_move()
-    if known is None or known.state != state:
-        return _Move(state, unknown or "found so in the storage", "found")
-    return _Move(state, known.reason, "found", known.seconds, known.failed_trials)
+    def follow(self, before: _Move) -> _Move:
+        """Take over what lasts from the move before: why the circuit opened, and how
+        many trials have failed since it was last closed or opened by hand."""
+        if self.state == STATE_HALF_OPEN:
+            self.why_opened = before.why_opened
+        elif self.state == STATE_OPEN:
+            self.why_opened = self.reason
+        if self.failed_trials is None:
+            self.failed_trials = 0
+            if self.state == STATE_HALF_OPEN:
+                self.failed_trials = before.failed_trials
+            elif self.state == STATE_OPEN and self.by == "outcome":
+                self.failed_trials = before.failed_trials + 1
+        return self
 
 
 def _raise(error: BaseException, cause: BaseException | None) -> NoReturn:
@@ -1436,8 +2033,8 @@ def _guard_function(breaker: Any, func: Any, admitted: Any = None) -> Any:
                 return _guard_result(breaker, result, admission)
         except TypeError:
             pass  # a class that cannot be hashed is none of these
-        if admission.settles._fail_counter:
-            breaker._settle(admission)
+        if admission.returns._fail_counter:
+            breaker._settle(admission, None, result)
         return result
 
     return guarded
@@ -1455,8 +2052,8 @@ def _guard_coroutine(breaker: Any, func: Any, admitted: Any = None) -> Any:
         except BaseException as exc:
             breaker._settle(admission, exc)
             raise
-        if admission.settles._fail_counter:
-            breaker._settle(admission)
+        if admission.returns._fail_counter:
+            breaker._settle(admission, None, result)
         return result
 
     return guarded
@@ -1489,7 +2086,7 @@ def _guard_iterable_coroutine(breaker: Any, func: Any, admitted: Any = None) -> 
         except BaseException as exc:
             breaker._settle(admission, exc)
             raise
-        breaker._settle(admission)
+        breaker._settle(admission, None, result)
         return result
 
     return types.coroutine(guarded)
@@ -1690,7 +2287,7 @@ class _Unguarded:
 
     def __init__(self) -> None:
         quiet = CircuitMemoryStorage(STATE_CLOSED)
-        self._admission = _Admission(None, None, quiet, quiet)
+        self._admission = _Admission(None, None, quiet, quiet, quiet)
 
     def _admit(self, func: Any, args: Any, kwargs: Any) -> _Admission:
         return self._admission
@@ -1698,7 +2295,7 @@ class _Unguarded:
     async def _admit_async(self, func: Any, args: Any, kwargs: Any) -> _Admission:
         return self._admission
 
-    def _settle(self, admission: Any, exc: Any = None) -> None:
+    def _settle(self, admission: Any, exc: Any = None, result: Any = None) -> None:
         """Nothing is left to do: the call inside was settled."""
 
 
@@ -1787,7 +2384,7 @@ class CircuitBreakerStorage:
     A class that sets ``_is_plain = True`` in its own body, which its subclasses do
     not inherit, promises that it may be read without the lock: its attributes
     ``_state`` and ``_fail_counter`` always hold what `state` and `counter` say,
-    and `open_for` may be called at any time from any thread.
+    and `open_for` and `last_move` may be called at any time from any thread.
     """
 
     __slots__ = ("__dict__", "__weakref__")
@@ -1868,7 +2465,8 @@ class CircuitBreakerStorage:
 
     def last_move(self) -> Any:
         """What the storage knows of the move that brought it to its state, with the
-        attributes that `move` is given, or None."""
+        attributes that `move` is given, or None. It is the same object until the
+        circuit moves: by that a breaker notices an opening of an open circuit."""
         return None
 
     def claim_trial(self, timeout: float) -> bool:
@@ -2021,28 +2619,36 @@ def _is_abandonment(exc: BaseException) -> bool:
     """Whether `exc` says that the call was given up, not how it went."""
     if isinstance(exc, Exception):
         return False  # none of these are, which spares most calls the search
-    if isinstance(exc, _imported(_GROUPS)):
-        group: Any = exc
-        return all(map(_is_abandonment, group.exceptions))
+    leaves = _leaves_of(exc)
+    if leaves:
+        return all(map(_is_abandonment, leaves))
     return isinstance(exc, _imported(_ABANDONING))
 
 
-_GROUPS = "builtins.BaseExceptionGroup", "exceptiongroup.BaseExceptionGroup"
+def _leaves_of(exc: BaseException) -> tuple[BaseException, ...]:
+    """What is in an exception group. None is empty."""
+    group: Any = exc
+    return group.exceptions if isinstance(exc, _imported(_GROUPS)) else ()
+
+
+_GROUPS = (
+    ("builtins", "BaseExceptionGroup"),
+    ("exceptiongroup", "BaseExceptionGroup"),
+)
 _ABANDONING = (
-    "builtins.KeyboardInterrupt",
-    "builtins.SystemExit",
-    "builtins.GeneratorExit",
-    "asyncio.CancelledError",
-    "trio.Cancelled",
-    "greenlet.GreenletExit",
+    ("builtins", "KeyboardInterrupt"),
+    ("builtins", "SystemExit"),
+    ("builtins", "GeneratorExit"),
+    ("asyncio", "CancelledError"),
+    ("trio", "Cancelled"),
+    ("greenlet", "GreenletExit"),
 )
 
 
-def _imported(names: tuple[str, ...]) -> tuple[type, ...]:
+def _imported(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
     """Those of the classes that were imported; the others were never raised."""
     found = []
-    for name in names:
-        module, _, attribute = name.partition(".")
+    for module, attribute in names:
         cls = getattr(sys.modules.get(module), attribute, None)
         if isinstance(cls, type):
             found.append(cls)
@@ -2065,8 +2671,8 @@ def _utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC)
 
 
-def _finite(number: float) -> float | None:
-    return None if number == math.inf else number
+def _finite(number: float | None, infinity: str | None = None) -> float | str | None:
+    return infinity if number == math.inf else number
 
 
 def _in(seconds: float) -> str:
@@ -2138,6 +2744,36 @@ def _seconds(parameter: str, value: Any) -> Any:
     if value > sys.float_info.max and value != math.inf:
         raise ValueError(f"{parameter} is too long; use math.inf for no end: {value!r}")
     return value
+
+
+def _check_window(fail_max: float, size: float | None, seconds: float | None) -> None:
+    if size is not None and fail_max > size:
+        raise ValueError(
+            f"fail_max must be at most window_size, or failures are forgotten before "
+            f"there are enough: fail_max {fail_max!r}, window_size {size!r}"
+        )
+    if fail_max == size == math.inf and seconds is None:
+        raise ValueError(
+            "fail_max and window_size are both infinite, so that failures would be "
+            "remembered without end: set window_seconds, too"
+        )
+
+
+def _check_timeouts(reset_timeout: float, longest: float | None) -> None:
+    if longest is not None and reset_timeout > longest:
+        raise ValueError(
+            f"reset_timeout must be at most max_reset_timeout: reset_timeout "
+            f"{reset_timeout!r}, max_reset_timeout {longest!r}"
+        )
+
+
+def _counts_in_memory(storage: Any) -> bool:
+    """Whether a storage counts as a `CircuitMemoryStorage` does."""
+    names = ("counter", "_fail_counter", "increment_counter", "reset_counter")
+    return isinstance(storage, CircuitMemoryStorage) and all(
+        getattr(type(storage), name) is getattr(CircuitMemoryStorage, name)
+        for name in names
+    )
 
 
 def _integer(parameter: str, value: Any, what: str) -> int:
@@ -2255,11 +2891,28 @@ def _own_hooks(state: Any) -> frozenset[str]:
     )
 
 
-_NO_HOOKS: frozenset[str] = frozenset()
 _HOOKS = ("before_call", "on_success", "on_failure", "_handle_success", "_handle_error")
+_SETTINGS = (
+    "_name",
+    "_fail_max",
+    "_reset_timeout",
+    "_success_threshold",
+    "_throw_new_error_on_trip",
+    "_exclude",
+    "_told",
+    "_window_size",
+    "_window_seconds",
+    "_max_reset_timeout",
+    "_include",
+    "_ignore",
+    "_failure_result",
+    "_dry_run",
+)
+_LOOKED_AT = 4  # old breakers, for each new one
 _DECADES = 6e8  # seconds
+_SALT = os.urandom(8)  # so that processes with equal numbers draw other factors
 _LONGEST_TEXT = 300  # characters
-_NEW = _Move("", "new", "")
+_NEW = _Move("", "new", "", failed_trials=0)
 _PLAIN_CALL = CircuitBreaker.call
 
 # Shows no call that it may pass by: in no state, and with failures to forget.
@@ -2283,9 +2936,16 @@ _breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = (
 )
 
 
+_registries: weakref.WeakValueDictionary[int, CircuitBreakers] = (
+    weakref.WeakValueDictionary()
+)
+
+
 def _after_fork() -> None:
-    for breaker in list(_breakers.values()):
+    for breaker in breakers():
         breaker._after_fork()
+    for registry in list(_registries.values()):
+        registry._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no forks

@@ -135,7 +135,9 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         self._lapsing: _Claim | None = None  # of the last trial that failed
         self._courier = _join_courier(self)
         done = self._notify_when_sent()
-        done.wait(self._patience)
+        # Where a storage has waited in vain already, the next ones do not.
+        if self._courier.link.silence() < self._patience:
+            done.wait(self._patience)
 
     # What a breaker and its owner do. What is written to a public name is carried to
     # Redis; to a private one, which a breaker reads without the lock, it is not.
@@ -808,6 +810,7 @@ class _Courier:
         self.refresh = math.inf  # the smallest of the storages'
         self.patience = 0.0  # the longest
         self._members: list[weakref.ref[CircuitRedisStorage]] = []
+        self._has_lost = False  # a member
         # Those with something to say, by their id: it must not be lost with them.
         self._kept: dict[int, CircuitRedisStorage] = {}
         self._next_round = -math.inf  # when all storages are to travel
@@ -827,10 +830,11 @@ class _Courier:
         """Carry for this storage too. Gate held."""
 
         # This takes no lock, as a storage may be collected anywhere.
-        def wake(_: object) -> None:
+        def lose(_: object) -> None:
+            self._has_lost = True
             self._signals.put(None)
 
-        self._members = [*self._members, weakref.ref(storage, wake)]
+        self._members = [*self._members, weakref.ref(storage, lose)]
         self.refresh = min(self.refresh, storage._refresh)
         self.patience = max(self.patience, storage._patience)
 
@@ -853,8 +857,13 @@ class _Courier:
                 (self._watch, "pybreaker courier's watch"),
             )
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no thread can be had, so the next storage tries again
+            self._is_running = False
+            over.set()
+            raise
 
     def stop(self) -> None:
         """Let both threads end. Gate held."""
@@ -886,7 +895,11 @@ class _Courier:
 
     def _goes_on(self) -> bool:
         with _gate:
-            self._members = [member for member in self._members if member() is not None]
+            if self._has_lost:
+                self._has_lost = False
+                self._members = [m for m in self._members if m() is not None]
+                refreshes = (storage._refresh for storage in self.storages())
+                self.refresh = min(refreshes, default=self.refresh)
             if self._members and not self._is_stopping:
                 return True
             self._is_running = False
@@ -897,23 +910,24 @@ class _Courier:
     def make_pass(self) -> float:
         """Go to Redis for the storages that are due. Returns the seconds until some
         storage is due again."""
-        storages = self.storages()
-        self.refresh = min((s._refresh for s in storages), default=self.refresh)
         start = time.monotonic()
         self._next_round = min(self._next_round, start + self.refresh)
         if start >= self._next_round:
-            due = storages
+            due = self.storages()
             self._next_round = start + self.refresh
-        else:
-            due = [storage for storage in storages if storage._due_at() <= start]
+        else:  # what two hundred idle circuits would cost, no trial waits for
+            kept = self._kept.copy().values()
+            due = [storage for storage in kept if storage._due_at() <= start]
         if due:
             self._exchange([storage._begin_exchange() for storage in due], start)
-        for key, storage in self._kept.copy().items():
+        next_due = self._next_round
+        for storage in [*due, *self._kept.copy().values()]:
             # In this order, as meanwhile the storage may get something to say.
-            del self._kept[key]
-            if storage._due_at() < math.inf:
-                self._kept[key] = storage
-        next_due = min([self._next_round, *(s._due_at() for s in storages)])
+            self._kept.pop(id(storage), None)
+            due_at = storage._due_at()
+            if due_at < math.inf:
+                self._kept[id(storage)] = storage
+            next_due = min(next_due, due_at)
         return max(0.0, next_due - time.monotonic())
 
     def _exchange(self, exchanges: list[_Exchange], start: float) -> None:
@@ -964,12 +978,10 @@ class _Courier:
             period = self.refresh / 2
 
     def _notice_silence(self) -> None:
-        asked_at = self.link.asked_at
-        if asked_at is not None:
-            silence = time.monotonic() - asked_at
-            if silence > 2 * self.refresh:
-                for storage in self.storages():
-                    storage._go_away(f"no answer for {silence:.1f} s")
+        silence = self.link.silence()
+        if silence > 2 * self.refresh:
+            for storage in self.storages():
+                storage._go_away(f"no answer for {silence:.1f} s")
 
 
 class _Link:
@@ -991,6 +1003,11 @@ class _Link:
         return [
             r.decode("utf-8", "replace") if isinstance(r, bytes) else r for r in replies
         ]
+
+    def silence(self) -> float:
+        """The seconds for which there has been no answer."""
+        asked_at = self.asked_at
+        return 0.0 if asked_at is None else time.monotonic() - asked_at
 
     def time(self) -> float:
         """The time by the clock of Redis."""
@@ -1226,6 +1243,7 @@ _gate = threading.RLock()
 def _join_courier(storage: CircuitRedisStorage) -> _Courier:
     """The courier for the storage's client, which carries for the storage from now."""
     client = storage._client
+    _deliver_at_the_end_of_processes()
     with _gate:
         courier = _couriers.get(id(client))
         if courier is None:
@@ -1240,9 +1258,7 @@ def _join_courier(storage: CircuitRedisStorage) -> _Courier:
 
 
 def _before_fork() -> None:
-    util: Any = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        _deliver_at_the_end_of_processes(util)
+    _deliver_at_the_end_of_processes()
     with _gate:
         couriers = list(_couriers.values())
         for courier in couriers:
@@ -1280,17 +1296,21 @@ def _at_exit() -> None:
             done.wait(max(0.0, begin + storage._patience - time.monotonic()))
 
 
-def _deliver_at_the_end_of_processes(util: Any) -> None:
+def _deliver_at_the_end_of_processes() -> None:
     """A `multiprocessing.Process` that was forked runs no `atexit` functions, but what
-    was registered with `multiprocessing` after the fork."""
-    if not _registered:
-        _registered.append(util)
-        util.register_after_fork(
-            _at_exit, lambda at_exit: util.Finalize(None, at_exit, exitpriority=0)
-        )
+    is registered with `multiprocessing` in that process."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None and not _registered:
+        _registered.append(True)
+
+        def register(at_exit: Callable[[], None]) -> None:
+            util.Finalize(None, at_exit, exitpriority=0)
+
+        register(_at_exit)  # this process may be one itself
+        util.register_after_fork(_at_exit, register)
 
 
-_registered: list[Any] = []
+_registered: list[bool] = []
 
 # Windows has no forks.
 getattr(os, "register_at_fork", lambda **_: None)(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import re
 import sys
+import threading
 
 import pytest
 
@@ -97,3 +99,81 @@ def _covering(rows):
             if len(new) == gain:
                 missing -= new
                 yield row
+
+
+def while_locked(breaker, call, *args):
+    """What a call returns in another thread while this one holds the breaker's
+    lock, which it must not wait for."""
+    results, thread = [], None
+
+    def run():
+        results.append(call(*args))
+
+    with breaker._lock:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the call waited for the lock"
+    (result,) = results
+    return result
+
+
+class CountingLock:
+    """A breaker's lock that counts how often it is taken."""
+
+    def __init__(self, lock):
+        self._lock, self.taken = lock, 0
+
+    def acquire(self, *args, **kwargs):
+        self.taken += 1
+        return self._lock.acquire(*args, **kwargs)
+
+    def release(self):
+        self._lock.release()
+
+    def _is_owned(self):
+        return self._lock._is_owned()
+
+    def __enter__(self):
+        return self.acquire()
+
+    def __exit__(self, *exc_info):
+        self.release()
+
+
+def locks_taken(breaker, call, *args):
+    """How often a call takes the breaker's lock."""
+    lock = breaker._lock
+    breaker._lock = counting = CountingLock(lock)
+    try:
+        call(*args)
+    finally:
+        breaker._lock = lock
+    return counting.taken
+
+
+def at_once(*calls):
+    """Runs the calls in threads of their own that start together, and raises what
+    one of them raised."""
+    barrier, raised = threading.Barrier(len(calls)), []
+
+    def run(call):
+        barrier.wait(PATIENCE)
+        try:
+            call()
+        except BaseException as exc:
+            raised.append(exc)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+def name_of(value):
+    """What to call a parameter in a test's name: the same in each process, so without
+    the addresses that a `repr` may have."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

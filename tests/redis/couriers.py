@@ -25,9 +25,9 @@ def impatient_clients():
 def stop_couriers(patience):
     """Let them end that there are, and wait for so many seconds until they have."""
     if "pybreaker_extras.redis" in sys.modules:
-        import errands
+        import stepwise
 
-        errands.stop_couriers()
+        stepwise.stop_couriers()
     end = time.monotonic() + patience
     for thread in threading.enumerate():
         if "pybreaker courier" in thread.name:

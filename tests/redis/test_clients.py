@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 
-import errands
 import fleet
 import pytest
 import redis
 import redis.asyncio
+import stepwise
 import valkey
 import valkey.asyncio
 from fleet import ask_all, installed, until
@@ -34,7 +34,7 @@ def calls_are_shared(mine, theirs):
 
         def looked():
             for breaker in (mine, theirs):
-                errands.go_at_once(breaker._state_storage)
+                stepwise.go_at_once(breaker._state_storage)
             return condition()
 
         until(looked)
@@ -309,7 +309,7 @@ def test_a_proxy_and_its_client_have_one_courier(server, closing, namespace):
         CircuitRedisStorage("closed", each, f"{namespace}-{number}")
         for number, each in enumerate([client, local_proxy(client)])
     ]
-    assert len({errands.courier_of(storage) for storage in behind}) == 1
+    assert len({stepwise.courier_of(storage) for storage in behind}) == 1
 
 
 def test_the_client_that_was_given_is_there_by_the_name_that_programs_use(

@@ -8,9 +8,9 @@ import gc
 import threading
 import time
 
-import errands
 import pytest
 import redis
+import stepwise
 from fleet import never, until
 from support import PATIENCE, fail
 
@@ -123,6 +123,8 @@ def test_a_storage_that_is_collected_leaves_its_courier(server, circuit, namespa
     before = set(couriers())
     breakers = {number: circuit(number, refresh=0.05) for number in range(3)}
     mine = set(couriers()) - before
+    courier = stepwise.courier_of(breakers[0]._state_storage)
+    assert courier in stepwise.couriers()
     del breakers[1]
     gc.collect()
     time.sleep(0.1)
@@ -131,6 +133,7 @@ def test_a_storage_that_is_collected_leaves_its_courier(server, circuit, namespa
     assert circuits_in(commands, namespace) == {0, 2}
     breakers.clear()
     until(lambda: gc.collect() is not None and not mine & set(couriers()))
+    assert courier not in stepwise.couriers()
     again = circuit(1)
     assert len(set(couriers()) - before) == 2
     assert again.current_state == "closed"
@@ -151,7 +154,7 @@ def test_threads_that_make_storages_at_once_share_one_courier(circuit):
         thread.join(PATIENCE)
     assert len(made) == 8
     assert len(set(couriers()) - before) == 2
-    assert len({errands.courier_of(each._state_storage) for each in made}) == 1
+    assert len({stepwise.courier_of(each._state_storage) for each in made}) == 1
 
 
 def test_clients_that_share_a_pool_are_still_two(circuit, server, closing):
@@ -277,22 +280,22 @@ class TestSmallestRefresh:
 
     @pytest.fixture
     def clock(self, clock, monkeypatch):
-        errands.set_clock(monkeypatch, clock)
-        errands.let_nobody_wait(monkeypatch, lambda timeout: None)
-        errands.leave_alone(monkeypatch)
-        errands.carry_by_hand(monkeypatch)
+        stepwise.set_clock(monkeypatch, clock)
+        stepwise.let_nobody_wait(monkeypatch, lambda timeout: None)
+        stepwise.leave_alone(monkeypatch)
+        stepwise.carry_by_hand(monkeypatch)
         return clock
 
     def storage(self, client, refresh, namespace):
         return CircuitRedisStorage("closed", client, namespace, refresh=refresh)
 
     def test_the_courier_comes_again_after_the_smallest_refresh(self, clock):
-        client = errands.Client(errands.Redis(clock))
+        client = stepwise.Client(stepwise.Redis(clock))
         slow = self.storage(client, 60, "slow")
-        courier = errands.courier_of(slow)
+        courier = stepwise.courier_of(slow)
         assert courier.make_pass() == 60
         quick = self.storage(client, 2, "quick")
-        assert errands.courier_of(quick) is courier
+        assert stepwise.courier_of(quick) is courier
         assert courier.make_pass() == 2
         clock.advance(2)
         passes = client.passes
@@ -300,28 +303,29 @@ class TestSmallestRefresh:
         assert client.passes == passes + 1
         del quick
         gc.collect()
+        assert courier.looks_after_its_storages()
         clock.advance(2)
         assert courier.make_pass() == 60
 
     def test_a_pass_for_nobody_asks_redis_nothing(self, clock):
-        client = errands.Client(errands.Redis(clock))
+        client = stepwise.Client(stepwise.Redis(clock))
         storage = self.storage(client, 60, "slow")
         clock.advance(1)
         passes = client.passes
-        assert errands.courier_of(storage).make_pass() == 59
+        assert stepwise.courier_of(storage).make_pass() == 59
         assert client.passes == passes
 
     def test_the_time_of_redis_is_asked_once_for_all_openings(self, clock):
-        client = errands.Client(errands.Redis(clock))
+        client = stepwise.Client(stepwise.Redis(clock))
         storages = [self.storage(client, 60, str(n)) for n in range(3)]
         for storage in storages:
             CircuitBreaker(state_storage=storage).open()
-        errands.courier_of(storages[0]).go()
+        stepwise.courier_of(storages[0]).go()
         assert client.times == 1
 
     def test_a_clock_that_fails_is_asked_once(self, clock):
         """A timeout of five seconds for each of two hundred circuits would be long."""
-        client = errands.Client(errands.Redis(clock))
+        client = stepwise.Client(stepwise.Redis(clock))
         storages = [self.storage(client, 60, str(n)) for n in range(3)]
         for storage in storages:
             CircuitBreaker(state_storage=storage).open()
@@ -332,5 +336,5 @@ class TestSmallestRefresh:
 
         client.time = no_time
         with contextlib.suppress(redis.TimeoutError):
-            errands.courier_of(storages[0]).go()
+            stepwise.courier_of(storages[0]).go()
         assert client.times == 1

@@ -18,10 +18,10 @@ import time
 import weakref
 from datetime import datetime, timedelta, timezone
 
-import errands
 import fleet
 import pytest
 import redis
+import stepwise
 import trio
 from fleet import never, until
 from support import PATIENCE, Boom, boom, fail
@@ -852,7 +852,7 @@ def test_a_claim_is_given_back_where_waiting_for_it_is_interrupted(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        errands.replace(patch, "threading", Event=Interrupted)
+        stepwise.replace(patch, "threading", Event=Interrupted)
         with pytest.raises(KeyboardInterrupt):
             breaker.call(int)
     until(lambda: key("trial") is None)
@@ -942,7 +942,7 @@ def test_the_clock_of_the_host_plays_no_part(breaker_of, monkeypatch, key, serve
             return true_datetime.fromtimestamp(true_time() - 500, tz)
 
     monkeypatch.setattr(time, "time", lambda: true_time() - 500)
-    for module in (pybreaker, errands.shared):
+    for module in (pybreaker, stepwise.shared):
         monkeypatch.setattr(module, "datetime", Late)
     breaker.open()
     opened_at = int(until(lambda: key("opened_at")))
@@ -1458,8 +1458,8 @@ def test_a_courier_that_runs_is_not_started_twice(storage_of):
     """It may not have ended in time for a fork."""
     storage = storage_of()
     count = threading.active_count()
-    with errands.gate():
-        errands.courier_of(storage).start()
+    with stepwise.gate():
+        stepwise.courier_of(storage).start()
     assert threading.active_count() == count
 
 

@@ -50,8 +50,9 @@ def raising(exc):
 # The arguments and their order.
 
 
-def test_all_arguments_may_be_given_by_position(recorder):
-    """The order is the one of every release before 1.4.0, success_threshold last."""
+def test_the_arguments_of_older_releases_may_be_given_by_position(recorder):
+    """The order is the one of every release before 1.4.0, success_threshold last. The
+    arguments that no release had are by name only."""
     storage = CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(
         1, 2.5, [KeyError], [recorder], storage, "database", False, 7
@@ -66,10 +67,12 @@ def test_all_arguments_may_be_given_by_position(recorder):
     with pytest.raises(ValueError):  # throw_new_error_on_trip is False
         breaker.call(raising(ValueError()))
     assert breaker.current_state == "open"
+    with pytest.raises(TypeError):
+        CircuitBreaker(1, 2.5, [KeyError], [recorder], storage, "db", False, 7, 10)
 
 
 def test_arguments_have_their_names():
-    """Each may be given by keyword, under the name that it has always had."""
+    """Each may be given by keyword, those of older releases under their old names."""
     assert list(inspect.signature(CircuitBreaker).parameters) == [
         "fail_max",
         "reset_timeout",
@@ -79,6 +82,13 @@ def test_arguments_have_their_names():
         "name",
         "throw_new_error_on_trip",
         "success_threshold",
+        "window_size",
+        "window_seconds",
+        "max_reset_timeout",
+        "include",
+        "ignore",
+        "failure_result",
+        "dry_run",
     ]
 
 

@@ -269,6 +269,10 @@ def test_a_snapshot_tells_all_of_a_closed_circuit(fail, boom):
         "success_counter": 0,
         "success_threshold": 1,
         "reset_timeout": 60,
+        "window_size": None,
+        "window_seconds": None,
+        "max_reset_timeout": None,
+        "dry_run": False,
         "opened_at": None,
         "retry_after": 0.0,
     }

@@ -27,11 +27,13 @@ from pybreaker import (
     CircuitBreaker,
     CircuitBreakerError,
     CircuitBreakerListener,
+    CircuitBreakers,
     CircuitBreakerState,
     CircuitBreakerStorage,
     CircuitClosedState,
     CircuitMemoryStorage,
     CircuitOpenState,
+    FailedResult,
 )
 
 P = ParamSpec("P")
@@ -51,6 +53,40 @@ CircuitBreaker(
     throw_new_error_on_trip=False,
     success_threshold=2,
 )
+
+
+class Response:
+    status: int = 200
+
+
+def is_bad(response: Response) -> bool:
+    return response.status >= 500
+
+
+def never(exc: BaseException) -> bool:
+    return False
+
+
+CircuitBreaker(
+    fail_max=25,
+    window_size=50,
+    window_seconds=0.5,
+    max_reset_timeout=math.inf,
+    include=[OSError, never],
+    ignore=(kind for kind in (KeyError, ValueError)),
+    failure_result=is_bad,
+    dry_run=True,
+)
+CircuitBreaker(
+    window_size=None,
+    window_seconds=None,
+    max_reset_timeout=None,
+    include=None,
+    ignore=None,
+    failure_result=None,
+)
+CircuitBreaker(window_size=math.inf, failure_result=Response)
+CircuitBreaker(failure_result=lambda response: response.status == 429)
 
 
 # Decorated functions keep their signatures
@@ -284,6 +320,32 @@ breaker.state = "closed"
 breaker.open()
 breaker.half_open()
 breaker.close()
+assert_type(breaker.open(30, "maintenance"), bool)
+breaker.open(seconds=math.inf, reason=None)
+breaker.half_open("to see")
+breaker.close(reason="released")
+
+assert_type(breaker.window_size, Optional[float])
+assert_type(breaker.window_seconds, Optional[float])
+assert_type(breaker.max_reset_timeout, Optional[float])
+assert_type(breaker.dry_run, bool)
+assert_type(breaker.throw_new_error_on_trip, bool)
+judge: object = breaker.failure_result
+assert_type(breaker.snapshot(), dict[str, Any])
+assert_type(breaker.state.reason, str)
+kinds: tuple[object, ...] = breaker.exclude + breaker.include + breaker.ignore
+breaker.window_size = 50
+breaker.window_size = math.inf
+breaker.window_size = None
+breaker.window_seconds = 30
+breaker.window_seconds = None
+breaker.max_reset_timeout = 600.0
+breaker.max_reset_timeout = None
+breaker.failure_result = is_bad
+breaker.failure_result = Response
+breaker.failure_result = None
+breaker.dry_run = False
+breaker.throw_new_error_on_trip = True
 
 
 def is_missing(error: KeyError) -> bool:
@@ -306,7 +368,9 @@ class Log(CircuitBreakerListener):
         print(cb.name, func)
 
     def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
-        print(cb.name, exc)
+        if isinstance(exc, FailedResult):
+            print(exc.result)
+        cb.open(30, reason=f"{exc!r}")
 
     def success(self, cb: CircuitBreaker) -> None:
         print(cb.name)
@@ -340,7 +404,29 @@ try:
 except CircuitBreakerError as error:
     assert_type(error.retry_after, float)
     assert_type(error.breaker, Optional[CircuitBreaker])
+    assert_type(error.reason, str)
 raise_it: Exception = CircuitBreakerError("any", 1, "arguments")
+failed: Exception = FailedResult(Response())
+
+
+# Many
+
+
+class Hosts(CircuitBreakers):
+    def make(self, key: Any) -> CircuitBreaker:
+        return CircuitBreaker(name=f"host {key}", fail_max=3)
+
+
+hosts = CircuitBreakers(maxsize=10_000, fail_max=25, window_size=50)
+CircuitBreakers(math.inf)
+assert_type(hosts["example.org"], CircuitBreaker)
+assert_type(Hosts()[("example.org", 443)].call(find, "key"), float)
+assert_type(hosts.get("example.org"), Optional[CircuitBreaker])
+assert_type("example.org" in hosts, bool)
+assert_type(len(hosts), int)
+for made in hosts.values():
+    assert_type(made, CircuitBreaker)
+assert_type(pybreaker.breakers(), tuple[CircuitBreaker, ...])
 
 
 # Storages and breakers of one's own
@@ -392,8 +478,11 @@ class FleetStorage(RowStorage):
     def open_for(self) -> float:
         return 0.0
 
-    def trip(self, fail_max: float) -> None:
+    def move(self, move: Any) -> None:
         pass
+
+    def last_move(self) -> Any:
+        return None
 
     def claim_trial(self, timeout: float) -> bool:
         return True

@@ -9,8 +9,11 @@ from __future__ import annotations
 from pybreaker import (
     CircuitBreaker,
     CircuitBreakerListener,
+    CircuitBreakers,
     CircuitBreakerState,
     CircuitBreakerStorage,
+    FailedResult,
+    breakers,
 )
 
 breaker = CircuitBreaker()
@@ -27,6 +30,14 @@ CircuitBreaker(listeners=CircuitBreakerListener())  # type: ignore[arg-type]
 CircuitBreaker(state_storage="memory")  # type: ignore[arg-type]
 CircuitBreaker(name=b"db")  # type: ignore[arg-type]
 CircuitBreaker(max_failures=5)  # type: ignore[call-arg]
+CircuitBreaker(window_size="50")  # type: ignore[arg-type]
+CircuitBreaker(window_seconds="30")  # type: ignore[arg-type]
+CircuitBreaker(max_reset_timeout="600")  # type: ignore[arg-type]
+CircuitBreaker(include=ValueError)  # type: ignore[arg-type]
+CircuitBreaker(ignore=[3])  # type: ignore[list-item]
+CircuitBreaker(failure_result=500)  # type: ignore[arg-type]
+CircuitBreaker(dry_run="yes")  # type: ignore[arg-type]
+CircuitBreaker(5, 60, None, None, None, None, True, 1, 50)  # type: ignore[call-arg]
 
 
 # Decorated functions keep their signatures
@@ -119,8 +130,28 @@ breaker.current_state = "open"  # type: ignore[misc]
 breaker.success_counter = 1  # type: ignore[misc]
 breaker.retry_after = 1.0  # type: ignore[misc]
 breaker.listeners = ()  # type: ignore[misc]
+breaker.window_size = "50"  # type: ignore[assignment]
+breaker.window_seconds = "30"  # type: ignore[assignment]
+breaker.max_reset_timeout = "600"  # type: ignore[assignment]
+breaker.failure_result = 500  # type: ignore[assignment]
+breaker.dry_run = None  # type: ignore[assignment]
+breaker.state.reason = "why"  # type: ignore[misc]
+breaker.open("30")  # type: ignore[arg-type]
+breaker.open(30, 30)  # type: ignore[arg-type]
+breaker.half_open(30)  # type: ignore[arg-type]
+breaker.close(seconds=30)  # type: ignore[call-arg]
 breaker.is_open()  # type: ignore[attr-defined]
 breaker.add_excluded_exception(3)  # type: ignore[arg-type]
+
+
+# Many
+
+hosts = CircuitBreakers(fail_max=5)
+CircuitBreakers("many")  # type: ignore[arg-type]
+host: str = hosts["example.org"]  # type: ignore[assignment]
+hosts.make()  # type: ignore[call-arg]
+every: CircuitBreaker = breakers()  # type: ignore[assignment]
+FailedResult()  # type: ignore[call-arg]
 
 
 # Listeners and storages

@@ -65,7 +65,6 @@ SEARCHES = ("searches", "redis")
 # These monitor, or fork, so it is not known which lines they reach.
 ALWAYS_RUN = (
     "test_interleavings.py",
-    "test_interleavings_of_errands.py",
     "test_fork.py",
 )
 PASS_MARK = 95.0

@@ -22,11 +22,38 @@ from pybreaker_extras import redis as shared
 
 REFRESH = 4.0  # seconds
 EPOCH = 1_600_000_000  # when the clocks of these tests say 0, by the wall clock
-LibrarysCourier, Link = shared._Courier, shared._Link
+LibrarysCourier = shared._Courier
 waiter, claim, view = shared._waiter, shared._Claim, shared._View
 at_exit, before_fork = shared._at_exit, shared._before_fork
 after_fork_in_parent = shared._after_fork_in_parent
 after_fork_in_child = shared._after_fork_in_child
+
+
+class Alias:
+    """A public name of an attribute."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __get__(self, owner, cls):
+        return self if owner is None else getattr(owner, self.name)
+
+    def __set__(self, owner, value):
+        setattr(owner, self.name, value)
+
+
+class OpenCourier(LibrarysCourier):
+    """The library's, for tests of its threads."""
+
+    carry, watch, threads = Alias("_carry"), Alias("_watch"), Alias("_threads")
+    signals, is_signalled = Alias("_signals"), Alias("_is_signalled")
+    is_running, is_stopping = Alias("_is_running"), Alias("_is_stopping")
+
+
+class OpenLink(shared._Link):
+    """The library's, for tests of its event loop."""
+
+    own, loop = Alias("_own"), Alias("_loop")
 
 
 def trial_of(breaker):
@@ -112,6 +139,10 @@ def set_gate(monkeypatch, gate):
 
 def mutex_of(storage):
     return storage._mutex
+
+
+def set_mutex(storage, mutex):
+    storage._mutex = mutex
 
 
 def couriers():
@@ -306,9 +337,14 @@ class Courier(LibrarysCourier):
         self._next_round = -math.inf
         self.is_passing = True
         try:
+            self.looks_after_its_storages()
             return self.make_pass()
         finally:
             self.is_passing = False
+
+    def looks_after_its_storages(self):
+        """Whether there are any, as before each pass."""
+        return self._goes_on()
 
     def start(self):
         self.done.append("start")
@@ -346,18 +382,18 @@ class Process:
             state_storage=self.storage,
         )
 
-    def runs_errands(self, times=1):
+    def makes_passes(self, times=1):
         for _ in range(times):
             idle_time = self.courier.go()
         return idle_time
 
     def is_cut_off(self, why="gone"):
         self.client.trouble = redis.ConnectionError(why)
-        self.runs_errands()
+        self.makes_passes()
 
     def is_back(self):
         self.client.trouble = None
-        self.runs_errands()
+        self.makes_passes()
 
     @property
     def state(self):
@@ -365,7 +401,7 @@ class Process:
 
 
 def agree(processes):
-    """Let each of them run its errands until there are none, and see that all say what
+    """Let each of them make passes until all has been sent, and see that all say what
     Redis says. Time passes."""
     for process in processes:
         process.client.trouble = process.client.refusal = None
@@ -373,13 +409,13 @@ def agree(processes):
     for _ in range(4):
         processes[0].client.keys.clock.advance(REFRESH)
         for process in processes:
-            process.runs_errands(3)
+            process.makes_passes(3)
     for process in processes:
         check(process)
 
 
 def check(process):
-    assert process.runs_errands() == REFRESH
+    assert math.isclose(process.makes_passes(), REFRESH)  # there is nothing to send
     storage, keys = process.storage, process.client.keys
     with mutex_of(storage):
         is_apart = storage._membership.is_apart

@@ -1,6 +1,6 @@
 """A shared circuit's calls and its courier, in every order that they can take turns in.
 
-One thread makes calls and moves in a process, another carries its errands to Redis and
+One thread makes calls and moves in a process, another makes passes to Redis and
 back. `scheduler` runs them one instruction at a time, in every order with one
 preemption. Whatever comes of an order has to come of one, too, in which the threads
 take turns only where the storage's lock has been given back, where Redis has answered,
@@ -20,17 +20,8 @@ import math
 import re
 from dataclasses import dataclass
 
-import errands
 import pytest
-from errands import (
-    REFRESH,
-    Process,
-    Redis,
-    check,
-    ends,
-    let_nobody_wait,
-    trial_of,
-)
+import stepwise
 from scheduler import (
     NAMES,
     Lock,
@@ -40,6 +31,15 @@ from scheduler import (
     parsed,
     written,
     written_names,
+)
+from stepwise import (
+    REFRESH,
+    Process,
+    Redis,
+    check,
+    ends,
+    let_nobody_wait,
+    trial_of,
 )
 from support import DEEP, Boom, fail
 
@@ -54,7 +54,7 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done before the race, and by the thread that races with the errands, in
+    """What is done before the race, and by the thread that races with the passes, in
     words that are methods of `World`."""
 
     name: str
@@ -90,7 +90,7 @@ class World:
 
     def __init__(self, scenario, scheduler, clock, mutex):
         clock.now = 5.0
-        errands.couriers_of_old_worlds_are_gone()
+        stepwise.couriers_of_old_worlds_are_gone()
         self.clock = clock
         self.step = clock.step = scheduler.step
         self.keys = Redis(clock)
@@ -102,7 +102,7 @@ class World:
         self.do(scenario.before)
         self.mine.courier.is_quick = False
         self.mine.client.interrupted = scheduler.step
-        self.mine.storage._mutex = mutex(scheduler)
+        stepwise.set_mutex(self.mine.storage, mutex(scheduler))
         self.breaker._lock = Lock(scheduler)
         self.results = {}
 
@@ -155,25 +155,25 @@ class World:
     def leaves_abandoned(self):
         self.leaves(GeneratorExit())
 
-    def errands(self):
-        self.mine.runs_errands()
+    def passes(self):
+        self.mine.makes_passes()
 
     def they_fail(self):
         fail(self.theirs.breaker)
-        self.theirs.runs_errands()
+        self.theirs.makes_passes()
 
     def they_succeed(self):
-        self.theirs.runs_errands()
+        self.theirs.makes_passes()
         self.theirs.breaker.call(int)
-        self.theirs.runs_errands()
+        self.theirs.makes_passes()
 
     def they_open(self):
         self.theirs.breaker.open()
-        self.theirs.runs_errands()
+        self.theirs.makes_passes()
 
     def they_close(self):
         self.theirs.breaker.close()
-        self.theirs.runs_errands()
+        self.theirs.makes_passes()
 
     def is_cut_off(self):
         self.mine.client.trouble = ConnectionError("gone")
@@ -197,12 +197,12 @@ class World:
         )
 
     def outcome(self):
-        """What came of it, then, and when all errands have been run."""
+        """What came of it, then, and when all has been sent."""
         found = [tuple(sorted(self.results.items())), self.seen()]
         self.is_mended()
         for _ in range(2):  # at the second a count is judged
             self.waits()
-            self.mine.runs_errands(2)
+            self.mine.makes_passes(2)
         check(self.mine)
         names = "state", "fail_counter", "success_counter", "opened_at"
         found += [self.seen(), tuple(map(self.keys.__getitem__, names))]
@@ -222,7 +222,7 @@ class Listener(pybreaker.CircuitBreakerListener):
 def shared_names():
     """The names of what a storage and its claims write, and of the lock."""
     names = {"_mutex", "_lock"}
-    for each in errands.WRITERS:
+    for each in stepwise.WRITERS:
         names |= written_names(compile(inspect.getsource(each), "<class>", "exec"))
     return names
 
@@ -236,7 +236,7 @@ class Race:
         self.mutex = mutex
         self.scheduler = Scheduler(
             2,
-            None if steps == "moments" else errands.shared.__file__,
+            None if steps == "moments" else stepwise.shared.__file__,
             opcodes=steps == "instructions",
             shared=shared_names(),
         )
@@ -253,7 +253,7 @@ class Race:
         world = self.world = World(
             self.scenario, self.scheduler, self.clock, self.mutex
         )
-        both = self.scenario.race, "errands"
+        both = self.scenario.race, "passes"
         programs = [functools.partial(world.do, each) for each in both]
         results = self.scheduler.run(programs, schedule)
         trail = self.scheduler.trail
@@ -277,60 +277,60 @@ class Race:
 def clock(clock, monkeypatch):
     """One of a world where who would wait lets others in, and does not."""
     let_nobody_wait(monkeypatch, lambda timeout: clock.step())
-    errands.leave_alone(monkeypatch)
-    errands.carry_by_hand(monkeypatch)
-    errands.set_clock(monkeypatch, clock)
+    stepwise.leave_alone(monkeypatch)
+    stepwise.carry_by_hand(monkeypatch)
+    stepwise.set_clock(monkeypatch, clock)
     return clock
 
 
 S = Scenario
 SCENARIOS = [
     S("a failure", "", "fails"),
-    S("a trip", "fails errands", "fails"),
+    S("a trip", "fails passes", "fails"),
     S("a trip during a look", "fails", "fails"),
     S("a trip against news of failures", "they_fail", "fails"),
     S("a trip against news of an opening", "fails they_open", "fails"),
     S("a success", "fails", "succeeds"),
-    S("a success against news of failures", "they_fail errands", "succeeds"),
+    S("a success against news of failures", "they_fail passes", "succeeds"),
     S("a count that is set", "fails", "counts_nothing"),
     S("an opening", "", "opens"),
-    S("an opening against news", "opens errands they_close", "opens"),
+    S("an opening against news", "opens passes they_close", "opens"),
     S("a closing against news", "they_open", "closes"),
     S("two moves", "", "opens closes"),
     S("two openings", "opens waits", "opens"),
     S("a half-opening against news", "they_open", "half_opens"),
-    S("a trip that is judged against a closing", "fails fails errands waits", "closes"),
-    S("a trip that is judged against an opening", "fails fails errands waits", "opens"),
+    S("a trip that is judged against a closing", "fails fails passes waits", "closes"),
+    S("a trip that is judged against an opening", "fails fails passes waits", "opens"),
     S(
         "a trip that does not stand",
-        "fails fails errands they_succeed waits",
+        "fails fails passes they_succeed waits",
         "half_opens",
     ),
-    S("a trial", "opens errands expires", "enters"),
-    S("a trial against news", "opens errands expires they_close", "enters"),
-    S("a trial's success", "opens errands expires enters", "leaves"),
-    S("a trial's failure", "opens errands expires enters", "leaves_failing"),
-    S("a trial given up", "opens errands expires enters", "leaves_abandoned"),
+    S("a trial", "opens passes expires", "enters"),
+    S("a trial against news", "opens passes expires they_close", "enters"),
+    S("a trial's success", "opens passes expires enters", "leaves"),
+    S("a trial's failure", "opens passes expires enters", "leaves_failing"),
+    S("a trial given up", "opens passes expires enters", "leaves_abandoned"),
     S(
         "a trial's success against news",
-        "opens errands expires enters they_open",
+        "opens passes expires enters they_open",
         "leaves",
     ),
     S("a failure while Redis goes away", "fails is_cut_off", "fails"),
     S("a success while Redis goes away", "fails is_cut_off", "succeeds"),
     S("a move while Redis goes away", "opens is_cut_off", "closes"),
-    S("a trial while Redis goes away", "opens errands expires is_cut_off", "enters"),
+    S("a trial while Redis goes away", "opens passes expires is_cut_off", "enters"),
     S(
         "a failure while Redis comes back",
-        "is_cut_off fails errands is_mended",
+        "is_cut_off fails passes is_mended",
         "fails",
     ),
     S(
         "a success while Redis comes back",
-        "is_cut_off fails errands is_mended",
+        "is_cut_off fails passes is_mended",
         "succeeds",
     ),
-    S("a move while Redis comes back", "is_cut_off errands is_mended", "opens"),
+    S("a move while Redis comes back", "is_cut_off passes is_mended", "opens"),
 ]
 
 
@@ -409,19 +409,19 @@ class Watched(pybreaker.CircuitRedisStorage):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypatch):
     """Whether or not it could go wrong."""
-    monkeypatch.setattr(errands, "CircuitRedisStorage", Watched)
+    monkeypatch.setattr(stepwise, "CircuitRedisStorage", Watched)
     with Race(scenario, clock, "moments") as race:
         for _ in explore(race.run, 1):
             storage = race.world.mine.storage
-            errands.go_at_once(storage)
+            stepwise.go_at_once(storage)
             storage.opened_at = storage.opened_at
-            errands.is_due(storage)
+            stepwise.is_due(storage)
             # One trial follows another, whose claim is still on its way back.
-            claim = errands.ask(storage, TIMEOUT)
-            race.world.errands()
-            errands.give_back(storage, claim)
-            errands.ask(storage, TIMEOUT)
-            race.world.errands()
+            claim = stepwise.ask(storage, TIMEOUT)
+            race.world.passes()
+            stepwise.give_back(storage, claim)
+            stepwise.ask(storage, TIMEOUT)
+            race.world.passes()
 
 
 @pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)

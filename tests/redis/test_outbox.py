@@ -1,6 +1,6 @@
 """What a storage that is shared through Redis says there, and hears, step by step.
 
-Here no thread carries the errands: they are run when a test says so, and the clock is
+Here no thread makes passes: they are made when a test says so, and the clock is
 moved. Redis is a table of the circuit's keys, and each breaker stands for a process.
 """
 
@@ -22,12 +22,19 @@ import types
 import weakref
 from datetime import datetime, timezone
 
-import errands
 import hypothesis.strategies as st
 import pytest
 import redis
+import stepwise
 import trio
-from errands import (
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from stepwise import (
     REFRESH,
     Client,
     Process,
@@ -37,13 +44,6 @@ from errands import (
     let_nobody_wait,
     trial_of,
 )
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 from support import BRIEF, DEEP, PATIENCE, Boom, boom, fail
 
 from pybreaker import CircuitBreakerError, CircuitRedisStorage
@@ -51,7 +51,7 @@ from pybreaker import CircuitBreakerError, CircuitRedisStorage
 
 @pytest.fixture
 def clock(clock, monkeypatch):
-    clock.module = errands.set_clock(monkeypatch, clock)
+    clock.module = stepwise.set_clock(monkeypatch, clock)
     return clock
 
 
@@ -84,13 +84,13 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def alone(monkeypatch):
-    errands.leave_alone(monkeypatch)
+    stepwise.leave_alone(monkeypatch)
 
 
 @pytest.fixture
 def process(monkeypatch, keys, waits, alone):
     """Makes processes."""
-    errands.carry_by_hand(monkeypatch)
+    stepwise.carry_by_hand(monkeypatch)
     return lambda **settings: Process(keys, **settings)
 
 
@@ -131,12 +131,12 @@ def test_a_trip_of_a_circuit_that_is_open_elsewhere_is_announced_at_once(process
     """What closed it here has not been heard of there, and need not be."""
     mine, theirs = process(), process()
     mine.breaker.open()
-    mine.runs_errands()
-    mine.runs_errands()
+    mine.makes_passes()
+    mine.makes_passes()
     mine.breaker.close()
     fail(mine.breaker, 3)
-    mine.runs_errands()
-    theirs.runs_errands()
+    mine.makes_passes()
+    theirs.makes_passes()
     assert keys["state"] == "open"
     assert ("SET", "closed") not in mine.client.sent_to("state")
     assert mine.state == theirs.state == "open"
@@ -151,13 +151,13 @@ def test_a_trip_is_announced_if_the_count_stands_after_a_refresh(
     mine, theirs = process(), process(fail_max=2000)
     fail(mine.breaker, 3)
     assert (mine.state, theirs.state) == ("open", "closed")
-    mine.runs_errands()
+    mine.makes_passes()
     fail(theirs.breaker, elsewhere)
-    theirs.runs_errands()
+    theirs.makes_passes()
     clock.advance(REFRESH)
     assert keys["state"] == "closed"
-    assert mine.runs_errands() == 0.0
-    assert mine.runs_errands() == REFRESH
+    assert mine.makes_passes() == 0.0
+    assert mine.makes_passes() == REFRESH
     assert keys["state"] == "open"
     assert keys["opened_at"] == "5"
     assert int(keys["fail_counter"]) == 3 + elsewhere
@@ -168,21 +168,21 @@ def test_the_courier_comes_when_the_count_is_to_be_judged(process, clock):
     mine = process()
     fail(mine.breaker, 3)
     clock.advance(1)
-    assert mine.runs_errands() == REFRESH - 1
+    assert mine.makes_passes() == REFRESH - 1
     clock.advance(REFRESH)
-    assert errands.unconfirmed(mine.storage).due < clock.now
+    assert stepwise.unconfirmed(mine.storage).due < clock.now
 
 
 def test_a_count_that_does_not_stand_leaves_the_others_closed(process, keys, clock):
     mine, theirs = process(), process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
-    theirs.runs_errands()
+    mine.makes_passes()
+    theirs.makes_passes()
     theirs.breaker.call(int)
-    theirs.runs_errands()
+    theirs.makes_passes()
     clock.advance(REFRESH)
-    mine.runs_errands(2)
-    theirs.runs_errands()
+    mine.makes_passes(2)
+    theirs.makes_passes()
     assert (mine.state, theirs.state) == ("open", "closed")
     assert keys["state"] == "closed"
 
@@ -192,11 +192,11 @@ def apart(process, clock):
     """Two processes, of which the first has opened, and the count did not stand."""
     mine, theirs = process(), process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     theirs.breaker.fail_counter = 0
-    theirs.runs_errands()
+    theirs.makes_passes()
     clock.advance(REFRESH)
-    mine.runs_errands()
+    mine.makes_passes()
     assert (mine.state, theirs.state) == ("open", "closed")
     return mine, theirs
 
@@ -204,13 +204,13 @@ def apart(process, clock):
 def test_while_a_count_is_in_doubt_it_is_the_fleets(process, keys):
     mine, theirs = process(), process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     theirs.breaker.fail_counter = 1
-    theirs.runs_errands()
-    mine.runs_errands()
+    theirs.makes_passes()
+    mine.makes_passes()
     assert mine.breaker.fail_counter == 1
     mine.storage.increment_counter()
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "2"
 
 
@@ -218,14 +218,14 @@ def test_a_process_that_is_open_alone_counts_alone(apart, keys, clock):
     mine, theirs = apart
     clock.advance(60)
     ends(trial_of(mine.breaker), Boom())
-    mine.runs_errands()
+    mine.makes_passes()
     counted = mine.breaker.fail_counter
     fail(theirs.breaker)
-    theirs.runs_errands()
-    mine.runs_errands()
+    theirs.makes_passes()
+    mine.makes_passes()
     assert mine.breaker.fail_counter == counted != 1
     mine.storage.reset_counter()
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.breaker.fail_counter == 0
     assert keys["fail_counter"] == "1"
     assert mine.state == "open"
@@ -241,10 +241,10 @@ def test_a_process_that_was_open_alone_closes_alone_and_counts_with_the_others(
     ends(trial_of(mine.breaker))
     assert mine.state == "closed"
     fail(mine.breaker, 2)
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "2"
     assert mine.client.sent_to("state") == [("SET", "closed", "NX")]
-    theirs.runs_errands()
+    theirs.makes_passes()
     fail(theirs.breaker)
     assert theirs.state == "open"
 
@@ -255,11 +255,11 @@ def test_a_process_that_is_open_alone_goes_with_the_others_at_their_next_move(
     mine, theirs = apart
     for move in (theirs.breaker.open, theirs.breaker.close):
         move()
-        theirs.runs_errands()
-        mine.runs_errands()
+        theirs.makes_passes()
+        mine.makes_passes()
     assert mine.state == "closed"
     fail(mine.breaker)
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "1"
 
 
@@ -267,7 +267,7 @@ def test_a_trip_that_is_not_judged_when_redis_goes_away_is_announced(process, ke
     """As nobody can tell whether the count would have stood."""
     mine = process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     mine.is_cut_off()
     mine.is_back()
     assert keys["state"] == "open"
@@ -276,13 +276,13 @@ def test_a_trip_that_is_not_judged_when_redis_goes_away_is_announced(process, ke
 def test_a_trip_is_judged_where_a_trial_has_failed_meanwhile(process, keys, clock):
     mine = process(reset_timeout=1)
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     clock.advance(1)
     ends(trial_of(mine.breaker), Boom())
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["state"] == "closed"
     clock.advance(REFRESH - 1)
-    mine.runs_errands(2)
+    mine.makes_passes(2)
     assert keys["state"] == "open"
 
 
@@ -292,15 +292,15 @@ def test_a_trip_is_judged_no_more_when_a_trial_has_closed_the_circuit(
     """Where the timeout is shorter than a refresh."""
     mine, theirs = process(reset_timeout=1), process(fail_max=10)
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     clock.advance(1)
     ends(trial_of(mine.breaker))
     assert mine.state == "closed"
-    mine.runs_errands()
+    mine.makes_passes()
     fail(theirs.breaker, 3)
-    theirs.runs_errands()
+    theirs.makes_passes()
     clock.advance(REFRESH)
-    mine.runs_errands(2)
+    mine.makes_passes(2)
     assert (mine.state, keys["state"]) == ("closed", "closed")
 
 
@@ -308,7 +308,7 @@ def test_a_look_judges_no_trip_that_is_newer_than_it(process, keys, clock, said)
     """Between the two a move was made by hand, which all hear of."""
     mine = process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     clock.advance(REFRESH)
 
     def meanwhile():
@@ -316,11 +316,11 @@ def test_a_look_judges_no_trip_that_is_newer_than_it(process, keys, clock, said)
         fail(mine.breaker, 3)
 
     mine.client.meanwhile = meanwhile
-    mine.runs_errands()
-    mine.runs_errands()
+    mine.makes_passes()
+    mine.makes_passes()
     assert keys["state"] == "closed"
     clock.advance(REFRESH)
-    mine.runs_errands(2)
+    mine.makes_passes(2)
     assert keys["state"] == "open"
     assert said() == []
 
@@ -331,17 +331,17 @@ def test_a_look_judges_no_trip_where_a_later_one_was_made_at_the_same_moment(
     """As clocks may stand still for a while."""
     mine = process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
-    _, membership = errands.shared_state(mine.storage)
+    mine.makes_passes()
+    _, membership = stepwise.shared_state(mine.storage)
     clock.advance(REFRESH)
 
     def meanwhile():
         membership.unconfirmed = membership.unconfirmed._replace()
 
     mine.client.meanwhile = meanwhile
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["state"] == "closed"
-    assert errands.outbox(mine.storage).state is None
+    assert stepwise.outbox(mine.storage).state is None
 
 
 def test_a_trip_that_is_forgotten_while_it_is_judged_does_no_harm(process, clock, said):
@@ -349,7 +349,7 @@ def test_a_trip_that_is_forgotten_while_it_is_judged_does_no_harm(process, clock
     fail(mine.breaker, 3)
     clock.advance(REFRESH)
     mine.client.meanwhile = mine.breaker.close
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.state == "closed"
     assert said() == []
 
@@ -359,10 +359,10 @@ def test_a_trip_during_the_look_that_sends_a_closing_is_not_lost(process, keys, 
     mine.breaker.open()
     mine.breaker.close()
     mine.client.meanwhile = lambda: fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.state == "open"
     clock.advance(REFRESH)
-    mine.runs_errands(3)
+    mine.makes_passes(3)
     assert keys["state"] == "open"
 
 
@@ -372,12 +372,12 @@ def test_a_trip_during_the_look_that_sends_a_closing_is_not_lost(process, keys, 
 def test_counts_that_come_in_during_a_look_are_added_to_what_it_sees(process, keys):
     mine, theirs = process(fail_max=10), process(fail_max=10)
     fail(theirs.breaker, 3)
-    theirs.runs_errands()
+    theirs.makes_passes()
     mine.client.meanwhile = lambda: fail(mine.breaker)
-    assert mine.runs_errands() == 0.0
+    assert mine.makes_passes() == 0.0
     assert mine.breaker.fail_counter == 4
     assert keys["fail_counter"] == "3"
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "4"
     assert mine.breaker.fail_counter == 4
 
@@ -386,9 +386,9 @@ def test_a_count_that_is_set_during_a_look_stays(process, keys):
     mine = process(fail_max=10)
     keys.texts["fail_counter"] = "3"
     mine.client.meanwhile = lambda: setattr(mine.breaker, "fail_counter", 7)
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.breaker.fail_counter == 7
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "7"
 
 
@@ -396,9 +396,9 @@ def test_a_count_that_is_set_during_a_look_stays(process, keys):
 def test_a_count_may_be_set(process, keys, count):
     mine = process()
     keys.texts.update(fail_counter="3", success_counter="3")
-    mine.runs_errands()
+    mine.makes_passes()
     mine.storage.counter = mine.storage.success_counter = count
-    mine.runs_errands()
+    mine.makes_passes()
     assert (mine.storage.counter, keys["fail_counter"]) == (count, str(count))
     assert mine.storage.success_counter == int(keys["success_counter"]) == count
 
@@ -441,7 +441,7 @@ def test_what_is_counted_while_a_word_is_lost_is_newer_than_it(process, keys):
 def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
     mine = process()
     fail(mine.breaker, 2)
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "2"
     if when == "before it":
         mine.breaker.call(int)
@@ -488,9 +488,9 @@ def test_who_has_closed_while_away_sets_all_counts_back(process, keys, said):
 def test_who_moves_and_was_not_away_sets_back_what_the_breaker_says(process, keys):
     mine = process()
     keys.texts.update(fail_counter="2", success_counter="1")
-    mine.runs_errands()
+    mine.makes_passes()
     mine.storage.state = "open"
-    mine.runs_errands()
+    mine.makes_passes()
     assert (keys["fail_counter"], keys["success_counter"]) == ("2", "1")
 
 
@@ -511,9 +511,9 @@ def test_a_move_that_could_not_be_sent_is_sent_later_with_its_moment(
 def test_a_move_is_no_opening_and_says_nothing_of_one(process):
     mine = process()
     mine.breaker.half_open()
-    mine.runs_errands()
+    mine.makes_passes()
     mine.breaker.close()
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.client.sent_to("opened_at") == []
 
 
@@ -530,9 +530,9 @@ def test_nobody_sees_a_circuit_open_that_has_no_moment_of_opening(process, keys)
 
     mine.client.reply = watched
     mine.breaker.open()
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts.clear()
-    mine.runs_errands()
+    mine.makes_passes()
     assert ("open", "5") in seen
     assert ("open", None) not in seen
 
@@ -540,11 +540,11 @@ def test_nobody_sees_a_circuit_open_that_has_no_moment_of_opening(process, keys)
 def test_a_moment_of_opening_that_is_set_is_sent_at_once(process, keys, clock):
     mine = process()
     mine.breaker.open()
-    mine.runs_errands()
+    mine.makes_passes()
     mine.courier.done.clear()
     mine.storage.opened_at = mine.storage.opened_at
     assert mine.courier.done == ["wake"]
-    assert errands.is_due(mine.storage)
+    assert stepwise.is_due(mine.storage)
     assert mine.courier.make_pass() > 0
     assert len(mine.client.sent_to("opened_at")) == 2
 
@@ -554,16 +554,16 @@ def test_a_moment_of_opening_that_is_set_is_sent_at_once(process, keys, clock):
     [
         lambda mine: mine.breaker.open(),
         lambda mine: fail(mine.breaker),
-        lambda mine: errands.ask(mine.storage),
-        lambda mine: errands.give_back(mine.storage, errands.claim(60, int)),
+        lambda mine: stepwise.ask(mine.storage),
+        lambda mine: stepwise.give_back(mine.storage, stepwise.claim(60, int)),
     ],
     ids=["a move", "a count", "a claim", "a claim to give back"],
 )
 def test_the_courier_goes_again_at_once_for_what_came_in_meanwhile(process, add):
     mine = process()
     mine.client.meanwhile = lambda: add(mine)
-    assert mine.runs_errands() == 0.0
-    assert mine.runs_errands() == REFRESH
+    assert mine.makes_passes() == 0.0
+    assert mine.makes_passes() == REFRESH
 
 
 def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
@@ -592,16 +592,16 @@ def test_the_moment_that_is_sent_is_that_of_the_move_that_is_sent(process, keys,
         return time()
 
     mine.client.time = meanwhile
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.client.sent_to("opened_at") == [("SET", "5")]
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opened_at"] == "12"
 
 
 def test_a_moment_that_is_set_by_a_process_that_is_open_alone_stays_here(apart, keys):
     mine, _ = apart
     mine.storage.opened_at = mine.storage.opened_at
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opened_at"] is None
 
 
@@ -610,8 +610,8 @@ def test_who_closes_by_hand_what_was_open_alone_tells_all(apart, keys):
     mine, theirs = apart
     for move in ("half_open", "open", "close"):
         getattr(mine.breaker, move)()
-        mine.runs_errands()
-        theirs.runs_errands()
+        mine.makes_passes()
+        theirs.makes_passes()
         assert keys["state"] == theirs.state == mine.state
 
 
@@ -645,8 +645,8 @@ def test_what_belongs_to_an_opening_travels_with_it(
     why = 'ümläuts, "quotes" and a \N{SNOWMAN}'
     made = move(by="outcome", reason=why, seconds=seconds, failed_trials=failed_trials)
     mine.storage.move(made)
-    mine.runs_errands()
-    theirs.runs_errands()
+    mine.makes_passes()
+    theirs.makes_passes()
     assert known(theirs) == ("open", why, seconds, failed_trials)
     assert theirs.storage.last_move().by == "outcome"
     assert said() == []
@@ -656,9 +656,9 @@ def test_a_breaker_shows_what_belongs_to_an_opening_elsewhere(process, clock):
     """Its wait is that of the opening, whatever its own timeout is."""
     mine, theirs = process(), process(reset_timeout=5)
     mine.breaker.open(1000, "maintenance")
-    mine.runs_errands()
+    mine.makes_passes()
     clock.advance(10)
-    theirs.runs_errands()
+    theirs.makes_passes()
     assert theirs.breaker.state.reason == "maintenance"
     assert theirs.breaker.retry_after == 990
 
@@ -666,7 +666,7 @@ def test_a_breaker_shows_what_belongs_to_an_opening_elsewhere(process, clock):
 def test_a_process_that_starts_later_knows_what_belongs_to_the_opening(process):
     mine = process()
     mine.storage.move(move(seconds=9, failed_trials=2))
-    mine.runs_errands()
+    mine.makes_passes()
     assert known(process()) == ("open", "why", 9, 2)
 
 
@@ -679,14 +679,14 @@ def test_a_storage_knows_the_very_move_that_was_made_in_its_process(
     assert mine.storage.last_move() is None
     for made in (move(), move("half-open"), move("closed"), move(by="count")):
         mine.storage.move(made)
-        mine.runs_errands(2)
+        mine.makes_passes(2)
         assert mine.storage.last_move() is made
     clock.advance(REFRESH)
-    mine.runs_errands(3)
+    mine.makes_passes(3)
     assert (keys["state"], mine.storage.last_move()) == ("open", made)
-    theirs.runs_errands()
+    theirs.makes_passes()
     found = theirs.storage.last_move()
-    theirs.runs_errands(3)
+    theirs.makes_passes(3)
     assert theirs.storage.last_move() is found
 
 
@@ -709,12 +709,12 @@ def test_an_opening_by_the_count_travels_with_its_reason_when_it_is_confirmed(
     for _ in range(3):
         mine.storage.increment_counter()
     mine.storage.move(move(by="count", reason="3 failures"))
-    mine.runs_errands()
-    theirs.runs_errands()
+    mine.makes_passes()
+    theirs.makes_passes()
     assert known(theirs) is None
     clock.advance(REFRESH)
-    mine.runs_errands(2)
-    theirs.runs_errands()
+    mine.makes_passes(2)
+    theirs.makes_passes()
     assert known(theirs) == ("open", "3 failures", None, 0)
 
 
@@ -723,8 +723,8 @@ def test_an_opening_in_the_same_second_as_the_one_before_is_news(process):
     mine, theirs = process(), process()
     for seconds in (None, 30, 60):
         mine.storage.move(move(seconds=seconds))
-        mine.runs_errands()
-        theirs.runs_errands()
+        mine.makes_passes()
+        theirs.makes_passes()
         assert known(theirs) == ("open", "why", seconds, 0)
 
 
@@ -732,9 +732,9 @@ def test_what_belongs_to_another_opening_is_ignored(process, keys):
     """Older releases open the circuit anew and leave the key as it is."""
     mine = process()
     mine.storage.move(move(seconds=9, failed_trials=2))
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts["opened_at"] = "4"
-    mine.runs_errands()
+    mine.makes_passes()
     assert (mine.storage.state, mine.storage.last_move()) == ("open", None)
     assert known(process()) is None
 
@@ -742,15 +742,15 @@ def test_what_belongs_to_another_opening_is_ignored(process, keys):
 def test_closing_deletes_what_belongs_to_the_opening(process, keys):
     mine, theirs = process(), process()
     mine.breaker.open()
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opening"] is not None
     mine.breaker.half_open()
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opening"] is not None
     mine.breaker.close()
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opening"] is None
-    theirs.runs_errands()
+    theirs.makes_passes()
     assert (theirs.state, theirs.storage.last_move()) == ("closed", None)
 
 
@@ -767,7 +767,7 @@ def test_nobody_sees_an_opening_before_what_belongs_to_it(process, keys):
 
     mine.client.reply = watched
     mine.breaker.open()
-    mine.runs_errands()
+    mine.makes_passes()
     assert (None, True) in seen
     assert ("5", False) not in seen
 
@@ -776,11 +776,11 @@ def test_a_moment_that_is_set_takes_what_belongs_to_the_opening_along(process, c
     """It stays the same opening."""
     mine, theirs = process(), process()
     mine.storage.move(move(seconds=9))
-    mine.runs_errands()
+    mine.makes_passes()
     clock.advance(10)
-    mine.storage.opened_at = datetime.fromtimestamp(errands.EPOCH + 8, timezone.utc)
-    mine.runs_errands()
-    theirs.runs_errands()
+    mine.storage.opened_at = datetime.fromtimestamp(stepwise.EPOCH + 8, timezone.utc)
+    mine.makes_passes()
+    theirs.makes_passes()
     assert known(theirs) == ("open", "why", 9, 0)
     assert theirs.storage.open_for() == 7
 
@@ -789,10 +789,10 @@ def test_a_state_that_is_written_alone_says_nothing_of_an_opening(process, keys)
     """What belonged to the one before is not its own."""
     mine = process()
     mine.storage.move(move(seconds=9))
-    mine.runs_errands()
+    mine.makes_passes()
     mine.storage.state = "open"
     assert mine.storage.last_move() is None
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opening"] is None
     assert known(process()) is None
 
@@ -800,10 +800,10 @@ def test_a_state_that_is_written_alone_says_nothing_of_an_opening(process, keys)
 def test_a_flush_loses_nothing_of_what_belongs_to_an_opening(process, keys):
     mine, theirs = process(), process()
     mine.storage.move(move(seconds=9))
-    mine.runs_errands()
-    theirs.runs_errands()
+    mine.makes_passes()
+    theirs.makes_passes()
     keys.texts.clear()
-    theirs.runs_errands()
+    theirs.makes_passes()
     assert known(process()) == ("open", "why", 9, 0)
 
 
@@ -811,9 +811,9 @@ def test_what_belongs_to_an_opening_may_be_lost_alone(process, keys):
     """As a server does that is short of memory. Who knows it goes on knowing it."""
     mine = process()
     mine.storage.move(move(seconds=9))
-    mine.runs_errands()
+    mine.makes_passes()
     del keys["opening"]
-    mine.runs_errands(2)
+    mine.makes_passes(2)
     assert known(mine) == ("open", "why", 9, 0)
     assert known(process()) is None
 
@@ -834,15 +834,15 @@ def test_nonsense_about_an_opening_is_put_in_order(process, keys, nonsense, said
     """By the processes that know what was there, and else deleted."""
     mine = process()
     mine.storage.move(move(seconds=9))
-    mine.runs_errands()
+    mine.makes_passes()
     good = keys["opening"]
     keys.texts["opening"] = nonsense
-    mine.runs_errands()
+    mine.makes_passes()
     assert (keys["opening"], levels(said)) == (good, ["WARNING"])
     mine.breaker.close()
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts["opening"] = nonsense
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opening"] is None
 
 
@@ -850,13 +850,13 @@ def test_a_trip_made_before_redis_first_answered_stands_and_is_sent(process, key
     """Redis is empty when it answers."""
     mine = process(trouble=redis.ConnectionError("not yet"), patience=0.001)
     mine.client.trouble = None
-    membership = errands.shared_state(mine.storage)[1]
+    membership = stepwise.shared_state(mine.storage)[1]
     membership.is_away = False  # as if the answer were only late
     mine.client.meanwhile = lambda: fail(mine.breaker, 3)
     keys.texts.clear()
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.state == "open"
-    mine.runs_errands()
+    mine.makes_passes()
     assert (mine.state, keys["state"], keys["fail_counter"]) == ("open", "open", "3")
 
 
@@ -874,7 +874,7 @@ def due(process, clock, keys):
         ]
         processes[0].breaker.open()
         for each in processes:
-            each.runs_errands()
+            each.makes_passes()
             assert each.state == "open"
         clock.advance(reset_timeout)
         return processes
@@ -905,7 +905,7 @@ def test_who_was_refused_asks_nothing_for_a_tenth_of_a_second(due, clock):
     for passed, asked in ((0.0, 1), (0.09, 1), (0.02, 2)):
         clock.advance(passed)
         assert is_refused(theirs.breaker)
-        theirs.runs_errands()
+        theirs.makes_passes()
         assert len(theirs.client.sent_to("trial")) == asked
 
 
@@ -933,16 +933,16 @@ def test_a_claim_that_was_granted_without_redis_is_not_made_there_later(
 
 def test_a_circuit_that_closes_as_its_trial_begins_is_closed(due, keys):
     """The news comes between the breaker's look and its move. A failure of that trial
-    is late, then, and opens nobody's circuit. (Found by test_interleavings_of_errands.)
+    is late, then, and opens nobody's circuit. (Found by test_interleavings.)
     """
     mine, theirs = due()
     mine.courier.is_quick = False
     theirs.breaker.close()
-    theirs.runs_errands()
+    theirs.makes_passes()
     move = mine.storage.move
 
     def hear_and_move(*args, **kwargs):
-        mine.runs_errands()
+        mine.makes_passes()
         move(*args, **kwargs)
 
     mine.storage.move = hear_and_move
@@ -950,14 +950,14 @@ def test_a_circuit_that_closes_as_its_trial_begins_is_closed(due, keys):
     assert mine.state == "closed"
     del mine.storage.move
     ends(trial, Boom())
-    mine.runs_errands(2)
+    mine.makes_passes(2)
     assert mine.state == theirs.state == keys["state"] == "closed"
 
 
 @pytest.mark.parametrize("reset_timeout", [0, 0.0004, 0.4, 60, math.inf, 1e9])
 def test_the_lease_of_a_claim_is_the_timeout_and_a_day_at_most(process, reset_timeout):
     mine = process()
-    claim = errands.ask(mine.storage, reset_timeout)
+    claim = stepwise.ask(mine.storage, reset_timeout)
     lease = {0: 1, 0.0004: 1, 0.4: 400, 60: 60_000}.get(reset_timeout, 86_400_000)
     assert mine.client.sent_to("trial")[0] == ("SET", claim.token, "NX", "PX", lease)
 
@@ -966,7 +966,7 @@ def test_a_claim_that_follows_ones_own_is_made_when_that_is_given_back(due, keys
     mine, theirs = due(success_threshold=3)
     for each in (mine, theirs):
         each.breaker.half_open()
-        each.runs_errands(3)
+        each.makes_passes(3)
     ends(trial_of(mine.breaker))
     assert keys["trial"] is not None  # that is still to be given back
     trial = trial_of(mine.breaker)
@@ -980,8 +980,8 @@ def test_all_who_ask_meanwhile_are_answered_when_it_is_given_back(due):
     trial = trial_of(mine.breaker)
     mine.courier.is_quick = False
     ends(trial)
-    claims = [errands.ask(mine.storage) for _ in range(2)]
-    mine.runs_errands(2)
+    claims = [stepwise.ask(mine.storage) for _ in range(2)]
+    mine.makes_passes(2)
     assert [claim.granted for claim in claims] == [True, False]
 
 
@@ -990,9 +990,9 @@ def test_a_claim_is_not_granted_in_a_look_that_brings_news(due, keys):
     mine, theirs = due()
     mine.courier.is_quick = False
     theirs.storage.state = "half-open"
-    theirs.runs_errands()
-    claim = errands.ask(mine.storage)
-    mine.runs_errands()
+    theirs.makes_passes()
+    claim = stepwise.ask(mine.storage)
+    mine.makes_passes()
     assert claim.granted is False
     assert keys["trial"] is None
 
@@ -1031,10 +1031,10 @@ def test_a_claim_is_refused_where_the_circuit_has_moved(due, keys):
     """What was claimed is given back at once."""
     mine, theirs = due()
     theirs.breaker.close()
-    theirs.runs_errands()
+    theirs.makes_passes()
     assert not is_refused(mine.breaker) or mine.state == "closed"
     assert mine.state == "closed"
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["trial"] is None
 
 
@@ -1064,14 +1064,14 @@ def test_a_claim_that_is_about_to_lapse_is_not_given_back(
     clock.now += lease - left
     mine.storage.release_trial()
     keys.lapses.clear()
-    mine.runs_errands(2)
+    mine.makes_passes(2)
     assert (keys["trial"] is None) == is_safe
 
 
 def test_without_a_claim_there_is_none_to_give_back(process):
     mine = process()
     mine.storage.release_trial()
-    assert mine.runs_errands() == REFRESH
+    assert mine.makes_passes() == REFRESH
 
 
 @pytest.mark.parametrize("when", ["sent", "asked meanwhile"])
@@ -1083,7 +1083,7 @@ def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, whe
 
     def ask():
         claims.append(
-            errands.ask(mine.storage, hear=lambda: told.append(claims[0].granted))
+            stepwise.ask(mine.storage, hear=lambda: told.append(claims[0].granted))
         )
 
     if when == "sent":
@@ -1103,8 +1103,8 @@ def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
     def gone():
         raise RuntimeError("Event loop is closed")
 
-    claims = [errands.ask(mine.storage, hear=gone), errands.ask(mine.storage)]
-    mine.runs_errands()
+    claims = [stepwise.ask(mine.storage, hear=gone), stepwise.ask(mine.storage)]
+    mine.makes_passes()
     assert [claim.granted for claim in claims] == [True, False]
     assert said() == []
 
@@ -1116,8 +1116,23 @@ def test_a_trial_whose_claim_was_never_heard_of_runs(due, waits, keys):
     trial = trial_of(mine.breaker)
     assert waits == [0.25]
     ends(trial)
-    mine.runs_errands(3)
+    mine.makes_passes(3)
     assert keys["trial"] is None
+
+
+@pytest.mark.parametrize(
+    ("silent_for", "expected"), [(0.0, [0.25]), (0.2, [0.25]), (0.25, [])]
+)
+def test_a_storage_does_not_wait_where_another_has_waited_in_vain(
+    process, keys, clock, waits, silent_for, expected
+):
+    """Two hundred would hold up the start of their program for a minute."""
+    mine = process()
+    mine.courier.is_quick = False
+    mine.courier.link.asked_at = clock.now
+    clock.advance(silent_for)
+    CircuitRedisStorage("closed", mine.client, "another", refresh=REFRESH)
+    assert waits == expected
 
 
 def test_the_patience_and_the_refresh_have_defaults():
@@ -1150,12 +1165,12 @@ def test_a_redis_that_refuses_to_write_stays_away(process, keys, said):
     mine.client.refusal = redis.ReadOnlyError("READONLY you cannot write here")
     fail(mine.breaker)
     for _ in range(3):
-        mine.runs_errands()
+        mine.makes_passes()
     assert levels(said) == ["WARNING"]
     assert keys["fail_counter"] is None
     assert mine.breaker.fail_counter == 1
     mine.client.refusal = None
-    mine.runs_errands()
+    mine.makes_passes()
     assert levels(said) == ["WARNING", "INFO"]
 
 
@@ -1164,10 +1179,10 @@ def test_a_redis_that_refuses_to_read_is_away(process, keys, said):
     does = keys.does
     loading = redis.ResponseError("LOADING the dataset is in memory soon")
     keys.does = lambda name, *rest: loading if name == "GET" else does(name, *rest)
-    mine.runs_errands()
+    mine.makes_passes()
     assert levels(said) == ["WARNING"]
     keys.does = does
-    mine.runs_errands()
+    mine.makes_passes()
     assert levels(said) == ["WARNING", "INFO"]
 
 
@@ -1178,7 +1193,7 @@ def test_a_redis_that_keeps_nothing_is_asked_three_times_and_is_away(
     keys.texts.clear()
     keys.set = lambda *_: True
     passes = mine.client.passes
-    assert mine.runs_errands() == REFRESH
+    assert mine.makes_passes() == REFRESH
     assert mine.client.passes == passes + 3
     assert levels(said) == ["WARNING"]
     assert "does not keep" in said()[0][1]
@@ -1189,27 +1204,27 @@ def test_a_flush_is_made_good(process, keys, state):
     """State, moment and counts are put back by whoever looks first."""
     mine, theirs = process(), process(fail_max=10)
     fail(theirs.breaker, 2)
-    theirs.runs_errands()
+    theirs.makes_passes()
     theirs.storage.state = state
     theirs.storage.success_counter = 4
-    theirs.runs_errands()
+    theirs.makes_passes()
     if state == "open":
         theirs.breaker.open()
-        theirs.runs_errands()
+        theirs.makes_passes()
     before = dict(keys.texts)
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts.clear()
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys.texts == before
 
 
 def test_a_count_that_another_puts_back_first_stays(process, keys):
     mine = process(fail_max=10)
     fail(mine.breaker, 2)
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts.clear()
     mine.client.meanwhile = lambda: keys.texts.update(fail_counter="9")
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "9"
     assert mine.breaker.fail_counter == 9
 
@@ -1229,10 +1244,10 @@ def test_who_was_away_does_not_put_its_own_counts_where_there_are_none(process, 
 def test_a_count_that_was_deleted_is_none_whatever_else_is_mended(process, keys):
     mine = process()
     fail(mine.breaker, 2)
-    mine.runs_errands()
+    mine.makes_passes()
     del keys["fail_counter"]
     keys.texts["opened_at"] = "yesterday"
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] is None
     assert mine.breaker.fail_counter == 0
 
@@ -1240,7 +1255,7 @@ def test_a_count_that_was_deleted_is_none_whatever_else_is_mended(process, keys)
 def test_nonsense_for_a_moment_is_deleted_where_there_was_no_opening(process, keys):
     mine = process()
     keys.texts["opened_at"] = "yesterday"
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opened_at"] is None
     assert keys["state"] == "closed"
 
@@ -1249,23 +1264,23 @@ def test_a_good_moment_stays_where_only_the_state_was_lost(process, keys):
     mine = process()
     keys.texts["opened_at"] = "3"
     del keys["state"]
-    mine.runs_errands()
+    mine.makes_passes()
     assert (keys["state"], keys["opened_at"]) == ("closed", "3")
 
 
 def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
     mine = process()
     mine.breaker.open()
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts["opened_at"] = "yesterday"
-    mine.runs_errands()
+    mine.makes_passes()
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
 def test_an_opening_while_a_word_is_lost_is_sent_with_its_moment(process, keys, clock):
     """It is newer than what was under way."""
     process = process()
-    process.runs_errands()
+    process.makes_passes()
     process.client.meanwhile = process.breaker.open
     process.is_cut_off()
     clock.advance(10)
@@ -1309,10 +1324,10 @@ def test_a_count_that_is_none_is_set_to_what_is_known_here(
     """A failure that could not be added is in it."""
     mine = process(fail_max=10)
     fail(mine.breaker, 2)
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts["fail_counter"] = nonsense
     fail(mine.breaker)
-    mine.runs_errands()
+    mine.makes_passes()
     if nonsense == "-1":  # to which one could be added
         assert keys["fail_counter"] == "0"
     else:
@@ -1325,9 +1340,9 @@ def test_a_count_that_is_none_is_set_to_what_is_known_here(
 def test_a_count_is_never_below_zero(process, keys, said, count):
     mine = process()
     fail(mine.breaker, 2)
-    mine.runs_errands()
+    mine.makes_passes()
     keys.texts["fail_counter"] = count
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["fail_counter"] == "2"
     assert levels(said) == ["WARNING"]
 
@@ -1336,7 +1351,7 @@ def test_a_count_is_never_below_zero(process, keys, said, count):
 def test_no_opening_lies_in_the_future(process, keys, opened_at):
     mine = process()
     keys.texts.update(state="open", opened_at=opened_at)
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.storage.open_for() == 0
 
 
@@ -1344,10 +1359,10 @@ def test_an_opening_that_has_no_moment_may_be_said_again(process, keys, said):
     """Other software may have written the state alone. So a trial is due."""
     mine = process()
     keys.texts["state"] = "open"
-    mine.runs_errands()
+    mine.makes_passes()
     assert mine.breaker.retry_after == 0
     mine.storage.state = "open"
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["opened_at"] is None
     assert said() == []
 
@@ -1364,15 +1379,15 @@ def test_a_claim_that_is_no_text_is_deleted(due, keys, clock, said):
 
 def test_the_clock_of_redis_is_asked_for_what_is_new_and_open(process, keys, clock):
     mine, theirs = process(), process()
-    theirs.runs_errands(3)
+    theirs.makes_passes(3)
     theirs.breaker.half_open()
-    theirs.runs_errands()
-    mine.runs_errands()
+    theirs.makes_passes()
+    mine.makes_passes()
     assert mine.client.times == 0
     theirs.breaker.open()
-    theirs.runs_errands()
+    theirs.makes_passes()
     clock.advance(2)
-    mine.runs_errands(3)
+    mine.makes_passes(3)
     assert mine.client.times == 1
     assert mine.storage.open_for() == 2
 
@@ -1438,8 +1453,8 @@ class AnyFleet(RuleBasedStateMachine):
         self.processes[who].breaker.fail_counter = count
 
     @rule(who=who, times=st.integers(1, 3))
-    def runs_errands(self, who, times):
-        self.processes[who].runs_errands(times)
+    def makes_passes(self, who, times):
+        self.processes[who].makes_passes(times)
 
     @rule(who=who, action=actions)
     def is_busy_meanwhile(self, who, action):
@@ -1513,7 +1528,7 @@ def courier(clock, alone):
     """The library's, whose threads are not started. It has one member, and what it does
     in a pass is for the test to say."""
     client = Client(Redis(clock))
-    courier = errands.LibrarysCourier(client)
+    courier = stepwise.OpenCourier(client)
     courier.member = Member()
     courier.add(courier.member)
     courier.heard = []
@@ -1526,7 +1541,7 @@ def test_a_courier_that_has_a_signal_is_given_no_other(courier):
     """A million calls that fail leave one."""
     for _ in range(3):
         courier.wake(courier.member)
-    assert courier._signals.qsize() == 1
+    assert courier.signals.qsize() == 1
 
 
 def test_a_courier_that_is_quicker_than_who_wakes_it_can_be_woken_again(courier):
@@ -1535,9 +1550,9 @@ def test_a_courier_that_is_quicker_than_who_wakes_it_can_be_woken_again(courier)
 
     def put(signal):
         signals.append(signal)
-        courier._is_signalled = False  # as the courier says when it has got a signal
+        courier.is_signalled = False  # as the courier says when it has got a signal
 
-    courier._signals = types.SimpleNamespace(put=put)
+    courier.signals = types.SimpleNamespace(put=put)
     courier.wake(courier.member)
     courier.wake(courier.member)
     assert signals == [None, None]
@@ -1554,10 +1569,30 @@ def test_a_courier_that_is_started_twice_is_started_once(courier, monkeypatch):
         def start(self):
             started.append(self.name)
 
-    errands.replace(monkeypatch, "threading", Thread=Thread)
+    stepwise.replace(monkeypatch, "threading", Thread=Thread)
     courier.start()
     courier.start()
     assert sorted(started) == ["pybreaker courier", "pybreaker courier's watch"]
+
+
+def test_a_courier_that_can_have_no_thread_is_started_by_the_next_storage(
+    courier, monkeypatch
+):
+    """The system may have no thread to give, for a while."""
+
+    class NoThread(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        stepwise.replace(patch, "threading", Thread=NoThread)
+        with pytest.raises(RuntimeError):
+            courier.start()
+    assert not courier.is_running
+    courier.start()
+    assert courier.is_running
+    courier.stop()
+    courier.wait(time.monotonic() + PATIENCE)
 
 
 class Gate:
@@ -1577,13 +1612,13 @@ class Gate:
 
 def test_a_courier_says_at_the_gate_that_it_ends(courier, monkeypatch):
     """So whoever starts one meanwhile starts another."""
-    gate, over = errands.set_gate(monkeypatch, Gate()), threading.Event()
-    courier._is_running = True
+    gate, over = stepwise.set_gate(monkeypatch, Gate()), threading.Event()
+    courier.is_running = True
     courier.stop()
-    courier._carry(over)
+    courier.carry(over)
     assert gate.passed == 1
     assert over.is_set()
-    assert not courier._is_running
+    assert not courier.is_running
     assert courier.heard == ["close"]
 
 
@@ -1594,7 +1629,7 @@ def test_a_courier_parts_from_redis_at_its_end(courier):
         return 3600.0
 
     courier.make_pass = make_pass
-    courier._carry(threading.Event())
+    courier.carry(threading.Event())
     assert courier.heard == ["pass", "close"]
 
 
@@ -1604,21 +1639,21 @@ def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     def get(block, timeout):
         waited.append((block, timeout))
         if len(waited) == 3:
-            courier._is_stopping = True
+            courier.is_stopping = True
         raise queue.Empty
 
     delays = iter([7.0, 0.0, 8.0])
-    courier._signals = types.SimpleNamespace(get=get)
+    courier.signals = types.SimpleNamespace(get=get)
     courier.make_pass = lambda: next(delays)
-    courier._carry(threading.Event())
+    courier.carry(threading.Event())
     # Told to block for 0 s, Python 3.9 may wait for ever.
     assert waited == [(True, 7.0), (False, None), (True, 8.0)]
 
 
 def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
-    courier._is_running = courier._is_stopping = True
+    courier.is_running = courier.is_stopping = True
     courier.start()
-    assert not courier._is_stopping
+    assert not courier.is_stopping
 
 
 def test_a_courier_that_is_woken_during_its_pass_makes_another(courier):
@@ -1629,7 +1664,7 @@ def test_a_courier_that_is_woken_during_its_pass_makes_another(courier):
 
     courier.make_pass = make_pass
     thread = threading.Thread(
-        target=courier._carry, args=(threading.Event(),), daemon=True
+        target=courier.carry, args=(threading.Event(),), daemon=True
     )
     thread.start()
     thread.join(PATIENCE)
@@ -1642,7 +1677,7 @@ def test_a_courier_ends_at_once_when_its_last_storage_is_gone(courier):
     courier.make_pass = lambda: asleep.release() or 3600.0
     other = Member()
     courier.add(other)
-    thread = threading.Thread(target=courier._carry, args=(over,), daemon=True)
+    thread = threading.Thread(target=courier.carry, args=(over,), daemon=True)
     thread.start()
     assert asleep.acquire(timeout=PATIENCE)
     del other
@@ -1678,7 +1713,7 @@ def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
         return len(periods) == 3
 
     courier.link.asked_at, clock.now = asked_at, now
-    courier._watch(types.SimpleNamespace(wait=wait))
+    courier.watch(types.SimpleNamespace(wait=wait))
     assert periods == [0.0, REFRESH / 2, REFRESH / 2]
     assert courier.member.heard == other.heard == said * 2
 
@@ -1696,7 +1731,7 @@ def test_a_watch_keeps_no_storage_alive(courier, clock):
         return next(rounds)
 
     courier.link.asked_at, clock.now = 3.0, 100.0
-    courier._watch(types.SimpleNamespace(wait=wait))
+    courier.watch(types.SimpleNamespace(wait=wait))
     assert gone() is None
 
 
@@ -1704,9 +1739,11 @@ def test_an_answer_may_come_while_the_watch_looks_for_silence(courier, clock):
     """Then there is none."""
     asked = [3.0, None, None]
     rounds = iter([False, False, True])
-    courier.link = type("Link", (), {"asked_at": property(lambda _: asked.pop(0))})()
+    link = type("Link", (stepwise.OpenLink,), {})
+    courier.link = link(courier.link.client)
+    link.asked_at = property(lambda _: asked.pop(0))
     clock.now = 4.0
-    courier._watch(types.SimpleNamespace(wait=lambda period: next(rounds)))
+    courier.watch(types.SimpleNamespace(wait=lambda period: next(rounds)))
     assert courier.member.heard == []
     assert asked == [None]
 
@@ -1717,7 +1754,7 @@ def test_redis_is_asked_until_the_answer_has_come(process):
     assert mine.courier.link.asked_at is None
     asked = []
     mine.client.meanwhile = lambda: asked.append(mine.courier.link.asked_at)
-    mine.runs_errands()
+    mine.makes_passes()
     assert asked == [5.0]
     assert mine.courier.link.asked_at is None
     mine.is_cut_off()
@@ -1756,7 +1793,7 @@ def test_a_storage_is_not_kept_for_a_redis_that_is_away(process):
     courier, gone = mine.courier, weakref.ref(mine.storage)
     mine.is_cut_off()
     mine.breaker.open()
-    mine.runs_errands()
+    mine.makes_passes()
     mine.client.trouble = None  # whose traceback has seen the storage
     del mine
     gc.collect()
@@ -1772,7 +1809,7 @@ def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slep
         timeouts.append(timeout)
         clock.advance(2.0)
 
-    courier._threads = [types.SimpleNamespace(join=join, native_id=-1)] * 3
+    courier.threads = [types.SimpleNamespace(join=join, native_id=-1)] * 3
     courier.wait(clock.now + 3.0)
     assert timeouts == [3.0, 1.0, 0.0]
     assert slept == []
@@ -1786,14 +1823,14 @@ def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
     me = types.SimpleNamespace(
         join=lambda timeout: None, native_id=threading.get_native_id()
     )
-    courier._threads = [me]
+    courier.threads = [me]
     courier.wait(clock.now + 3.0)
     assert slept == [0.0001] * 3
 
 
 def test_who_waits_for_a_couriers_end_waits_no_longer_than_that(courier, clock, slept):
     """There is no such thread any more."""
-    courier._threads = [types.SimpleNamespace(join=lambda timeout: None, native_id=-1)]
+    courier.threads = [types.SimpleNamespace(join=lambda timeout: None, native_id=-1)]
     courier.wait(clock.now + 3.0)
     assert slept == []
 
@@ -1811,9 +1848,9 @@ def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock)
         each.courier.done = told
         each.courier.wait = wait
     clock.now = 1000.5
-    errands.before_fork()
+    stepwise.before_fork()
     assert told == ["stop", "stop", ("wait", 1000.75), ("wait", 1000.75)]
-    errands.after_fork_in_parent()
+    stepwise.after_fork_in_parent()
     assert told[4:] == ["start", "start"]
 
 
@@ -1825,34 +1862,34 @@ def test_a_child_begins_with_an_outbox_of_its_own(process, waits, monkeypatch):
     held, over = threading.Event(), threading.Event()
 
     def another_thread():
-        with errands.mutex_of(storage), errands.gate():
+        with stepwise.mutex_of(storage), stepwise.gate():
             held.set()
             over.wait(PATIENCE)
 
-    errands.set_gate(monkeypatch, threading.RLock())
+    stepwise.set_gate(monkeypatch, threading.RLock())
     mine.breaker.half_open()
     trial_of(mine.breaker)
     mine.breaker.open()
     fail(mine.breaker)
-    errands.give_back(storage, errands.ask(storage))
+    stepwise.give_back(storage, stepwise.ask(storage))
     thread = threading.Thread(target=another_thread)
     thread.start()
     assert held.wait(PATIENCE)
-    errands.after_fork_in_child()
+    stepwise.after_fork_in_child()
     over.set()
     thread.join(PATIENCE)
-    assert not errands.outbox(storage)
-    new = errands.courier_of(storage)
+    assert not stepwise.outbox(storage)
+    new = stepwise.courier_of(storage)
     assert new is not courier
     assert new.link is not courier.link
     assert new.link.client is mine.client
     assert new.done == ["start"]
     assert "start" not in courier.done[1:]  # the first was its own
-    assert errands.couriers() == [new]
+    assert stepwise.couriers() == [new]
     new.is_quick = False
     storage.release_trial()  # the parent's
     waits.clear()
-    errands.at_exit()
+    stepwise.at_exit()
     assert waits == []
 
 
@@ -1862,9 +1899,9 @@ def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(process, monkeypa
     mutex, gate = threading.Lock(), threading.Lock()
     mutex.acquire()
     gate.acquire()
-    errands.set_gate(monkeypatch, gate)
-    mine.storage._mutex = mutex
-    errands.after_fork_in_child()
+    stepwise.set_gate(monkeypatch, gate)
+    stepwise.set_mutex(mine.storage, mutex)
+    stepwise.after_fork_in_child()
     fail(mine.breaker)
     process()
     assert mine.breaker.fail_counter == 1
@@ -1876,16 +1913,16 @@ def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
     for each in (idle, busy, under_way):
         each.courier.is_quick = False
     fail(busy.breaker)
-    errands.at_exit()
+    stepwise.at_exit()
     assert waits == [0.25]
     waits.clear()
-    under_way.client.meanwhile = errands.at_exit
-    under_way.runs_errands()
+    under_way.client.meanwhile = stepwise.at_exit
+    under_way.makes_passes()
     assert waits == [0.25, 0.25]
     waits.clear()
-    busy.runs_errands()
-    under_way.runs_errands()
-    errands.at_exit()
+    busy.makes_passes()
+    under_way.makes_passes()
+    stepwise.at_exit()
     assert waits == []
 
 
@@ -1898,7 +1935,7 @@ def test_the_end_waits_once_for_all_that_are_silent(process, waits, clock):
         each.courier.wake = lambda storage: clock.advance(0.1)
         fail(each.breaker)
     clock.now = 1000.0
-    errands.at_exit()
+    stepwise.at_exit()
     assert waits == [0.0, 0.0, 0.0]
 
 
@@ -1906,9 +1943,9 @@ def test_at_the_end_a_trip_that_redis_has_not_confirmed_is_announced(process, ke
     """The next process of its kind would make the same failing call, and so on."""
     mine = process()
     fail(mine.breaker, 3)
-    mine.runs_errands()
+    mine.makes_passes()
     assert keys["state"] == "closed"
-    errands.at_exit()
+    stepwise.at_exit()
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
@@ -1932,7 +1969,7 @@ def test_an_asyncio_client_without_a_pool_is_refused_at_once(alone):
 
     with pytest.raises(TypeError, match="redis_object"):
         CircuitRedisStorage("closed", Cluster())
-    assert errands.couriers() == []
+    assert stepwise.couriers() == []
 
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
@@ -1940,6 +1977,22 @@ def test_an_asyncio_client_without_a_pool_is_refused_at_once(alone):
 def test_times_are_some_seconds(process, name, value):
     with pytest.raises(ValueError, match=name):
         process(**{name: value})
+
+
+def test_a_client_that_is_a_context_manager_for_coroutines_may_be_none_for_asyncio(
+    process, keys
+):
+    """Asynchronous is what has asynchronous methods."""
+
+    class Mixed(Client):
+        async def __aenter__(self):
+            raise AssertionError("nobody does that")
+
+    client = Mixed(keys)
+    storage = CircuitRedisStorage("closed", client, refresh=REFRESH)
+    storage.increment_counter()
+    stepwise.courier_of(storage).go()
+    assert keys["fail_counter"] == "1"
 
 
 class Pool:
@@ -2010,13 +2063,13 @@ def test_an_asyncio_client_is_asked_in_a_loop_of_the_couriers(process, keys, kin
     loop with it. In the courier's thread, which has no loop, too."""
     heard = []
     pool = Pool(dict, client=Client(keys), heard=heard)
-    link = errands.Link(asyncio.run(made(kind, pool)))
+    link = stepwise.OpenLink(asyncio.run(made(kind, pool)))
     found = []
 
     def ask():
         found.append(link.run([("SET", "state", "open"), ("GET", "state")]))
         found.append(link.time())
-        found.append(link._own)
+        found.append(link.own)
 
     for _ in range(2):
         thread = threading.Thread(target=ask)
@@ -2031,7 +2084,7 @@ def test_an_asyncio_client_is_asked_in_a_loop_of_the_couriers(process, keys, kin
     assert own.connection_pool.connection_class is dict
     assert own.connection_pool.connection_kwargs == pool.connection_kwargs
     assert heard == ["made", "made"]
-    loop = link._loop
+    loop = link.loop
     link.close()
     link.close()
     close = "aclose" if kind is AsyncClient else "close"
@@ -2044,9 +2097,9 @@ def test_a_connection_that_was_lost_is_closed_all_the_same(keys, caplog):
     """With a line for who looks closely."""
     caplog.set_level(logging.DEBUG, "pybreaker")
     pool = Pool(dict, client=Client(keys), heard=[])
-    link = errands.Link(asyncio.run(made(AsyncClient, pool)))
+    link = stepwise.OpenLink(asyncio.run(made(AsyncClient, pool)))
     link.run([("GET", "state")])
-    loop, link._own.aclose = link._loop, boom
+    loop, link.own.aclose = link.loop, boom
     link.close()
     assert loop.is_closed()
     (record,) = caplog.records
@@ -2069,7 +2122,7 @@ def test_nothing_is_left_in_a_loop_that_has_waited():
         loop = asyncio.get_running_loop()
         call_later = loop.call_later
         loop.call_later = lambda *args: timers.append(call_later(*args)) or timers[-1]
-        wait, hear = errands.waiter(PATIENCE)
+        wait, hear = stepwise.waiter(PATIENCE)
         hear()
         await wait()
 
@@ -2085,7 +2138,7 @@ def test_an_answer_that_comes_twice_is_heard_once():
     async def main():
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: complaints.append(context))
-        wait, hear = errands.waiter(0.001)
+        wait, hear = stepwise.waiter(0.001)
         hear()
         hear()
         await wait()
@@ -2098,7 +2151,7 @@ def test_an_answer_that_comes_twice_is_heard_once():
 
 def test_a_coroutine_on_no_event_loop_waits_for_its_answer(monkeypatch):
     """For as long as a call would."""
-    wait, hear = errands.waiter(30.0)
+    wait, hear = stepwise.waiter(30.0)
     timer = threading.Timer(0.05, hear)
     began = time.monotonic()
     timer.start()
@@ -2112,7 +2165,7 @@ def test_no_trio_loop_stalls_while_a_trial_is_asked_for():
     order = []
 
     async def main():
-        wait, hear = errands.waiter(30.0)
+        wait, hear = stepwise.waiter(30.0)
         async with trio.open_nursery() as nursery:
 
             async def other():
@@ -2130,7 +2183,7 @@ def test_no_trio_loop_stalls_while_a_trial_is_asked_for():
 
 def test_a_task_of_trio_waits_no_longer_than_its_patience():
     async def main():
-        wait, _ = errands.waiter(0.01)
+        wait, _ = stepwise.waiter(0.01)
         with trio.fail_after(20):
             await wait()
 

@@ -1,0 +1,429 @@
+"""Why the circuit is as it is: in the state, the snapshot, the log and the error."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import json
+import logging
+import math
+import pickle
+import weakref
+
+import pytest
+from support import Boom, boom, fail
+
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitMemoryStorage,
+)
+
+
+def rejection(breaker):
+    with pytest.raises(CircuitBreakerError) as caught:
+        contextvars.Context().run(breaker.call, int)
+    return caught.value
+
+
+def shown(breaker, caplog):
+    """The reason, which is the same wherever it is shown."""
+    reason = breaker.state.reason
+    assert breaker.snapshot()["reason"] == reason
+    assert f": {reason} (" in caplog.records[-1].getMessage()
+    if breaker.current_state == "open" and breaker.retry_after:
+        error = rejection(breaker)
+        assert error.reason == reason
+        assert f": {reason} (" in str(error)
+    return reason
+
+
+@pytest.fixture(autouse=True)
+def log(caplog):
+    caplog.set_level(logging.DEBUG, "pybreaker")
+
+
+# Trips.
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, "5 failures in a row; the last: Boom()"),
+        ({"fail_max": 1}, "a failure: Boom()"),
+        ({"window_seconds": 30}, "5 failures in a row within 30 s; the last: Boom()"),
+        ({"window_seconds": 0.5}, "5 failures in a row within 0.5 s; the last: Boom()"),
+        ({"fail_max": 1, "window_seconds": 30}, "a failure within 30 s: Boom()"),
+        ({"window_size": 50}, "5 of the last 50 calls failed; the last: Boom()"),
+        (
+            {"window_size": 50, "window_seconds": 30},
+            "5 of the last 50 calls failed; the last: Boom()",
+        ),
+        ({"fail_max": 1, "window_size": 50}, "a failure: Boom()"),
+        (
+            {"window_seconds": 2592000},
+            "5 failures in a row within 2592000 s; the last: Boom()",
+        ),
+    ],
+    ids=str,
+)
+def test_a_trip_says_how_many_failures_there_were(settings, expected, caplog):
+    """In a row, or in the window, and within which time."""
+    breaker = CircuitBreaker(**settings)
+    error = fail(breaker, settings.get("fail_max", 5))
+    assert isinstance(error, CircuitBreakerError)
+    assert error.reason == expected
+    assert shown(breaker, caplog) == expected
+
+
+def test_a_trip_says_how_many_failures_there_are_where_the_limit_was_lowered(caplog):
+    """The count, not the limit."""
+    breaker = CircuitBreaker(fail_max=5, window_size=50)
+    fail(breaker, 4)
+    breaker.fail_max = 2
+    fail(breaker)
+    assert shown(breaker, caplog) == "5 of the last 50 calls failed; the last: Boom()"
+
+
+def test_a_failed_trial_says_so(caplog):
+    """With the exception that it raised."""
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
+    breaker.open(0)
+    error = fail(breaker)
+    assert error.reason == "the trial failed: Boom()"
+    assert shown(breaker, caplog) == "the trial failed: Boom()"
+
+
+def test_the_exception_is_shown_by_its_repr_on_one_line(caplog):
+    """And not at any length."""
+
+    class Wordy(Exception):
+        def __repr__(self):
+            return "one\ntwo\r\n" + 10_000 * "x"
+
+    def wordy():
+        raise Wordy
+
+    breaker = CircuitBreaker(fail_max=1)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(wordy)
+    reason = shown(breaker, caplog)
+    assert reason.startswith("a failure: one two xxx")
+    assert len(reason.splitlines()) == 1
+    assert len(reason) < 400
+
+
+def test_an_exception_whose_repr_fails_is_shown_by_its_class(caplog):
+    """The caller gets what it would get otherwise."""
+
+    class Mute(Exception):
+        def __repr__(self):
+            raise ValueError
+
+    def mute():
+        raise Mute
+
+    breaker = CircuitBreaker(fail_max=1)
+    with pytest.raises(CircuitBreakerError) as caught:
+        breaker.call(mute)
+    assert type(caught.value.__cause__) is Mute
+    assert shown(breaker, caplog) == "a failure: Mute"
+
+
+def test_the_reason_is_made_when_the_circuit_moves(caplog):
+    """What the exception says afterwards changes nothing."""
+    exc = KeyError("before")
+
+    def raise_it():
+        raise exc
+
+    breaker = CircuitBreaker(fail_max=1)
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(raise_it)
+    exc.args = ("after",)
+    assert shown(breaker, caplog) == "a failure: KeyError('before')"
+
+
+# By hand.
+
+
+@pytest.mark.parametrize("move", ["open", "half_open", "close"])
+def test_a_move_by_hand_is_by_hand_or_for_a_reason(move, caplog):
+    """The reason that is given takes the place of "by hand"."""
+    breaker = CircuitBreaker()
+    getattr(breaker, move)()
+    assert shown(breaker, caplog) == "by hand"
+    getattr(breaker, move)(reason="maintenance until ten")
+    assert shown(breaker, caplog) == "maintenance until ten"
+    getattr(breaker, move)(reason=None)
+    assert shown(breaker, caplog) == "by hand"
+    getattr(breaker, move)(reason="")
+    assert shown(breaker, caplog) == "by hand"
+
+
+@pytest.mark.parametrize(
+    "reason, expected",
+    [
+        ("one\ntwo", "one two"),
+        ("one\r\ntwo\rthree", "one two three"),
+        ("one\u2028two", "one two"),
+        ("\n", "by hand"),
+        (299 * "x" + "yz", 299 * "x" + "y"),
+        (10_000 * "x", 300 * "x"),
+        ("größer", "größer"),
+    ],
+    ids=lambda text: ascii(text)[:20],
+)
+def test_a_reason_is_one_line_of_at_most_300_characters(reason, expected, caplog):
+    """Line breaks become spaces; what is empty then is none."""
+    breaker = CircuitBreaker()
+    breaker.open(reason=reason)
+    assert shown(breaker, caplog) == expected
+
+
+def test_setting_the_state_is_by_hand(caplog):
+    """As the three methods are."""
+    breaker = CircuitBreaker()
+    for name in ("open", "half-open", "closed"):
+        breaker.state = name
+        assert shown(breaker, caplog) == "by hand"
+
+
+# Recoveries.
+
+
+def test_a_recovery_has_its_reasons_too(caplog):
+    """The half-opening, and the closing."""
+    breaker = CircuitBreaker()
+    breaker.open(0)
+
+    def trial():
+        assert shown(breaker, caplog) == "the timeout has passed"
+
+    breaker.call(trial)
+    assert shown(breaker, caplog) == "the trial succeeded"
+
+
+def test_the_errors_reason_is_why_the_circuit_opened_while_it_is_half_open():
+    """Whoever half-opened it, and for whatever reason."""
+    breaker = CircuitBreaker()
+    breaker.open(0, "maintenance")
+
+    def trial():
+        assert rejection(breaker).reason == "maintenance"
+        assert breaker.state.reason == "the timeout has passed"
+        breaker.half_open("to see")
+        breaker.call(inner_trial)
+
+    def inner_trial():
+        assert breaker.state.reason == "to see"
+        assert rejection(breaker).reason == "maintenance"
+
+    breaker.call(trial)
+    assert breaker.current_state == "closed"
+
+
+def test_half_open_without_an_opening_before_the_error_says_why_it_is_half_open():
+    """The last reason, where it was half-opened twice."""
+    breaker = CircuitBreaker()
+    breaker.half_open("first")
+
+    def trial():
+        assert rejection(breaker).reason == "first"
+        breaker.half_open("second")
+        breaker.call(inner_trial)
+
+    def inner_trial():
+        assert rejection(breaker).reason == "second"
+
+    breaker.call(trial)
+
+
+def test_closing_ends_the_opening_that_the_error_tells_of():
+    """A circuit that is half-opened after it was closed has no opening before."""
+    breaker = CircuitBreaker()
+    breaker.open(reason="long ago")
+    breaker.close()
+    breaker.half_open("now")
+    breaker.call(lambda: rejected_for(breaker, "now"))
+
+
+def rejected_for(breaker, reason):
+    assert rejection(breaker).reason == reason
+
+
+def test_the_storage_refuses_a_trial_for_the_reason_of_the_opening():
+    """Where another breaker has been granted it."""
+
+    class Refuses(CircuitMemoryStorage):
+        def claim_trial(self, timeout):
+            return False
+
+    breaker = CircuitBreaker(state_storage=Refuses("closed"))
+    breaker.open(0, "maintenance")
+    assert rejection(breaker).reason == "maintenance"
+
+
+def test_every_way_to_move_by_hand_within_a_trial_shows_the_new_reason():
+    """Of an opening by a listener that was told of the trial's failure."""
+
+    class Opens:
+        def failure(self, cb, exc):
+            cb.open(30, "as the listener says")
+
+    breaker = CircuitBreaker(listeners=[Opens()])
+    breaker.open(0, "before")
+    assert type(fail(breaker)) is Boom
+    assert rejection(breaker).reason == "as the listener says"
+
+
+# The error.
+
+
+def test_an_error_has_no_reason_by_default():
+    """As it has no breaker, and nothing to wait for."""
+    assert CircuitBreakerError().reason == ""
+    assert str(CircuitBreakerError("phrase")) == "phrase"
+
+
+def test_the_reason_survives_pickling():
+    """With the text."""
+    breaker = CircuitBreaker(name="db")
+    breaker.open(reason="maintenance")
+    error = rejection(breaker)
+    copied = pickle.loads(pickle.dumps(error))
+    assert copied.reason == "maintenance"
+    assert str(copied) == str(error)
+    assert "maintenance" in str(copied)
+
+
+def test_the_reason_of_the_error_is_that_of_the_moment_when_it_was_raised():
+    """Later moves change neither it nor the text."""
+    breaker = CircuitBreaker()
+    breaker.open(reason="first")
+    error = rejection(breaker)
+    text = str(error)
+    breaker.open(reason="second")
+    assert (error.reason, str(error)) == ("first", text)
+
+
+# Listeners.
+
+
+def test_a_listener_sees_the_reasons_of_both_states():
+    """When the change is told, it is complete."""
+    changes = []
+
+    class Watch:
+        def state_change(self, cb, old_state, new_state):
+            assert cb.state is new_state
+            changes.append((old_state.reason, new_state.reason))
+
+    breaker = CircuitBreaker(listeners=[Watch()])
+    breaker.open(reason="first")
+    breaker.close("second")
+    assert changes == [("new", "first"), ("first", "second")]
+
+
+# Text, and no exception.
+
+
+@pytest.mark.parametrize("throw", [True, False])
+@pytest.mark.parametrize("trial", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"window_size": 5}, {"window_seconds": 5, "include": [Boom]}]
+)
+def test_the_breaker_keeps_no_exception_alive(throw, trial, settings):
+    """Neither one that was counted, nor one that opened the circuit."""
+    gc.collect()
+    gc.disable()
+    try:
+        breaker = CircuitBreaker(fail_max=2, throw_new_error_on_trip=throw, **settings)
+        if trial:
+            breaker.half_open()
+        refs = []
+        for _ in range(1 if trial else 2):
+            exc = Boom()
+            refs.append(weakref.ref(exc))
+            failing(breaker, exc)
+            del exc
+        assert breaker.current_state == "open"
+        assert type(breaker.state.reason) is str
+        assert [ref() for ref in refs] == len(refs) * [None]
+    finally:
+        gc.enable()
+
+
+def failing(breaker, exc):
+    holder = [exc]
+    del exc
+
+    def raise_it():
+        raise holder.pop()
+
+    try:
+        breaker.call(raise_it)
+    except (Boom, CircuitBreakerError):
+        return
+    raise AssertionError("the call did not fail")
+
+
+# The snapshot.
+
+
+def test_the_snapshot_has_all_settings_by_name():
+    """None is off."""
+    breaker = CircuitBreaker(name="db")
+    assert json.loads(json.dumps(breaker.snapshot())) == {
+        "name": "db",
+        "state": "closed",
+        "reason": "new",
+        "fail_counter": 0,
+        "fail_max": 5,
+        "success_counter": 0,
+        "success_threshold": 1,
+        "reset_timeout": 60,
+        "window_size": None,
+        "window_seconds": None,
+        "max_reset_timeout": None,
+        "dry_run": False,
+        "opened_at": None,
+        "retry_after": 0.0,
+    }
+
+
+def test_infinity_is_told_from_off_in_the_snapshot(clock):
+    """It is a word among the settings of section 9, and None elsewhere."""
+    breaker = CircuitBreaker(
+        fail_max=math.inf,
+        reset_timeout=math.inf,
+        window_size=math.inf,
+        window_seconds=30,
+        max_reset_timeout=math.inf,
+        dry_run=True,
+    )
+    breaker.open(reason="maintenance")
+    snapshot = json.loads(json.dumps(breaker.snapshot(), allow_nan=False))
+    assert snapshot["window_size"] == snapshot["max_reset_timeout"] == "inf"
+    assert snapshot["window_seconds"] == 30
+    assert snapshot["fail_max"] is snapshot["reset_timeout"] is None
+    assert snapshot["retry_after"] is None
+    assert snapshot["dry_run"] is True
+    assert snapshot["reason"] == "maintenance"
+
+
+def test_the_snapshot_counts_what_is_remembered(clock):
+    """Not what time has forgotten."""
+    breaker = CircuitBreaker(window_seconds=30)
+    fail(breaker, 2)
+    assert breaker.snapshot()["fail_counter"] == 2
+    clock.advance(30)
+    assert breaker.snapshot()["fail_counter"] == 0
+    assert "0 of 5 failures" in repr(breaker)
+
+
+def test_boom_is_what_these_tests_raise():
+    """Its `repr` is what the reasons show."""
+    with pytest.raises(Boom) as caught:
+        boom()
+    assert repr(caught.value) == "Boom()"

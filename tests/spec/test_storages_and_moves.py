@@ -1,0 +1,244 @@
+"""What a storage is told of the circuit's moves, and what it is asked of them."""
+
+from __future__ import annotations
+
+import math
+import types
+from datetime import datetime, timezone
+
+import pytest
+from support import fail
+
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitBreakerStorage, CircuitMemoryStorage
+
+
+class Row(CircuitBreakerStorage):
+    """A storage as it was written before there were moves. It remembers writes."""
+
+    def __init__(self, state="closed"):
+        super().__init__("row")
+        self.writes = []
+        self._row = {"state": state, "counter": 0, "opened_at": None}
+
+    def _write(self, key, value):
+        self.writes.append(key)
+        self._row[key] = value
+
+    state = property(
+        lambda self: self._row["state"], lambda self, v: self._write("state", v)
+    )
+    opened_at = property(
+        lambda self: self._row["opened_at"], lambda self, v: self._write("opened_at", v)
+    )
+    counter = property(lambda self: self._row["counter"])
+
+    def increment_counter(self):
+        self._write("counter", self.counter + 1)
+
+    def reset_counter(self):
+        self._write("counter", 0)
+
+    def open_for(self):
+        return 1000.0
+
+
+class Told(Row):
+    """Remembers what it is told of each move."""
+
+    def __init__(self):
+        super().__init__()
+        self.moves = []
+
+    def move(self, move):
+        self.moves.append(
+            (
+                move.state,
+                move.reason,
+                move.by,
+                move.seconds,
+                move.failed_trials,
+                move.fail_max,
+            )
+        )
+        super().move(move)
+
+
+def test_a_storage_is_told_of_each_move_by_whom_and_why():
+    """State, reason, by whom, seconds, failed trials and the limit."""
+    storage = Told()
+    breaker = CircuitBreaker(fail_max=2, state_storage=storage)
+    fail(breaker, 3)
+    breaker.call(int)
+    breaker.open(30, "maintenance")
+    breaker.half_open()
+    breaker.close("done")
+    trial_failed = "the trial failed: Boom()"
+    passed = "the timeout has passed"
+    assert storage.moves == [
+        ("open", "2 failures in a row; the last: Boom()", "count", None, 0, 2),
+        ("half-open", passed, "trial", None, 0, 2),
+        ("open", trial_failed, "outcome", None, 1, 2),
+        ("half-open", passed, "trial", None, 1, 2),
+        ("closed", "the trial succeeded", "outcome", None, 0, 2),
+        ("open", "maintenance", "hand", 30, 0, 2),
+        ("half-open", "by hand", "hand", None, 0, 2),
+        ("closed", "done", "hand", None, 0, 2),
+    ]
+
+
+def test_the_gate_of_a_state_makes_the_move_of_a_trial():
+    """Code that drives a circuit by hand half-opens it as a trial does."""
+    storage = Told()
+    breaker = CircuitBreaker(state_storage=storage)
+    breaker.open()
+    breaker.state.before_call(int)
+    assert [move[2] for move in storage.moves] == ["hand", "trial"]
+
+
+def test_an_older_storage_writes_the_opening_and_then_the_state():
+    """What `move` does by default; the counters come before."""
+    storage = Row()
+    breaker = CircuitBreaker(state_storage=storage)
+    breaker.open()
+    assert storage.writes[-2:] == ["opened_at", "state"]
+    storage.writes.clear()
+    breaker.half_open()
+    assert storage.writes == ["state"]
+    storage.writes.clear()
+    breaker.close()
+    assert storage.writes == ["counter", "state"]
+    assert storage.opened_at.tzinfo is timezone.utc
+
+
+def test_a_memory_storage_has_its_counter_written_before_its_state(clock):
+    """With a window, too: what time has forgotten is gone when the state is open."""
+    counts = []
+
+    class Watch(CircuitMemoryStorage):
+        def move(self, move):
+            counts.append(self.counter)
+            super().move(move)
+
+    breaker = CircuitBreaker(
+        fail_max=3, window_seconds=30, state_storage=Watch("closed")
+    )
+    fail(breaker)
+    clock.advance(30)
+    breaker.open()
+    breaker.close()
+    assert counts == [0, 0]
+
+
+def test_over_an_older_storage_the_breaker_that_moved_knows_its_move():
+    """Length, reason and failed trials hold for that one, and for no other."""
+    storage = Row()
+    storage.open_for = lambda: 1.0
+    first, second = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    assert storage.last_move() is None
+    first.open(300, "maintenance")
+    assert (first.state.reason, first.retry_after) == ("maintenance", 299)
+    assert second.state.reason != "maintenance"
+    assert second.retry_after == 59
+
+
+class Knows(Row):
+    """Knows of a move that another process has made."""
+
+    def __init__(self, state, **attributes):
+        super().__init__(state)
+        self.known = types.SimpleNamespace(state=state, by="hand", fail_max=5)
+        self.known.__dict__.update(attributes)
+
+    def last_move(self):
+        return self.known
+
+    def move(self, move):
+        self.known = None
+        super().move(move)
+
+    def open_for(self):
+        return 1.0
+
+
+def test_a_breaker_made_over_a_storage_that_has_moved_asks_it_for_the_move():
+    """Reason, seconds and failed trials are taken over; nothing is written or told."""
+    storage = Knows("open", reason="elsewhere", seconds=100, failed_trials=2)
+    breaker = CircuitBreaker(
+        reset_timeout=10, max_reset_timeout=1000, state_storage=storage
+    )
+    assert breaker.state.reason == "elsewhere"
+    assert breaker.retry_after == 99
+    assert storage.writes == []
+    storage.open_for = lambda: 1000.0
+    fail(breaker)
+    storage.open_for = lambda: 0.0
+    assert 72 <= breaker.retry_after <= 80  # the third trial has failed
+
+
+def test_a_breaker_that_finds_the_storage_moved_asks_it_for_the_move(recorder):
+    """The listeners are told, and the move is not handed back."""
+    storage = Knows("closed", reason="", seconds=None, failed_trials=0)
+    moves = []
+    storage.move = moves.append
+    breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
+    storage._row["state"] = "open"
+    storage.known = types.SimpleNamespace(
+        state="open", reason="elsewhere", seconds=math.inf, failed_trials=0
+    )
+    assert breaker.snapshot()["reason"] == "elsewhere"
+    assert recorder.names == []
+    assert breaker.state.reason == "elsewhere"
+    assert breaker.retry_after == math.inf
+    assert recorder.transitions == [("closed", "open")]
+    assert (moves, storage.writes) == ([], [])
+
+
+def test_a_move_to_another_state_than_the_present_one_is_not_believed():
+    """Something has moved the storage since, and did not say so."""
+    storage = Knows("open", reason="elsewhere", seconds=100, failed_trials=2)
+    storage._row["state"] = "half-open"
+    breaker = CircuitBreaker(state_storage=storage)
+    assert breaker.state.reason != "elsewhere"
+
+
+def test_a_memory_storage_knows_the_move_that_brought_it_to_its_state():
+    """None before the first."""
+    storage = CircuitMemoryStorage("closed")
+    assert storage.last_move() is None
+    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
+    fail(breaker)
+    move = storage.last_move()
+    assert (move.state, move.reason, move.by) == ("open", "a failure: Boom()", "count")
+    assert (move.seconds, move.failed_trials, move.fail_max) == (None, 0, 1)
+    breaker.open(7)
+    assert storage.last_move().seconds == 7
+
+
+def test_a_state_that_was_written_is_not_that_of_an_earlier_move():
+    """A test closes the circuit of a maintenance and opens it, by writing both."""
+    breaker = CircuitBreaker()
+    breaker.open(math.inf, "maintenance")
+    breaker._state_storage.state = "closed"
+    assert breaker.state.name == "closed"
+    breaker._state_storage.state = "open"
+    assert breaker.state.reason != "maintenance"
+    assert breaker.retry_after < math.inf
+
+
+def test_an_opening_time_that_is_written_moves_the_opening_of_any_length():
+    """Tests let a timeout pass that way, one of `open(seconds)` too."""
+    breaker = CircuitBreaker()
+    breaker.open(3600)
+    breaker._state_storage.opened_at = datetime(2001, 1, 1, tzinfo=pybreaker.UTC)
+    assert breaker.retry_after == 0
+    breaker.open(math.inf)
+    breaker._state_storage.opened_at = datetime(2001, 1, 1)
+    assert breaker.retry_after == math.inf
+
+
+@pytest.mark.parametrize("name", ["move", "last_move"])
+def test_a_storage_of_an_older_kind_needs_neither(name):
+    """The base class has both."""
+    assert callable(getattr(CircuitBreakerStorage, name))
+    assert name not in vars(Row)

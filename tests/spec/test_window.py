@@ -1,0 +1,1063 @@
+"""When a failure is forgotten: `window_size`, `window_seconds` and `fail_counter`."""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import time
+import tracemalloc
+
+import guards
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import PATIENCE, at_once, boom, fail, locks_taken, while_locked
+
+import pybreaker
+from pybreaker import CircuitBreaker, CircuitMemoryStorage
+
+WAYS = [
+    guards.by_call,
+    guards.by_decorator,
+    guards.by_block,
+    guards.by_generator,
+    guards.by_coroutine,
+    guards.by_call_async,
+    guards.by_iterable_coroutine,
+    guards.by_async_generator,
+    guards.by_async_block,
+]
+every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+
+
+def succeed(breaker, times=1):
+    for _ in range(times):
+        breaker.call(int)
+
+
+def abandon(breaker):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(interrupted)
+
+
+# In a row.
+
+
+def test_without_a_window_a_success_forgets_all_failures():
+    """Neither the number of calls nor time forgets a failure."""
+    breaker = CircuitBreaker(fail_max=3)
+    fail(breaker, 2)
+    assert breaker.fail_counter == 2
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+def test_without_a_window_time_forgets_nothing(clock):
+    """Failures in a row are in a row whenever they were."""
+    breaker = CircuitBreaker(fail_max=3)
+    fail(breaker, 2)
+    clock.advance(1e6)
+    assert breaker.fail_counter == 2
+    fail(breaker)
+    assert breaker.current_state == "open"
+
+
+# A window of calls.
+
+
+@every_way
+def test_in_a_window_of_calls_a_success_forgets_no_failure_by_itself(way):
+    """A failure is forgotten when `window_size` calls were counted after it."""
+    breaker = CircuitBreaker(fail_max=2, window_size=4)
+    with pytest.raises(Exception, match="^$"):
+        way(breaker, boom)
+    counts = []
+    for _ in range(4):
+        way(breaker, int)
+        counts.append(breaker.fail_counter)
+    assert counts == [1, 1, 1, 0]
+
+
+@every_way
+def test_excluded_exceptions_count_as_calls(way):
+    """They are successes, and push failures out of the window."""
+    breaker = CircuitBreaker(fail_max=2, window_size=2, exclude=[KeyError])
+    fail(breaker)
+    for count in (1, 0):
+        with pytest.raises(KeyError):
+            way(breaker, {}.popitem)
+        assert breaker.fail_counter == count
+
+
+def test_a_failure_pushes_an_older_one_out_of_the_window():
+    """The failure that would be the third is one of only two in the last four."""
+    breaker = CircuitBreaker(fail_max=3, window_size=4)
+    fail(breaker, 2)
+    succeed(breaker, 3)
+    assert breaker.fail_counter == 1
+    fail(breaker)
+    assert breaker.fail_counter == 1
+    assert breaker.current_state == "closed"
+
+
+def test_half_of_fifty_calls_open_the_circuit():
+    """25 failures in 49 calls, every second one, are enough, and 24 are not."""
+    breaker = CircuitBreaker(fail_max=25, window_size=50)
+    for _ in range(24):
+        fail(breaker)
+        succeed(breaker)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 24)
+    fail(breaker)
+    assert breaker.current_state == "open"
+
+
+def test_one_failure_in_three_does_not():
+    """However many calls there are, fewer than half of the last fifty failed."""
+    breaker = CircuitBreaker(fail_max=25, window_size=50)
+    for _ in range(200):
+        fail(breaker)
+        succeed(breaker, 2)
+    assert breaker.current_state == "closed"
+    assert breaker.fail_counter in (16, 17)
+
+
+def test_a_window_without_end_forgets_only_when_the_circuit_closes():
+    """`math.inf` calls are all calls of the era."""
+    breaker = CircuitBreaker(fail_max=3, window_size=math.inf)
+    fail(breaker, 2)
+    succeed(breaker, 500)
+    assert breaker.fail_counter == 2
+    fail(breaker)
+    assert breaker.current_state == "open"
+
+
+def test_a_window_of_one_call_remembers_the_last_one():
+    """One success forgets the failure before it, if that did not open."""
+    breaker = CircuitBreaker(fail_max=1, window_size=1)
+    breaker.fail_counter = 1
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+# A window of time.
+
+
+def test_a_failure_is_forgotten_so_many_seconds_after_it_was_counted(clock):
+    """It stands until then, and not at that moment."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    fail(breaker)
+    clock.advance(10)
+    fail(breaker)
+    clock.advance(19.5)
+    assert breaker.fail_counter == 2
+    clock.advance(0.5)
+    assert breaker.fail_counter == 1
+    clock.advance(10)
+    assert breaker.fail_counter == 0
+
+
+def test_what_time_has_forgotten_opens_nothing(clock):
+    """Three failures, of which two are within the time."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    fail(breaker)
+    clock.advance(10)
+    fail(breaker)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 2)
+    clock.advance(19)
+    fail(breaker)
+    assert breaker.current_state == "open"
+
+
+def test_a_window_of_time_alone_is_still_in_a_row(clock):
+    """A success forgets all failures."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    fail(breaker, 2)
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+def test_with_both_windows_a_failure_is_forgotten_by_whichever_comes_first(clock):
+    """By four calls, or after thirty seconds."""
+    breaker = CircuitBreaker(fail_max=3, window_size=4, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    fail(breaker)
+    succeed(breaker, 2)
+    assert breaker.fail_counter == 2
+    clock.advance(10)
+    assert breaker.fail_counter == 1  # the older one by its time
+    succeed(breaker, 2)
+    assert breaker.fail_counter == 0  # the other by four calls after it
+
+
+def test_a_clock_that_goes_back_is_another_clock(clock):
+    """A failure is not remembered until the new clock reaches the old moment."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    fail(breaker)
+    clock.advance(-900)
+    clock.advance(30)
+    assert breaker.fail_counter == 0
+    fail(breaker, 2)
+    assert breaker.fail_counter == 2
+
+
+# Which calls are counted.
+
+
+def test_abandoned_calls_are_not_counted():
+    """They push no failure out of the window."""
+    breaker = CircuitBreaker(fail_max=2, window_size=2)
+    fail(breaker)
+    for _ in range(5):
+        abandon(breaker)
+    succeed(breaker)
+    assert breaker.fail_counter == 1
+
+
+def test_ignored_exceptions_are_not_counted():
+    """A call that one abandons pushes no failure out of the window."""
+    breaker = CircuitBreaker(fail_max=2, window_size=2, ignore=[KeyError])
+    fail(breaker)
+    for _ in range(5):
+        with pytest.raises(KeyError):
+            breaker.call({}.popitem)
+    succeed(breaker)
+    assert breaker.fail_counter == 1
+
+
+def test_late_calls_are_not_counted():
+    """Calls of an earlier closed era push no failure of this one out."""
+    breaker = CircuitBreaker(fail_max=2, window_size=2)
+
+    def late():
+        breaker.close()
+        fail(breaker)
+
+    breaker.call(late)
+    breaker.call(breaker.call, int)  # a call inside a call is one of its own
+    assert breaker.fail_counter == 0
+
+    def late_after_two_more():
+        breaker.close()
+        fail(breaker)
+        succeed(breaker)
+
+    breaker.call(late_after_two_more)
+    assert breaker.fail_counter == 1
+
+
+def test_calls_are_counted_in_the_order_in_which_they_are_settled():
+    """A call that began before a failure and ends after it counts after it."""
+    breaker = CircuitBreaker(fail_max=2, window_size=2)
+
+    def slow():
+        fail(breaker)
+
+    breaker.call(slow)
+    assert breaker.fail_counter == 1
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+# Eras.
+
+
+@pytest.mark.parametrize(
+    "window", [{"window_size": 4}, {"window_seconds": 30}], ids=str
+)
+def test_closing_forgets_everything(window):
+    """By hand and by a trial; a closed circuit that is closed, too."""
+    breaker = CircuitBreaker(fail_max=3, reset_timeout=0, **window)
+    fail(breaker, 2)
+    breaker.close()
+    assert breaker.fail_counter == 0
+    fail(breaker, 3)
+    assert breaker.current_state == "open"
+    succeed(breaker)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
+
+
+def test_each_closed_era_has_its_window(clock):
+    """After a recovery calls and time forget failures as before."""
+    breaker = CircuitBreaker(fail_max=3, window_size=4, window_seconds=30)
+    for _ in range(3):
+        fail(breaker)
+        succeed(breaker, 3)
+        assert breaker.fail_counter == 1
+        succeed(breaker)
+        assert breaker.fail_counter == 0
+        fail(breaker)
+        clock.advance(30)
+        assert breaker.fail_counter == 0
+        fail(breaker, 3)
+        assert breaker.current_state == "open"
+        clock.advance(60)
+        succeed(breaker)
+        assert breaker.current_state == "closed"
+
+
+@pytest.mark.parametrize("move", ["open", "half_open"])
+def test_in_another_state_time_forgets_nothing(clock, move):
+    """`fail_counter` stands as it was when the circuit left the closed state."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    fail(breaker)
+    getattr(breaker, move)()
+    clock.advance(3600)
+    assert breaker.fail_counter == 2
+
+
+def test_what_was_forgotten_before_the_opening_does_not_come_back(clock):
+    """The count that stands in the open state is the one that was read before."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    fail(breaker)
+    clock.advance(10)
+    assert breaker.fail_counter == 1
+    breaker.open()
+    assert breaker.fail_counter == 1
+
+
+def test_a_trip_leaves_the_count_that_opened_the_circuit(clock):
+    """Time that passes afterwards forgets nothing of it."""
+    breaker = CircuitBreaker(fail_max=3, window_size=5, window_seconds=30)
+    fail(breaker, 3)
+    clock.advance(1000)
+    assert (breaker.current_state, breaker.fail_counter) == ("open", 3)
+
+
+def test_the_trip_is_decided_on_what_is_true_after_the_failure_was_told(clock):
+    """A listener that takes its time lets the first failure be forgotten."""
+
+    class Slow:
+        def failure(self, cb, exc):
+            clock.advance(20)
+
+    breaker = CircuitBreaker(fail_max=2, window_seconds=30, listeners=[Slow()])
+    fail(breaker, 2)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
+
+
+# Setting fail_counter.
+
+
+def test_a_count_that_is_set_is_so_many_failures_counted_just_now(clock):
+    """They are forgotten after as many calls, and as many seconds, as others."""
+    breaker = CircuitBreaker(fail_max=3, window_size=4, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    breaker.fail_counter = 2
+    clock.advance(29)
+    assert breaker.fail_counter == 2
+    succeed(breaker, 2)
+    assert breaker.fail_counter == 2
+    succeed(breaker)
+    assert breaker.fail_counter == 1
+    clock.advance(1)
+    assert breaker.fail_counter == 0
+
+
+def test_with_a_window_the_count_can_be_set_to_at_most_fail_max():
+    """Another is refused with both numbers, and changes nothing."""
+    breaker = CircuitBreaker(fail_max=3, window_size=5)
+    fail(breaker)
+    with pytest.raises(ValueError, match="fail_counter .*fail_max, 3.* 4"):
+        breaker.fail_counter = 4
+    assert breaker.fail_counter == 1
+    breaker.fail_counter = 3
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 3)
+
+
+def test_setting_the_count_to_zero_forgets_all():
+    """The next failure is the first."""
+    breaker = CircuitBreaker(fail_max=3, window_size=5)
+    fail(breaker, 2)
+    breaker.fail_counter = 0
+    fail(breaker, 2)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 2)
+
+
+@pytest.mark.parametrize("listener", [False, True])
+def test_only_a_failure_opens_the_circuit(listener):
+    """A count that is set to the limit does not, nor does a success at it, whether
+    that takes the lock to tell a listener or not."""
+
+    class Hears:
+        def success(self, cb):
+            assert cb.fail_counter == 3
+
+    breaker = CircuitBreaker(
+        fail_max=3, window_size=10, listeners=[Hears()] if listener else None
+    )
+    breaker.fail_counter = 3
+    succeed(breaker)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 3)
+    fail(breaker)
+    assert breaker.current_state == "open"
+
+
+def test_a_failure_that_was_counted_by_hand_is_forgotten_as_others_are():
+    """Code in the field counts through `_inc_counter()` and `on_failure()`."""
+    breaker = CircuitBreaker(fail_max=3, window_size=4)
+    with breaker._lock:
+        breaker._inc_counter()
+        breaker.state.on_failure(ValueError())
+    assert breaker.fail_counter == 1
+    succeed(breaker, 5)
+    assert breaker.fail_counter == 0
+
+
+def test_a_failure_that_was_counted_by_hand_is_forgotten_after_its_time(clock):
+    """Also where the first call comes long afterwards."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=30)
+    with breaker._lock:
+        breaker._inc_counter()
+        breaker.state.on_failure(ValueError())
+    clock.advance(30)
+    assert breaker.fail_counter == 0
+
+
+# Switching windows on and off, and changing them.
+
+
+def test_a_window_of_time_that_is_switched_on_takes_the_count_as_of_now(clock):
+    """The failures have as much time before them as new ones."""
+    breaker = CircuitBreaker(fail_max=5)
+    fail(breaker, 2)
+    clock.advance(1000)
+    breaker.window_seconds = 30
+    assert breaker.fail_counter == 2
+    clock.advance(29)
+    assert breaker.fail_counter == 2
+    clock.advance(1)
+    assert breaker.fail_counter == 0
+
+
+def test_a_window_of_calls_that_is_switched_on_takes_the_count_as_of_now():
+    """The failures are the last calls that were counted."""
+    breaker = CircuitBreaker(fail_max=4)
+    fail(breaker, 2)
+    breaker.window_size = 5
+    succeed(breaker, 3)
+    assert breaker.fail_counter == 2
+    succeed(breaker)
+    assert breaker.fail_counter == 1
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+@pytest.mark.parametrize("state", ["open", "half-open"])
+def test_a_window_can_be_switched_on_in_any_state(state):
+    """It holds in the next closed era."""
+    breaker = CircuitBreaker(fail_max=2)
+    breaker.state = state
+    breaker.window_size = 2
+    breaker.close()
+    fail(breaker)
+    succeed(breaker)
+    assert breaker.fail_counter == 1
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+def test_a_window_can_be_switched_on_while_a_call_is_late():
+    """The call returns what the function returned."""
+    breaker = CircuitBreaker(fail_max=2)
+
+    def slow():
+        breaker.open()
+        breaker.window_size = 5
+        return "result"
+
+    assert breaker.call(slow) == "result"
+
+
+def test_a_window_that_is_switched_off_leaves_failures_in_a_row():
+    """What is remembered stays, and the next success forgets it."""
+    breaker = CircuitBreaker(fail_max=4, window_size=10)
+    fail(breaker)
+    succeed(breaker)
+    fail(breaker)
+    breaker.window_size = None
+    assert breaker.fail_counter == 2
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+@pytest.mark.parametrize("seconds", [None, 1000], ids=["off", "longer"])
+def test_a_longer_time_brings_no_failure_back(clock, seconds):
+    """What was forgotten is forgotten."""
+    breaker = CircuitBreaker(fail_max=5, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    fail(breaker)
+    clock.advance(10)
+    assert breaker.fail_counter == 1
+    breaker.window_seconds = seconds
+    assert breaker.fail_counter == 1
+
+
+def test_a_larger_window_brings_no_failure_back():
+    """What was forgotten is forgotten."""
+    breaker = CircuitBreaker(fail_max=2, window_size=2)
+    fail(breaker)
+    succeed(breaker, 2)
+    breaker.window_size = 100
+    assert breaker.fail_counter == 0
+
+
+def test_a_narrower_window_forgets_at_once():
+    """What is no longer among so many calls is forgotten, and nothing else."""
+    breaker = CircuitBreaker(fail_max=3, window_size=10)
+    fail(breaker)
+    succeed(breaker, 3)
+    fail(breaker)
+    succeed(breaker, 2)
+    breaker.window_size = 7
+    assert breaker.fail_counter == 2
+    breaker.window_size = 6
+    assert breaker.fail_counter == 1
+    breaker.window_size = 3
+    assert breaker.fail_counter == 1
+    breaker.fail_max = 2
+    breaker.window_size = 2
+    assert breaker.fail_counter == 0
+
+
+def test_a_shorter_time_forgets_at_once(clock):
+    """Of a failure twenty seconds ago, and one ten seconds ago."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=60)
+    fail(breaker)
+    clock.advance(10)
+    fail(breaker)
+    clock.advance(10)
+    breaker.window_seconds = 20
+    assert breaker.fail_counter == 1
+    breaker.window_seconds = 10.5
+    assert breaker.fail_counter == 1
+    breaker.window_seconds = 10
+    assert breaker.fail_counter == 0
+
+
+def test_a_narrower_window_opens_nothing():
+    """Nor does a limit that is lowered to the count."""
+    breaker = CircuitBreaker(fail_max=5, window_size=10)
+    fail(breaker, 3)
+    breaker.fail_max = 3
+    breaker.window_size = 3
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 3)
+    fail(breaker)
+    assert breaker.current_state == "open"
+
+
+# A naive window, beside which the library's is put.
+
+
+class NaiveWindow:
+    """The specification's sentences, one after the other, for a closed circuit."""
+
+    def __init__(self, clock):
+        self.clock, self.size, self.seconds = clock, None, None
+        self.marks = []  # how many calls ago, and when
+        self.has_tripped = False
+
+    def forget(self):
+        if self.size is not None:
+            self.marks = [mark for mark in self.marks if mark[0] < self.size]
+        if self.seconds is not None:
+            now = self.clock.now
+            self.marks = [each for each in self.marks if now - each[1] < self.seconds]
+
+    def count(self):
+        self.marks = [(ago + 1, moment) for ago, moment in self.marks]
+
+    def succeed(self):
+        self.count()
+        self.forget()
+        if self.size is None:
+            self.marks = []
+
+    def fail(self, fail_max):
+        self.count()
+        self.forget()
+        self.marks.append((0, self.clock.now))
+        self.forget()
+        if len(self.marks) >= fail_max:
+            self.close()
+
+    def close(self):
+        self.marks = []
+
+    def set_count(self, count):
+        self.marks = [(ago, self.clock.now) for ago in reversed(range(count))]
+
+    def set_window(self, size, seconds):
+        self.forget()
+        if self.size is self.seconds is None:
+            self.set_count(len(self.marks))
+        self.size, self.seconds = size, seconds
+        self.forget()
+
+
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["succeed", "fail", "abandon"])),
+    st.tuples(st.just("advance"), st.integers(0, 12)),
+    st.tuples(st.just("close")),
+    st.tuples(st.just("set_count"), st.integers(0, 3)),
+    st.tuples(
+        st.just("set_window"),
+        st.one_of(st.none(), st.integers(3, 8), st.just(math.inf)),
+        st.one_of(st.none(), st.integers(1, 20)),
+    ),
+)
+
+
+@given(st.lists(STEPS, max_size=40))
+def test_a_window_remembers_what_the_specification_says(steps):
+    """Whatever happens, the count is that of the naive window after each step."""
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pybreaker, "time", clock)
+        breaker, naive = CircuitBreaker(fail_max=3), NaiveWindow(clock)
+        for what, *details in steps:
+            if what == "succeed":
+                succeed(breaker)
+                naive.succeed()
+            elif what == "fail":
+                fail(breaker)
+                naive.fail(3)
+            elif what == "abandon":
+                abandon(breaker)
+            elif what == "advance":
+                clock.now += details[0]
+                naive.forget()
+            elif what == "close":
+                breaker.close()
+                naive.close()
+            elif what == "set_count":
+                breaker.fail_counter = details[0]
+                naive.set_count(details[0])
+            else:
+                size, seconds = details
+                breaker.window_size, breaker.window_seconds = (
+                    size,
+                    breaker.window_seconds,
+                )
+                naive.set_window(size, naive.seconds)
+                breaker.window_seconds = seconds
+                naive.set_window(size, seconds)
+            if breaker.current_state == "open":
+                assert breaker.fail_counter == 3
+                breaker.close()
+            assert breaker.fail_counter == len(naive.marks), what
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000
+
+    def monotonic(self):
+        return float(self.now)
+
+
+# What does not go together.
+
+
+def refused(match, set_it):
+    with pytest.raises(ValueError, match=match):
+        set_it()
+
+
+def test_a_limit_above_the_window_is_refused_by_whichever_comes_second():
+    """The error names both, and nothing has changed."""
+    both = "fail_max.*window_size.*fail_max 6, window_size 5"
+    refused(both, lambda: CircuitBreaker(fail_max=6, window_size=5))
+    breaker = CircuitBreaker(fail_max=5, window_size=5)
+    refused(both, lambda: setattr(breaker, "fail_max", 6))
+    assert breaker.fail_max == 5
+    breaker = CircuitBreaker(fail_max=6)
+    refused(both, lambda: setattr(breaker, "window_size", 5))
+    assert breaker.window_size is None
+    refused(
+        "fail_max inf, window_size 5",
+        lambda: CircuitBreaker(fail_max=math.inf, window_size=5),
+    )
+
+
+def test_nothing_infinite_is_remembered_without_a_time():
+    """`fail_max` and `window_size` may both be infinite with `window_seconds`."""
+    both = "fail_max and window_size .*window_seconds"
+    refused(both, lambda: CircuitBreaker(fail_max=math.inf, window_size=math.inf))
+    breaker = CircuitBreaker(fail_max=math.inf)
+    refused(both, lambda: setattr(breaker, "window_size", math.inf))
+    assert breaker.window_size is None
+    breaker = CircuitBreaker(window_size=math.inf)
+    refused(both, lambda: setattr(breaker, "fail_max", math.inf))
+    assert breaker.fail_max == 5
+    breaker = CircuitBreaker(fail_max=math.inf, window_size=math.inf, window_seconds=30)
+    refused(both, lambda: setattr(breaker, "window_seconds", None))
+    assert breaker.window_seconds == 30
+
+
+@pytest.mark.parametrize(
+    "parameter, value",
+    [
+        ("fail_max", 6),
+        ("window_size", 6),
+        ("reset_timeout", 6),
+        ("max_reset_timeout", 66),
+    ],
+)
+def test_setters_of_what_must_go_together_take_turns(parameter, value):
+    """Else thread A checks `fail_max` and thread B `window_size`, both find no fault,
+    and then both write."""
+    breaker = CircuitBreaker(window_size=9, max_reset_timeout=99)
+    assert locks_taken(breaker, setattr, breaker, parameter, value) >= 1
+    assert getattr(breaker, parameter) == value
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+@pytest.mark.parametrize("parameter", ["window_size", "window_seconds"])
+def test_what_is_no_window_is_refused(parameter, kind):
+    """The error names the parameter and the value; a setter changes nothing."""
+    values = {
+        ("window_size", TypeError): ["7", [7], True, object, 7 + 0j],
+        ("window_size", ValueError): [0, -1, 7.5, math.nan, -math.inf],
+        ("window_seconds", TypeError): ["7", [7], True, object, 7 + 0j],
+        ("window_seconds", ValueError): [0, 0.0, -1, math.nan, math.inf, 10**400],
+    }
+    breaker = CircuitBreaker(fail_max=1, window_size=7, window_seconds=7)
+    for value in values[parameter, kind]:
+        with pytest.raises(kind, match=parameter) as caught:
+            CircuitBreaker(fail_max=1, **{parameter: value})
+        assert repr(value) in str(caught.value)
+        with pytest.raises(kind, match=parameter):
+            setattr(breaker, parameter, value)
+        assert getattr(breaker, parameter) == 7
+
+
+def test_a_window_may_be_a_float_of_whole_value():
+    """As other whole numbers may; seconds may be a fraction."""
+    breaker = CircuitBreaker(window_size=7.0, window_seconds=0.5)
+    assert (breaker.window_size, breaker.window_seconds) == (7, 0.5)
+    assert isinstance(breaker.window_size, int)
+
+
+def test_the_settings_of_the_window_are_by_name_only():
+    """The ninth position is none."""
+    with pytest.raises(TypeError):
+        CircuitBreaker(5, 60, None, None, None, None, True, 1, 50)
+
+
+# Storages.
+
+
+class CountsItself(CircuitMemoryStorage):
+    def increment_counter(self):
+        super().increment_counter()
+
+
+class HasOwnCounter(CircuitMemoryStorage):
+    @property
+    def counter(self):
+        return self._fail_counter
+
+
+class ResetsItself(CircuitMemoryStorage):
+    def reset_counter(self):
+        super().reset_counter()
+
+
+class OnlyNamed(CircuitMemoryStorage):
+    name = "rows"
+
+
+class Other(pybreaker.CircuitBreakerStorage):
+    state, counter, opened_at = "closed", 0, None
+
+    def __init__(self, state):
+        super().__init__("other")
+
+    def increment_counter(self):
+        self.counter += 1
+
+    def reset_counter(self):
+        self.counter = 0
+
+
+@pytest.mark.parametrize("parameter", ["window_size", "window_seconds"])
+@pytest.mark.parametrize("kind", [CountsItself, HasOwnCounter, ResetsItself, Other])
+def test_a_window_needs_a_storage_that_counts_in_memory(kind, parameter):
+    """Another is named in the error; a setter changes nothing."""
+    storage = kind("closed")
+    with pytest.raises(
+        ValueError, match=f"{parameter}.*CircuitMemoryStorage"
+    ) as caught:
+        CircuitBreaker(state_storage=storage, **{parameter: 10})
+    assert repr(storage) in str(caught.value)
+    breaker = CircuitBreaker(state_storage=storage)
+    refused(parameter, lambda: setattr(breaker, parameter, 10))
+    assert getattr(breaker, parameter) is None
+    setattr(breaker, parameter, None)
+    fail(breaker, 2)
+    assert breaker.fail_counter == 2
+
+
+def test_a_subclass_that_overrides_nothing_of_the_counting_will_do():
+    """The memory storage's subclass counts in the window."""
+    breaker = CircuitBreaker(state_storage=OnlyNamed("closed"), window_size=5)
+    fail(breaker)
+    succeed(breaker, 4)
+    assert breaker.fail_counter == 1
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+def test_over_a_shared_memory_storage_each_breaker_settles_by_its_own_window():
+    """The narrower window forgets, the other does not."""
+    storage = CircuitMemoryStorage("closed")
+    narrow = CircuitBreaker(fail_max=4, window_size=4, state_storage=storage)
+    wide = CircuitBreaker(fail_max=4, window_size=40, state_storage=storage)
+    fail(wide, 2)
+    succeed(wide, 30)
+    assert (wide.fail_counter, narrow.fail_counter) == (2, 2)
+    succeed(narrow, 6)
+    assert (wide.fail_counter, narrow.fail_counter) == (0, 0)
+
+
+def test_over_a_shared_memory_storage_a_success_in_a_row_forgets_all():
+    """The breaker without a window forgets the other's failures."""
+    storage = CircuitMemoryStorage("closed")
+    windowed = CircuitBreaker(fail_max=4, window_size=40, state_storage=storage)
+    plain = CircuitBreaker(fail_max=4, state_storage=storage)
+    fail(windowed, 3)
+    succeed(plain)
+    fail(windowed, 3)
+    assert (windowed.current_state, windowed.fail_counter) == ("closed", 3)
+
+
+def test_a_breaker_that_finds_an_opening_leaves_its_count(clock):
+    """It writes nothing into the storage, whatever its own window forgets."""
+    storage = CircuitMemoryStorage("closed")
+    short = CircuitBreaker(fail_max=3, window_seconds=10, state_storage=storage)
+    long = CircuitBreaker(fail_max=3, window_seconds=100, state_storage=storage)
+    fail(short, 2)
+    clock.advance(50)
+    storage.state = "open"
+    before = long.fail_counter
+    assert short.state.name == "open"
+    assert long.fail_counter == before
+
+
+# The lock.
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"window_size": 50},
+        {"window_seconds": 30},
+        {"window_size": 50, "window_seconds": 30},
+        {"window_size": math.inf},
+    ],
+    ids=str,
+)
+@every_way
+def test_no_lock_is_taken_while_no_failure_is_remembered(way, window):
+    """Whatever the window, a call ends while another thread holds the lock."""
+    breaker = CircuitBreaker(**window)
+    assert while_locked(breaker, way, breaker, lambda: "result") == "result"
+    fail(breaker)
+    breaker.close()
+    assert while_locked(breaker, way, breaker, lambda: "result") == "result"
+
+
+@every_way
+def test_a_success_takes_the_lock_only_where_a_failure_is_forgotten(way):
+    """Of four successes after a failure, the fourth."""
+    breaker = CircuitBreaker(fail_max=3, window_size=4)
+    fail(breaker)
+    for _ in range(3):
+        assert while_locked(breaker, way, breaker, lambda: "result") == "result"
+    assert locks_taken(breaker, way, breaker, int) == 1
+    assert breaker.fail_counter == 0
+    assert locks_taken(breaker, way, breaker, int) == 0
+
+
+@pytest.mark.parametrize("seconds", [None, 30])
+def test_reading_the_count_takes_no_lock(clock, seconds):
+    """Another thread holds it, and what time has forgotten is left out."""
+    breaker = CircuitBreaker(window_size=10, window_seconds=seconds)
+    fail(breaker, 2)
+    read = type(breaker).fail_counter.fget
+    assert while_locked(breaker, read, breaker) == 2
+    clock.advance(30)
+    assert while_locked(breaker, read, breaker) == (0 if seconds else 2)
+
+
+# Memory.
+
+
+def kept_by_the_library(grow):
+    """Bytes that the library's code has allocated in `grow()` and that are kept."""
+    mine = tracemalloc.Filter(True, pybreaker.__file__)
+    tracemalloc.start()
+    try:
+        grow()
+        gc.collect()  # the exceptions that the tests keep in a cycle
+        snapshot = tracemalloc.take_snapshot().filter_traces([mine])
+        return sum(trace.size for trace in snapshot.traces)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fail_max": 3, "window_size": 4},
+        {"fail_max": 3, "window_seconds": 2},
+        {"fail_max": math.inf, "window_seconds": 4},
+        {"fail_max": math.inf, "window_size": math.inf, "window_seconds": 4},
+    ],
+    ids=str,
+)
+def test_no_more_is_kept_than_is_remembered(clock, settings):
+    """Two thousand failures, of which few are remembered, cost what few cost."""
+    breaker = CircuitBreaker(**settings)
+
+    def grow(steps):
+        for _ in range(steps):
+            fail(breaker, 2)
+            clock.advance(2)
+            if breaker.window_size == 4:
+                succeed(breaker, 4)
+
+    few = kept_by_the_library(lambda: grow(20))
+    many = kept_by_the_library(lambda: grow(1000))
+    assert many - few < 5000
+    assert breaker.current_state == "closed"
+
+
+# Threads.
+
+
+def test_a_success_that_drew_its_number_forgets_nothing_that_came_after_it():
+    """Thread T's success finds a failure to forget and waits for the lock. The
+    count that is set meanwhile is of failures counted after T's success."""
+    breaker = CircuitBreaker(fail_max=3, window_size=3)
+    fail(breaker)
+    succeed(breaker, 2)
+    lock = breaker._lock
+    waits = threading.Event()
+
+    class Told:
+        def __enter__(self):
+            waits.set()
+            return lock.__enter__()
+
+        def __exit__(self, *exc_info):
+            return lock.__exit__(*exc_info)
+
+    with lock:
+        breaker._lock = Told()
+        thread = threading.Thread(target=succeed, args=(breaker,))
+        thread.start()
+        assert waits.wait(PATIENCE)
+        breaker._lock = lock
+        breaker.fail_counter = 2
+    thread.join(PATIENCE)
+    assert breaker.fail_counter == 2
+
+
+def test_calls_of_many_threads_keep_to_the_limit():
+    """The count stays at most `fail_max`, one transition is told for each trip,
+    and the successes that follow forget all failures."""
+    counts, changes = [], []
+
+    class Watch:
+        def failure(self, cb, exc):
+            counts.append(cb.fail_counter)
+
+        def state_change(self, cb, old_state, new_state):
+            changes.append(new_state.name)
+
+    breaker = CircuitBreaker(
+        fail_max=6, window_size=12, reset_timeout=math.inf, listeners=[Watch()]
+    )
+
+    def work(step):
+        def run():
+            for i in range(200):
+                if i % step:
+                    if breaker.current_state == "closed":
+                        breaker.call(int)
+                else:
+                    fail(breaker)
+                    if breaker.current_state == "open":
+                        breaker.close()
+
+        return run
+
+    at_once(*(tolerant(work(step)) for step in (2, 3, 3, 4)))
+    breaker.close()
+    assert max(counts) <= 6
+    assert changes.count("open") >= 1
+    fail(breaker, 3)
+    succeed(breaker, 11)
+    assert breaker.fail_counter == 1
+    succeed(breaker)
+    assert breaker.fail_counter == 0
+
+
+def tolerant(run):
+    """The same, where a rejection ends the work without harm."""
+
+    def work():
+        try:
+            run()
+        except pybreaker.CircuitBreakerError:
+            return
+
+    return work
+
+
+def test_a_window_may_be_changed_while_calls_settle():
+    """No call raises what the function did not, and afterwards the window is whole."""
+    breaker = CircuitBreaker(fail_max=5, window_size=50)
+    stop = threading.Event()
+
+    def calls():
+        while not stop.is_set():
+            breaker.call(int)
+
+    def failures():
+        while not stop.is_set():
+            fail(breaker, 2)
+            breaker.fail_counter = 1
+
+    def changes():
+        try:
+            for _ in range(150):
+                for size, seconds in [(5, None), (None, 9), (None, None), (7, 9)]:
+                    breaker.window_size, breaker.window_seconds = size, seconds
+                    assert 0 <= breaker.fail_counter <= 5
+                    time.sleep(0)
+        finally:
+            stop.set()
+
+    at_once(calls, calls, failures, changes)
+    assert breaker.current_state == "closed"
+    breaker.fail_counter = 2
+    succeed(breaker, 5)
+    assert breaker.fail_counter == 2
+    succeed(breaker, 2)
+    assert breaker.fail_counter == 0
