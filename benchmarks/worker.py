@@ -22,7 +22,7 @@ import timeit
 import traceback
 import tracemalloc
 
-from libraries import LIBRARIES
+from libraries import HOUR, LIBRARIES, NEVER
 
 
 class Boom(Exception):
@@ -35,6 +35,10 @@ def succeed(a, b):
 
 async def succeed_later(a, b):
     return a
+
+
+def succeed_in_parts(a, b):
+    yield a
 
 
 def fail(a, b):
@@ -61,6 +65,14 @@ def bare_coroutine_function(f):
     return w
 
 
+def bare_generator_function(f):
+    @functools.wraps(f)
+    def w(*a, **k):
+        return (yield from f(*a, **k))
+
+    return w
+
+
 # What is timed.
 CALL = "w(1, 2)"
 CALL_OF_FUNC = "w(func, 1, 2)"
@@ -74,6 +86,10 @@ CATCH = """\
 try:
     w(1, 2)
 except expected:
+    pass
+"""
+ITERATE = """\
+for _ in w(1, 2):
     pass
 """
 GO_ROUND = """\
@@ -126,6 +142,11 @@ def measure_calls(library, options):
         without = bare_coroutine_function(succeed_later)
         return timer(AWAIT, without), timer(AWAIT, guarded)
 
+    def generator():
+        guarded = library.decorated_generator_function(succeed_in_parts)
+        without = bare_generator_function(succeed_in_parts)
+        return timer(ITERATE, without), timer(ITERATE, guarded)
+
     def failure():
         guarded = timer(CATCH, decorated(fail), expected=Boom)
         return timer(CATCH, bare(fail), expected=Boom), guarded
@@ -136,6 +157,10 @@ def measure_calls(library, options):
             w(1, 2)
         guarded = timer(CATCH, w, expected=library.Rejected)
         return timer(CATCH, bare(fail), expected=Boom), guarded
+
+    def transition_listener():
+        guarded = decorated(listeners=[library.transition_listener])
+        return timer(CALL, bare(succeed)), timer(CALL, guarded)
 
     def unchanged_listener():
         guarded = decorated(listeners=[library.unchanged_listener])
@@ -149,21 +174,108 @@ def measure_calls(library, options):
         closed: library.decorate,
         call: library.call,
         coroutine: library.decorated_coroutine_function,
+        generator: library.decorated_generator_function,
         failure: library.decorate,
         rejection: library.decorate,
+        transition_listener: library.transition_listener,
         unchanged_listener: library.unchanged_listener,
         empty_listener: library.empty_listener,
     }
-    measured = {}
+    return measured(paths, samples)
+
+
+def measured(paths, samples):
+    """The pairs of each path, by the path's name."""
+    found = {}
     for path, there_is in paths.items():
         if there_is is None:
             continue
         try:
-            measured[path.__name__] = pairs(*path(), samples)
+            found[path.__name__] = pairs(*path(), samples)
         except Exception:  # the other paths may still be measured
             traceback.print_exc()
-            measured[path.__name__] = "failed"
-    return measured
+            found[path.__name__] = "failed"
+    return found
+
+
+def measure_settings(library, options):
+    """What those settings cost that are off unless they are given."""
+    window = {"window_size": NEVER}
+    every = {
+        **window,
+        "window_seconds": HOUR,
+        "max_reset_timeout": 2 * HOUR,
+        "include": [Boom],
+        "ignore": [LookupError],
+        "failure_result": lambda result: False,
+    }
+
+    def success(failures, **settings):
+        """Of a call while so many failures are remembered."""
+        breaker = library.breaker(**settings)
+        w = library.decorate(breaker, succeed)
+        for _ in range(failures):
+            with contextlib.suppress(Boom):
+                breaker.call(fail, 1, 2)
+        if breaker.fail_counter != failures:
+            raise RuntimeError(f"{breaker!r} has not counted {failures} failures")
+        return timer(CALL, bare(succeed)), timer(CALL, w)
+
+    def failing(**settings):
+        w = library.decorate(library.breaker(**settings), fail)
+        plain = timer(CATCH, bare(fail), expected=Boom)
+        return plain, timer(CATCH, w, expected=Boom)
+
+    def rejected(**settings):
+        breaker = library.breaker(**settings)
+        breaker.open()
+        w = library.decorate(breaker, fail)
+        plain = timer(CATCH, bare(fail), expected=Boom)
+        return plain, timer(CATCH, w, expected=library.Rejected)
+
+    def unset_success():
+        return success(0)
+
+    def window_success():
+        return success(0, **window)
+
+    def window_success_after_failures():
+        return success(10, **window)
+
+    def every_success():
+        return success(0, **every)
+
+    def every_success_after_failures():
+        return success(10, **every)
+
+    def unset_failure():
+        return failing()
+
+    def window_failure():
+        return failing(**window)
+
+    def every_failure():
+        return failing(**every)
+
+    def unset_rejection():
+        return rejected()
+
+    def every_rejection():
+        return rejected(**every)
+
+    paths = (
+        unset_success,
+        window_success,
+        window_success_after_failures,
+        every_success,
+        every_success_after_failures,
+        unset_failure,
+        window_failure,
+        every_failure,
+        unset_rejection,
+        every_rejection,
+    )
+    return measured(dict.fromkeys(paths, True), 20 if options.fast else 60)
 
 
 def in_threads(count, work):
@@ -196,6 +308,8 @@ def hammer(timed, threads, seconds=0.02):
 
 def measure_threads(library, options):
     """Threads in calls that wait, and threads in calls that don't."""
+    if library.decorate is None:
+        return {}
     calls, samples = (2, 2) if options.fast else (5, 2)
     without, guarded = bare(sleep), library.decorate(library.breaker(), sleep)
 
@@ -320,6 +434,7 @@ def measure_request(library, options):
 
 TASKS = {
     "calls": measure_calls,
+    "settings": measure_settings,
     "threads": measure_threads,
     "growth": measure_growth,
     "memory": measure_memory,
@@ -335,7 +450,8 @@ def main():
     parser.add_argument("--port", type=int, help="where the HTTP server listens")
     options = parser.parse_args()
     library = LIBRARIES[options.library]()
-    json.dump(TASKS[options.task](library, options), sys.stdout)
+    measure = functools.partial(TASKS[options.task], library, options)
+    json.dump(library.run(measure), sys.stdout)
 
 
 if __name__ == "__main__":
