@@ -3,6 +3,8 @@
     python examples/outage.py           takes about ten seconds
     python examples/outage.py --fast    takes about two
 
+    python examples/outage.py --partial [--fast]
+
 Two equal web servers on this machine suffer the same outage at the same time:
 they refuse connections, then answer with an error, then answer too late, and
 then are healthy again. Four clients keep fetching from the first server through
@@ -10,11 +12,17 @@ one breaker, and four others from the second server without a breaker.
 
 A breaker has a price, which shows as well: when the server has recovered, the
 first clients to hear of it are those that have no breaker.
+
+With --partial the servers fail one call in five before they fail all of them, and
+both groups of clients have a breaker. The first opens when calls fail in a row, and
+refuses many calls that would have succeeded. The second opens when half of the last
+calls failed, and takes longer to notice that all of them do.
 """
 
 import argparse
 import http.server
 import queue
+import random
 import socket
 import socketserver
 import sys
@@ -31,22 +39,36 @@ except ImportError:  # not installed: take the one in the directory above this
     import pybreaker
 
 parser = argparse.ArgumentParser(description="An outage, with and without a breaker.")
-parser.add_argument("--fast", action="store_true", help="take about two seconds")
-SECOND = 0.2 if parser.parse_args().fast else 1.0
+parser.add_argument("--fast", action="store_true", help="take a fifth of the time")
+parser.add_argument(
+    "--partial",
+    action="store_true",
+    help="one call in five fails: failures in a row against a window",
+)
+options = parser.parse_args()
+SECOND = 0.2 if options.fast else 1.0
 
 CLIENTS = 4  # on each side
 PAUSE = 0.1 * SECOND  # of a client between its calls
 TIMEOUT = 0.5 * SECOND  # after which a client gives up
 FAIL_MAX = 5  # failures in a row open the circuit
+FEW = 3  # failures in a row do so with --partial, so that it need not last longer
+MANY, WINDOW = 25, 50  # or so many failures in so many calls
 RESET_TIMEOUT = 1.0 * SECOND  # until a call may try again
 
 HEALTHY = "is healthy"
 REFUSING = "refuses connections"
 FAILING = "answers with an error"
 SLOW = "answers too late"
+UNRELIABLE = "fails one call in five"
 # How many rows of the timeline each part of the story lasts.
 OUTAGE = [(3, HEALTHY), (3, REFUSING), (3, FAILING), (5, SLOW), (5, HEALTHY)]
+# It may take longer on a busy machine until calls of one group, of both are rejected.
+PARTIAL_OUTAGE = [(3, HEALTHY), (14, UNRELIABLE, 1), (5, FAILING, 2), (5, HEALTHY)]
 ROW = 0.5 * SECOND
+
+# With this seed three or more failures come in a row soon, and again and again.
+SEED = 207
 
 SUCCEEDED, FAILED, REJECTED = ".", "x", "-"
 
@@ -58,6 +80,16 @@ opens the circuit after {FAIL_MAX} failures, and tries again {RESET_TIMEOUT:g} s
 Each sign is a call:  . succeeded   x failed   - rejected, nothing was sent
 
    time  circuit    with the breaker          without a breaker"""
+
+PARTIAL_HEADING = f"""\
+Two equal servers fail the same calls: first one in five, then all. {CLIENTS} clients
+keep fetching from each, with a breaker that tries again {RESET_TIMEOUT:g} s after it
+opened. The one on the left opens after {FEW} failures in a row, the one on the right
+when {MANY} of the last {WINDOW} calls failed.
+
+Each sign is a call:  . succeeded   x failed   - rejected, nothing was sent
+
+   time  circuit    in a row                  circuit    window"""
 
 # Straight to this machine, whatever proxy is set up.
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -76,51 +108,65 @@ def fetch(url):
 
 def main():
     timeline = Timeline()
-
     # One breaker for one service, shared by all the threads that call it.
-    breaker = pybreaker.CircuitBreaker(
-        fail_max=FAIL_MAX,
-        reset_timeout=RESET_TIMEOUT,
-        listeners=[timeline],
-        throw_new_error_on_trip=False,  # so CircuitBreakerError means: rejected
-    )
-    guarded_fetch = breaker(fetch)  # as "@breaker" above "def fetch" would do
+    common = {
+        "reset_timeout": RESET_TIMEOUT,
+        "listeners": [timeline],
+        "throw_new_error_on_trip": False,  # so CircuitBreakerError means: rejected
+    }
+    if options.partial:
+        in_a_row = pybreaker.CircuitBreaker(FEW, name="in a row", **common)
+        window = pybreaker.CircuitBreaker(
+            MANY, window_size=WINDOW, name="window", **common
+        )
+        left, right = Clients(Server(), in_a_row), Clients(Server(), window)
+        tell(PARTIAL_HEADING, PARTIAL_OUTAGE, timeline, left, right)
+        print_partial_table(left, right)
+    else:
+        breaker = pybreaker.CircuitBreaker(FAIL_MAX, **common)
+        with_breaker, without = Clients(Server(), breaker), Clients(Server())
+        tell(HEADING, OUTAGE, timeline, with_breaker, without)
+        print_table(with_breaker, without)
 
-    with_breaker = Clients(guarded_fetch, Server())
-    without = Clients(fetch, Server())
+
+def tell(heading, story, timeline, *both):
+    """Let both groups of clients live through the story, and print what happens."""
 
     def print_row(seconds=ROW):
         timeline.print_transitions(seconds)
-        state, left, right = breaker.current_state, with_breaker.news(), without.news()
-        print(f"{timeline.now()}  {state:<9}  {left:<24}  {right}".rstrip())
+        print(f"{timeline.now()}  {'  '.join(map(Clients.report, both))}".rstrip())
 
     sys.stdout.reconfigure(line_buffering=True)  # live, through a pipe as well
-    print(HEADING)
-    for rows, health in OUTAGE:
-        for clients in with_breaker, without:
+    print(heading)
+    for rows, health, *rejected in story:
+        for clients in both:
             clients.server.become(health)
         print(f"{timeline.now()}  ==== The server {health} ".ljust(79, "="))
-        for _ in range(rows):
+        for row in range(rows + 50):
+            if row >= rows and sum(map(Clients.has_rejected, both)) >= sum(rejected):
+                break
             print_row()
     for _ in range(50):  # it may take longer to recover on a busy machine
-        if breaker.current_state != pybreaker.STATE_CLOSED:
+        if not all(map(Clients.is_closed, both)):
             print_row()
     timeline.print_transitions(ROW)
-    for clients in with_breaker, without:
+    for clients in both:
         clients.stopping.set()
-    for thread in with_breaker.threads + without.threads:
-        thread.join()
+    for clients in both:
+        for thread in clients.threads:
+            thread.join()
     print_row(seconds=0)
-    print_table(with_breaker, without)
 
 
 class Clients:
     """Threads that fetch from a server again and again, and what comes of it."""
 
-    def __init__(self, fetch, server):
-        self.fetch = fetch
+    def __init__(self, server, breaker=None):
         self.server = server
-        self.calls = []  # for each: how it ended, its seconds, was the server ill
+        self.breaker = breaker
+        # As "@breaker" above "def fetch" would do.
+        self.fetch = breaker(fetch) if breaker else fetch
+        self.calls = []  # for each: how it ended, its seconds, the server's health
         self.told = 0
         self.stopping = threading.Event()
         self.threads = [
@@ -131,7 +177,7 @@ class Clients:
 
     def run(self):
         while not self.stopping.wait(PAUSE):
-            ill = self.server.health != HEALTHY
+            health = self.server.health
             begun = time.monotonic()
             try:
                 self.fetch(self.server.url)
@@ -140,7 +186,7 @@ class Clients:
                 outcome = REJECTED  # here a real client has something else to offer
             except Exception:
                 outcome = FAILED
-            self.calls.append((outcome, time.monotonic() - begun, ill))
+            self.calls.append((outcome, time.monotonic() - begun, health))
 
     def news(self):
         """How those calls ended that have ended since it was last asked."""
@@ -148,11 +194,32 @@ class Clients:
         self.told += len(new)
         return "".join(outcome for outcome, _, _ in new)
 
+    def report(self):
+        """The state of the circuit, if there is one, and the news."""
+        if self.breaker is None:
+            return self.news()
+        return f"{self.breaker.current_state:<9}  {self.news():<24}"
+
+    def is_closed(self):
+        return not self.breaker or self.breaker.current_state == pybreaker.STATE_CLOSED
+
+    def has_rejected(self):
+        return self.count(REJECTED) > 0
+
     def count(self, *outcomes):
         return sum(outcome in outcomes for outcome, _, _ in self.calls)
 
+    def rejected_while(self, health):
+        return sum((outcome, h) == (REJECTED, health) for outcome, _, h in self.calls)
+
     def sent_to_ill_server(self):
-        return sum(ill and outcome != REJECTED for outcome, _, ill in self.calls)
+        return sum(
+            health != HEALTHY and outcome != REJECTED
+            for outcome, _, health in self.calls
+        )
+
+    def sent_while(self, health):
+        return sum(h == health and outcome != REJECTED for outcome, _, h in self.calls)
 
     def waited_in_vain(self):
         return sum(took for outcome, took, _ in self.calls if outcome != SUCCEEDED)
@@ -170,7 +237,8 @@ class Timeline(pybreaker.CircuitBreakerListener):
         self.notes = queue.Queue()
 
     def state_change(self, cb, old_state, new_state):
-        note = f"{self.now()}  > {new_state.name.upper()}: {new_state.reason}"
+        which = f"{cb.name}: " if cb.name else ""
+        note = f"{self.now()}  > {which}{new_state.name.upper()}: {new_state.reason}"
         self.notes.put(note[:79])  # which has an exception's whole text at its end
 
     def now(self):
@@ -190,7 +258,7 @@ class Timeline(pybreaker.CircuitBreakerListener):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         time.sleep(3 * TIMEOUT if self.server.health == SLOW else TIMEOUT / 25)
-        self.send_response(500 if self.server.health == FAILING else 200)
+        self.send_response(500 if self.server.fails() else 200)
         self.end_headers()
         self.wfile.write(b"Hello.\n")
 
@@ -208,7 +276,13 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = "http://{}:{}/".format(*self.server_address)
         self.health = HEALTHY
+        self.random = random.Random(SEED)  # equal servers fail the same calls
         self.serve()
+
+    def fails(self):
+        if self.health == UNRELIABLE:
+            return self.random.random() < 0.2
+        return self.health == FAILING
 
     def serve(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -228,23 +302,46 @@ class Server(socketserver.ThreadingTCPServer):
         """A client that got no answer in time has hung up."""
 
 
-def print_table(with_breaker, without):
-    def row(label, measure, form="{}  "):
-        left, right = form.format(measure(with_breaker)), form.format(measure(without))
-        print(f"{label:<41}{left:>16}{right:>20}".rstrip())
+def print_row_of_table(label, measure, *both, form="{}  "):
+    left, right = (form.format(measure(clients)) for clients in both)
+    print(f"{label:<41}{left:>16}{right:>20}".rstrip())
 
+
+def print_counts(*both):
+    print_row_of_table("calls asked for", lambda run: len(run.calls), *both)
+    print_row_of_table("  rejected", lambda run: run.count(REJECTED), *both)
+    print_row_of_table("  admitted", lambda run: run.count(SUCCEEDED, FAILED), *both)
+    print_row_of_table("    succeeded", lambda run: run.count(SUCCEEDED), *both)
+    print_row_of_table("    failed", lambda run: run.count(FAILED), *both)
+
+
+def print_table(*both):
     sent, waited = Clients.sent_to_ill_server, Clients.waited_in_vain
+    most, longest = sent(both[1]), waited(both[1])
     print()
     print(" " * 41 + "with the breaker    without a breaker")
-    row("calls asked for", lambda run: len(run.calls))
-    row("  rejected", lambda run: run.count(REJECTED))
-    row("  admitted", lambda run: run.count(SUCCEEDED, FAILED))
-    row("    succeeded", lambda run: run.count(SUCCEEDED))
-    row("    failed", lambda run: run.count(FAILED))
-    row("requests sent to the ill server", sent)
-    row("requests it was spared", lambda run: sent(without) - sent(run))
-    row("time callers waited for nothing", waited, "{:.1f} s")
-    row("time they did not wait", lambda run: waited(without) - waited(run), "{:.1f} s")
+    print_counts(*both)
+    print_row_of_table("requests sent to the ill server", sent, *both)
+    print_row_of_table("requests it was spared", lambda run: most - sent(run), *both)
+    seconds = "{:.1f} s"
+    print_row_of_table("time callers waited for nothing", waited, *both, form=seconds)
+    print_row_of_table(
+        "time they did not wait", lambda run: longest - waited(run), *both, form=seconds
+    )
+
+
+def print_partial_table(*both):
+    print()
+    print(" " * 41 + "      in a row                window")
+    print_counts(*both)
+    print_row_of_table(
+        "rejected while one call in five failed",
+        lambda run: run.rejected_while(UNRELIABLE),
+        *both,
+    )
+    print_row_of_table(
+        "requests sent while all failed", lambda run: run.sent_while(FAILING), *both
+    )
 
 
 if __name__ == "__main__":

@@ -26,18 +26,31 @@ NEXT_STATES = {
 }
 
 
-@pytest.fixture(scope="module")
-def outage(tmp_path_factory):
+def run_outage(directory, *options):
     """One fast run of outage.py: nothing installed, in another directory, with
     proxies set that nobody runs, every warning an error, into a pipe."""
     proxies = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+    python = [sys.executable, "-I", "-S", "-X", "dev", "-W", "error"]
     return subprocess.run(
-        [sys.executable, "-I", "-S", "-X", "dev", "-W", "error", OUTAGE, "--fast"],
-        cwd=tmp_path_factory.mktemp("elsewhere"),
+        [*python, OUTAGE, "--fast", *options],
+        cwd=directory,
         env={**os.environ, **dict.fromkeys(proxies, "http://127.0.0.1:9")},
         capture_output=True,
         timeout=120,
     )
+
+
+def table_in(text):
+    """From each label of the table to its two numbers: on the left, on the right."""
+    rows = re.findall(
+        r"^ *(\w[\w ]*\w) {2,}(-?[\d.]+)(?: s)? +(-?[\d.]+)(?: s)?$", text, re.MULTILINE
+    )
+    return {label: (float(left), float(right)) for label, left, right in rows}
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory):
+    return run_outage(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +67,7 @@ def transitions(text):
 @pytest.fixture(scope="module")
 def table(text):
     """From each label of the table to its two numbers: with a breaker, without."""
-    rows = re.findall(
-        r"^ *(\w[\w ]*\w) {2,}(-?[\d.]+)(?: s)? +(-?[\d.]+)(?: s)?$", text, re.MULTILINE
-    )
-    return {label: (float(left), float(right)) for label, left, right in rows}
+    return table_in(text)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +126,7 @@ def test_outage_shows_the_circuit_opening_and_closing_again(transitions):
 def test_outage_gives_the_reason_of_each_transition(transitions):
     """The count, the timeout, or how the trial went, with the last failure."""
     reasons = {
-        "OPEN": r"(too many failures in a row|the trial failed): .+",
+        "OPEN": r"(5 failures in a row; the last|the trial failed): .+",
         "HALF-OPEN": r"the timeout has passed",
         "CLOSED": r"the trial succeeded",
     }
@@ -142,7 +152,7 @@ def test_outage_is_one_for_those_without_a_breaker(signs, part):
 def test_outage_counts_the_calls_that_opened_the_circuit_as_failed(table, transitions):
     """Five failures come before an opening, and one is each trial that fails."""
     reasons = [reason for state, reason in transitions if state == "OPEN"]
-    first = sum(reason.startswith("too many failures") for reason in reasons)
+    first = sum(reason.startswith("5 failures in a row") for reason in reasons)
     assert table["failed"][0] >= 5 * first + (len(reasons) - first)
 
 
@@ -217,6 +227,73 @@ def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
     assert output.endswith(b"\nStopped.\n")
     assert errors == b""
     assert process.returncode == 130
+
+
+# An outage of one call in five.
+
+
+@pytest.fixture(scope="module")
+def partial_outage(tmp_path_factory):
+    return run_outage(tmp_path_factory.mktemp("elsewhere"), "--partial")
+
+
+@pytest.fixture(scope="module")
+def partial_text(partial_outage):
+    return partial_outage.stdout.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def partial_moves(partial_text):
+    """For each part of the story the transitions: which breaker's, to which state and
+    why."""
+    return {
+        part: re.findall(r" s  > ([a-z ]+): ([A-Z-]+): (.+)$", story, re.MULTILINE)
+        for part, story in re.findall(
+            r"==== The server (.+?) =+\n(.*?)(?= *[\d.]+ s  ====|\Z)",
+            partial_text,
+            re.S,
+        )
+    }
+
+
+def test_partial_outage_ends_without_a_complaint(partial_outage, partial_text):
+    """Nothing is on standard error, and what is printed is plain text."""
+    assert (partial_outage.returncode, partial_outage.stderr.decode()) == (0, "")
+    assert all(line.isprintable() for line in partial_text.splitlines())
+    assert max(map(len, partial_text.splitlines())) <= 88
+
+
+def test_partial_outage_opens_one_circuit_only_while_one_call_in_five_fails(
+    partial_moves,
+):
+    """Failures in a row come by chance; half of the last fifty do not."""
+    moves = partial_moves["fails one call in five"]
+    assert ("in a row", "OPEN") in [move[:2] for move in moves]
+    assert {breaker for breaker, _, _ in moves} == {"in a row"}
+
+
+def test_partial_outage_opens_the_window_when_all_calls_fail(partial_moves):
+    """The reason says how many of how many calls failed."""
+    moves = partial_moves["answers with an error"]
+    reasons = [
+        why for which, state, why in moves if (which, state) == ("window", "OPEN")
+    ]
+    assert reasons[0].startswith("25 of the last 50 calls failed; the last: ")
+
+
+def test_the_table_of_partial_outage_shows_the_price_of_both(partial_text):
+    """The window refuses no good call, and sends more requests to the server that
+    fails all; a request was sent for each failure, on both sides."""
+    table = table_in(partial_text)
+    in_a_row, window = table["rejected while one call in five failed"]
+    assert in_a_row > window == 0
+    in_a_row, window = table["requests sent while all failed"]
+    assert window > in_a_row
+    for side in 0, 1:
+        number = {label: numbers[side] for label, numbers in table.items()}
+        assert number["calls asked for"] == number["rejected"] + number["admitted"]
+        assert number["admitted"] == number["succeeded"] + number["failed"]
+        assert number["failed"] >= number["requests sent while all failed"] - 4
 
 
 # A fleet.
