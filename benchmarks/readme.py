@@ -14,6 +14,9 @@ BEGIN = ".. The table of the benchmark begins."
 END = ".. The table of the benchmark ends."
 FLEET_BEGIN = ".. The fleet's table of the benchmark begins."
 FLEET_END = ".. The fleet's table of the benchmark ends."
+# Around the table of effect.rst, which README does not have.
+EFFECT_BEGIN = ".. The table of the simulation begins."
+EFFECT_END = ".. The table of the simulation ends."
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results.rst"

@@ -4,8 +4,6 @@ import os
 import platform
 import textwrap
 
-import pyperf
-
 
 def table(head, rows):
     """A simple table in reStructuredText: text to the left, figures to the right."""
@@ -22,6 +20,8 @@ def table(head, rows):
 
 def machine():
     """The machine and its Python in one line, without names and paths."""
+    import pyperf  # here, as the simulation does without it
+
     found = pyperf.Run([1.0], collect_metadata=True).get_metadata()
     return (
         f"{platform.python_implementation()} {found['python_version']}, "
