@@ -1,60 +1,76 @@
-"""examples/prometheus_metrics.py: what a scrape says of the breakers."""
+"""pybreaker_extras.prometheus: what a scrape says of the breakers."""
 
 from __future__ import annotations
 
-import socket
+import gc
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
+import time
+import types
 import urllib.request
+from pathlib import Path
 
 import pytest
 from support import PATIENCE
 
 import pybreaker
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakers
 
 prometheus_client = pytest.importorskip("prometheus_client")
 parser = pytest.importorskip("prometheus_client.parser")
 
-from prometheus_metrics import PrometheusMetrics  # noqa: E402
+import pybreaker_extras.prometheus as module  # noqa: E402
+from pybreaker_extras.prometheus import PrometheusMetrics  # noqa: E402
 
-LOOPBACK = "127.0.0.1"
+ROOT = Path(__file__).resolve().parents[2]
+MIDNIGHT = 1_700_000_000.0
 
 
-class Prometheus:
-    """Scrapes over HTTP, as Prometheus does."""
+class Scrape:
+    """What one scrape found: the values of each metric, by the values of labels."""
 
-    def __init__(self, port):
-        self.url = f"http://{LOOPBACK}:{port}/metrics"
-        # Without proxies: the way to this very machine must not lead through one.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def scrape(self):
-        with self.opener.open(self.url, timeout=PATIENCE) as answer:
-            return answer.read().decode()
+    def __init__(self, text):
+        self.text = text
+        self.samples = [
+            sample
+            for family in parser.text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
 
     def values(self, metric, *labels):
-        """The values of a metric, by the values of these labels."""
+        found = {}
+        for sample in self.samples:
+            if sample.name == f"circuit_breaker_{metric}":
+                key = tuple(sample.labels[label] for label in labels)
+                assert key not in found, f"{sample} is there twice"
+                found[key] = sample.value
+        return found
+
+    def of(self, metric, name="weather"):
+        """The value of a metric that has no label but the name; None if it is not
+        there."""
+        return self.values(metric, "breaker").get((name,))
+
+    def calls(self, name="weather"):
+        """The calls of one breaker, by outcome."""
+        calls = self.values("calls_total", "breaker", "outcome")
         return {
-            tuple(sample.labels[label] for label in labels): sample.value
-            for family in parser.text_string_to_metric_families(self.scrape())
-            for sample in family.samples
-            if sample.name == metric
+            outcome: n for (breaker, outcome), n in calls.items() if breaker == name
         }
 
-    def calls(self):
-        return self.values("circuit_breaker_calls_total", "breaker", "outcome")
-
-    def state(self):
-        """The states that the gauge says the circuits are in."""
-        states = self.values("circuit_breaker_state", "breaker", "state")
-        assert set(states.values()) <= {0, 1}
-        return [labels for labels, value in states.items() if value]
+    def states(self):
+        """The states that there are, and how many circuits are in each."""
+        return {k: n for k, n in self.values("state", "breaker", "state").items() if n}
 
     def transitions(self):
-        """Those that there were, as names."""
-        moves = self.values(
-            "circuit_breaker_transitions_total", "breaker", "from", "to"
-        )
+        """Those that there were."""
+        moves = self.values("transitions_total", "breaker", "to", "cause")
         return {labels: count for labels, count in moves.items() if count}
 
 
@@ -69,18 +85,26 @@ def metrics(registry):
 
 
 @pytest.fixture
-def prometheus(registry):
-    server, thread = prometheus_client.start_http_server(
-        0, addr=LOOPBACK, registry=registry
+def scrape(registry):
+    """Scrapes, and gives what was found."""
+    return lambda: Scrape(prometheus_client.generate_latest(registry).decode())
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Breakers that other tests have left are not shown."""
+    gc.collect()
+    monkeypatch.setattr(pybreaker, "_breakers", type(pybreaker._breakers)())
+
+
+@pytest.fixture
+def clock(clock, monkeypatch):
+    """The same clock for the metrics; the wall clock moves with it."""
+    fake = types.SimpleNamespace(
+        monotonic=clock.monotonic, time=lambda: MIDNIGHT + clock.now - 1000
     )
-    yield Prometheus(server.server_port)
-    # It looks twice a second whether it should end, and when somebody calls.
-    end = threading.Thread(target=server.shutdown)
-    end.start()
-    socket.create_connection((LOOPBACK, server.server_port)).close()
-    end.join(PATIENCE)
-    server.server_close()
-    thread.join(PATIENCE)
+    monkeypatch.setattr(module, "time", fake)
+    return clock
 
 
 @pytest.fixture
@@ -90,171 +114,868 @@ def weather(metrics, clock):
     return breaker
 
 
-def attempt(breaker, func):
-    """A call whose error is of no interest here."""
-    try:
-        breaker.call(func)
-    except Exception:
-        pass
+def attempt(breaker, func, times=1):
+    """Calls whose errors are of no interest here."""
+    for _ in range(times):
+        try:
+            breaker.call(func)
+        except Exception:
+            pass
 
 
-def test_breaker_is_shown_before_anything_happened(weather, prometheus):
-    """With every outcome at 0, so that the first failure shows as an increase."""
-    assert prometheus.calls() == {
-        ("weather", "success"): 0,
-        ("weather", "failure"): 0,
-        ("weather", "rejected"): 0,
-    }
-    moves = prometheus.values("circuit_breaker_transitions_total", "from", "to")
-    assert moves == {
-        ("closed", "open"): 0,
-        ("open", "half-open"): 0,
-        ("half-open", "closed"): 0,
-        ("half-open", "open"): 0,
-    }
-    assert prometheus.state() == [("weather", "closed")]
+class Deaf(pybreaker.CircuitBreakerStorage):
+    """A storage as older releases knew it, which remembers no move."""
+
+    state, counter, opened_at = "closed", 0, None
+
+    def increment_counter(self):
+        self.counter += 1
+
+    def reset_counter(self):
+        self.counter = 0
 
 
-def test_calls_are_counted_by_outcome(weather, prometheus, fail):
-    """Three succeed, two fail and open the circuit, four are rejected."""
+# Calls.
+
+
+def test_breaker_is_shown_before_anything_happened(weather, scrape):
+    """Every counter of a watched breaker is 0 from the first scrape on, so that the
+    first failure shows as an increase."""
+    found = scrape()
+    assert found.calls() == {"success": 0, "failure": 0, "rejected": 0}
+    assert found.of("admitted_calls_total") == 0
+    assert found.of("dry_run_rejections_total") == 0
+    assert found.values("transitions_total", "to", "cause") == dict.fromkeys(
+        [
+            ("open", "failures"),
+            ("half-open", "trial"),
+            ("open", "trial"),
+            ("closed", "trial"),
+            ("open", "hand"),
+            ("half-open", "hand"),
+            ("closed", "hand"),
+            ("open", "unknown"),
+            ("half-open", "unknown"),
+            ("closed", "unknown"),
+        ],
+        0,
+    )
+    assert found.states() == {("weather", "closed"): 1}
+
+
+def test_calls_are_counted_by_outcome(weather, scrape, fail):
+    """Three calls succeed, two fail and open the circuit, four are rejected."""
     for func, times in (int, 3), (fail, 2), (int, 4):
-        for _ in range(times):
-            attempt(weather, func)
-    assert prometheus.calls() == {
-        ("weather", "success"): 3,
-        ("weather", "failure"): 2,
-        ("weather", "rejected"): 4,
-    }
+        attempt(weather, func, times)
+    found = scrape()
+    assert found.calls() == {"success": 3, "failure": 2, "rejected": 4}
+    assert found.of("admitted_calls_total") == 5
 
 
-def test_abandoned_call_is_not_counted(weather, prometheus):
-    """It has no outcome."""
+def test_abandoned_calls_are_the_admitted_ones_that_have_no_outcome(weather, scrape):
+    """No listener is told of an abandoned call, so what is counted is its admission."""
 
     def interrupted():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        weather.call(interrupted)
-    assert set(prometheus.calls().values()) == {0}
+    weather.call(int)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            weather.call(interrupted)
+    found = scrape()
+    assert found.of("admitted_calls_total") == 3
+    assert found.calls() == {"success": 1, "failure": 0, "rejected": 0}
 
 
-def test_gauge_follows_the_state(weather, prometheus, clock, fail):
-    """It is 1 for the state that the circuit is in and 0 for the others."""
-    seen = []
-
-    def trial():
-        seen.extend(prometheus.state())
-
-    attempt(weather, fail)
-    assert prometheus.state() == [("weather", "closed")]
-    attempt(weather, fail)
-    assert prometheus.state() == [("weather", "open")]
-    clock.advance(60)
-    weather.call(trial)
-    assert seen == [("weather", "half-open")]
-    assert prometheus.state() == [("weather", "closed")]
-
-
-def test_transitions_are_counted_by_their_ends(weather, prometheus, clock, fail):
-    """A trip, a failed trial and one that succeeds, and one move by hand."""
-    attempt(weather, fail)
-    attempt(weather, fail)
-    for outcome in fail, int:
-        clock.advance(60)
-        attempt(weather, outcome)
-    weather.half_open()
-    assert prometheus.transitions() == {
-        ("weather", "closed", "open"): 1,
-        ("weather", "open", "half-open"): 2,
-        ("weather", "half-open", "open"): 1,
-        ("weather", "half-open", "closed"): 1,
-        ("weather", "closed", "half-open"): 1,
-    }
+def test_dry_run_counts_what_would_have_been_rejected(weather, scrape, fail):
+    """Such a call runs, so it has an outcome as well, and is not among the rejected."""
+    weather.dry_run = True
+    attempt(weather, fail, 2)
+    attempt(weather, int, 3)
+    found = scrape()
+    assert found.of("dry_run_rejections_total") == 3
+    assert found.calls() == {"success": 3, "failure": 2, "rejected": 0}
+    assert found.of("dry_run") == 1
+    weather.dry_run = False
+    attempt(weather, int)
+    found = scrape()
+    assert found.of("dry_run_rejections_total") == 3
+    assert found.calls()["rejected"] == 1
+    assert found.of("dry_run") == 0
 
 
-def test_each_breaker_has_its_own_series(metrics, prometheus, fail):
-    """With its name for a label, whatever is in it; one listener serves them all."""
-    names = ["weather", 'a "b" \\ c\nd/\N{SNOWMAN}', None]
-    breakers = [CircuitBreaker(name=name) for name in names]
+def test_calls_are_counted_whatever_the_names_of_their_arguments(weather, scrape):
+    """The listener's own parameters take no name from a guarded function."""
+
+    @weather
+    def configure(cb, func, self):
+        return cb
+
+    configure(cb=1, func=2, self=3)
+    weather.open()
+    with pytest.raises(CircuitBreakerError):
+        configure(cb=1, func=2, self=3)
+    assert scrape().of("admitted_calls_total") == 1
+    assert scrape().calls() == {"success": 1, "failure": 0, "rejected": 1}
+
+
+def test_rejection_reaches_the_caller(weather):
+    """Counting a rejection does not swallow the error."""
+    weather.open()
+    with pytest.raises(CircuitBreakerError):
+        weather.call(int)
+    assert weather.current_state == pybreaker.STATE_OPEN
+
+
+def test_nothing_is_lost_when_many_threads_call(metrics, scrape, fail):
+    """What a scrape says of two breakers with one name adds up to what sixteen threads
+    did with them."""
+    breakers = [CircuitBreaker(fail_max=math.inf, name="weather") for _ in range(2)]
     metrics.watch(*breakers)
-    for times, breaker in enumerate(breakers):
-        for _ in range(times):
-            attempt(breaker, fail)
-    counted = {name: n for (name, outcome), n in prometheus.calls().items() if n}
-    assert counted == {names[1]: 1, "unnamed": 2}
-    assert set(prometheus.state()) == {(name or "unnamed", "closed") for name in names}
-
-
-def test_listener_that_was_given_to_the_breaker_shows_the_state_as_well(
-    metrics, prometheus
-):
-    """From the first event on, where nobody called watch()."""
-    breaker = CircuitBreaker(name="weather", listeners=[metrics])
-    breaker.call(int)
-    assert prometheus.state() == [("weather", "closed")]
-    assert prometheus.calls()["weather", "success"] == 1
-
-
-def test_breaker_that_is_open_already_is_shown_so(metrics, prometheus):
-    """The gauge does not wait for the first transition."""
-    breaker = CircuitBreaker(name="weather")
-    breaker.open()
-    metrics.watch(breaker)
-    assert prometheus.state() == [("weather", "open")]
-
-
-def test_nothing_is_lost_when_many_threads_call(metrics, prometheus, fail):
-    """Sixteen at once: what a scrape says adds up to what they did."""
-    breaker = CircuitBreaker(fail_max=10**6, name="weather")
-    metrics.watch(breaker)
     start = threading.Barrier(16)
 
-    def work():
+    def work(breaker):
         start.wait(PATIENCE)
         for _ in range(50):
             attempt(breaker, int)
             attempt(breaker, fail)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(16)]
+    threads = [
+        threading.Thread(target=work, args=[breakers[i % 2]], daemon=True)
+        for i in range(16)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive(), "a thread hangs"
-    assert prometheus.calls() == {
-        ("weather", "success"): 800,
-        ("weather", "failure"): 800,
-        ("weather", "rejected"): 0,
+    assert scrape().calls() == {"success": 800, "failure": 800, "rejected": 0}
+    assert scrape().of("admitted_calls_total") == 1600
+
+
+def test_call_that_interrupts_the_counting_of_another_is_counted(metrics, scrape):
+    """A signal's handler or a finalizer may make a guarded call at any line, here where
+    the name is asked for, and must not wait for the call that it interrupts."""
+    interrupting = CircuitBreaker(name="interrupting", listeners=[metrics])
+
+    class Interrupted(CircuitBreaker):
+        @property
+        def name(self):
+            interrupting.call(int)
+            return "interrupted"
+
+        @name.setter
+        def name(self, name):
+            self._name = name
+
+    interrupted = Interrupted(listeners=[metrics])
+    thread = threading.Thread(target=interrupted.call, args=[int], daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "the thread waits for itself"
+    assert scrape().calls("interrupted")["success"] == 1
+    assert scrape().calls("interrupting")["success"] > 1
+
+
+def test_watching_twice_counts_once(metrics, scrape):
+    """It does not matter whether the breaker was made with the listener, nor how many
+    threads watch it at once."""
+    breaker = CircuitBreaker(name="weather", listeners=[metrics])
+    other = CircuitBreaker(name="other")
+    start = threading.Barrier(8)
+
+    def watch():
+        start.wait(PATIENCE)
+        metrics.watch(breaker, other, other)
+
+    threads = [threading.Thread(target=watch, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    breaker.call(int)
+    other.call(int)
+    assert scrape().calls()["success"] == 1
+    assert scrape().calls("other")["success"] == 1
+
+
+# State.
+
+
+def test_state_follows_the_circuit(weather, scrape, clock, fail):
+    """The value is 1 for the state that the circuit is in, and 0 for the others."""
+    seen = []
+    attempt(weather, fail)
+    assert scrape().states() == {("weather", "closed"): 1}
+    attempt(weather, fail)
+    assert scrape().states() == {("weather", "open"): 1}
+    clock.advance(60)
+    weather.call(lambda: seen.append(scrape().states()))
+    assert seen == [{("weather", "half-open"): 1}]
+    assert scrape().states() == {("weather", "closed"): 1}
+    assert set(scrape().values("state", "state")) == {
+        ("closed",),
+        ("open",),
+        ("half-open",),
     }
 
 
-def test_scrape_says_what_each_metric_is(weather, prometheus):
-    """Each has its type and a help text."""
-    text = prometheus.scrape()
-    for metric, kind in [
-        ("circuit_breaker_calls_total", "counter"),
-        ("circuit_breaker_state", "gauge"),
-        ("circuit_breaker_transitions_total", "counter"),
-    ]:
-        assert f"# TYPE {metric} {kind}\n" in text
-        assert f"# HELP {metric} " in text
-    assert (
-        'circuit_breaker_calls_total{breaker="weather",outcome="failure"} 0.0\n' in text
+def test_scrape_tells_how_far_the_circuit_is_from_the_next_trial(
+    weather, scrape, clock, fail
+):
+    """The wait goes down to 0; from then on a trial is due until a call makes it."""
+    seen = []
+
+    def waits():
+        found = scrape()
+        return found.of("retry_after_seconds"), found.of("trial_due")
+
+    assert waits() == (0, 0)
+    attempt(weather, fail, 2)
+    assert waits() == (60, 0)
+    clock.advance(45)
+    assert waits() == (15, 0)
+    clock.advance(15)
+    assert waits() == (0, 1)
+    assert weather.current_state == "open", "the scrape has moved the circuit"
+    weather.call(lambda: seen.append(waits()))
+    assert seen == [(60, 0)]  # until the trial would lose its place
+    assert waits() == (0, 0)
+    weather.half_open()
+    assert waits() == (0, 1)
+    weather.open(math.inf)
+    assert waits() == (math.inf, 0)
+
+
+def test_scrape_tells_the_failures_and_the_limit(weather, scrape, fail):
+    """They are those of the moment of the scrape, whoever has set them."""
+    attempt(weather, fail)
+    assert scrape().of("failures") == 1
+    assert scrape().of("failures_limit") == 2
+    weather.fail_counter, weather.fail_max = 7, math.inf
+    assert scrape().of("failures") == 7
+    assert scrape().of("failures_limit") == math.inf
+
+
+def test_failures_that_time_has_forgotten_are_not_shown(metrics, scrape, clock, fail):
+    """A gauge is read at the scrape, so nothing has to happen for it to change."""
+    breaker = CircuitBreaker(window_seconds=30, name="weather")
+    metrics.watch(breaker)
+    attempt(breaker, fail, 3)
+    assert scrape().of("failures") == 3
+    clock.advance(31)
+    assert scrape().of("failures") == 0
+
+
+def test_breaker_that_nobody_watches_is_shown_without_counters(metrics, scrape):
+    """A counter of 0 would say that there were no calls, so there is none."""
+    breaker = CircuitBreaker(name="weather")
+    breaker.call(int)
+    breaker.open()
+    found = scrape()
+    assert found.states() == {("weather", "open"): 1}
+    assert found.of("retry_after_seconds") > 0
+    assert found.calls() == {}
+    assert found.of("outage_start_timestamp_seconds") is None
+    assert breaker.listeners == ()
+
+
+def test_only_chosen_breakers_are_shown_where_a_list_is_given(registry, scrape):
+    """A list is gone through anew at each scrape."""
+    weather, payments = (CircuitBreaker(name=name) for name in ("weather", "payments"))
+    chosen = [weather]
+    PrometheusMetrics(registry, breakers=chosen)
+    assert scrape().states() == {("weather", "closed"): 1}
+    chosen.append(payments)
+    assert len(scrape().states()) == 2
+
+
+def test_breaker_made_with_the_listener_is_shown_at_once(metrics, scrape):
+    """Where nobody called watch(), the counters are 0 before the first call, too."""
+    breaker = CircuitBreaker(name="weather", listeners=[metrics])
+    assert scrape().calls() == {"success": 0, "failure": 0, "rejected": 0}
+    breaker.call(int)
+    assert scrape().calls()["success"] == 1
+
+
+def test_breaker_whose_lock_is_held_does_not_hold_the_scrape_up(metrics, scrape):
+    """What needs no lock is shown of it all the same, and all of the others."""
+    held, let = threading.Event(), threading.Event()
+
+    class Slow:
+        def before_call(self, cb, func, *args, **kwargs):
+            held.set()
+            assert let.wait(PATIENCE)
+
+    slow = CircuitBreaker(name="slow", fail_max=3, listeners=[metrics, Slow()])
+    slow.fail_counter = 2
+    others = [CircuitBreaker(name=f"other {i}") for i in range(20)]
+    thread = threading.Thread(target=slow.call, args=[int], daemon=True)
+    thread.start()
+    try:
+        assert held.wait(PATIENCE)
+        began = time.monotonic()
+        found = scrape()
+        assert time.monotonic() - began < PATIENCE / 2
+    finally:
+        let.set()
+        thread.join(PATIENCE)
+    assert found.states()["slow", "closed"] == 1
+    assert found.of("failures", "slow") == 2
+    assert found.of("failures_limit", "slow") == 3
+    assert found.of("dry_run", "slow") == 0
+    assert found.of("retry_after_seconds", "slow") is None
+    assert found.of("admitted_calls_total", "slow") == 1
+    assert len(found.states()) == 1 + len(others)
+    assert found.of("retry_after_seconds", "other 19") == 0
+    assert scrape().of("retry_after_seconds", "slow") == 0
+
+
+def test_breaker_whose_storage_is_out_of_reach_does_not_cost_the_others(
+    metrics, scrape, caplog
+):
+    """It is missing, which is logged."""
+
+    class Away(Deaf):
+        broken = False
+
+        @property
+        def opened_at(self):
+            if self.broken:
+                raise ConnectionError("the storage is away")
+
+    broken = CircuitBreaker(name="broken", state_storage=Away("away"))
+    weather = CircuitBreaker(name="weather")
+    metrics.watch(broken, weather)
+    Away.broken = True
+    assert scrape().states() == {("weather", "closed"): 1}
+    assert "'broken' could not be read" in caplog.text
+
+
+# Transitions and times.
+
+
+def test_transitions_are_counted_by_their_cause(weather, scrape, clock, fail):
+    """A trip, a failed trial and one that succeeds, and moves by hand, with reasons of
+    their own, too."""
+    attempt(weather, fail, 2)
+    for outcome in fail, int:
+        clock.advance(60)
+        attempt(weather, outcome)
+    weather.half_open()
+    weather.open(30, "the trial failed: maintenance")
+    weather.close("the trial succeeded")
+    assert scrape().transitions() == {
+        ("weather", "open", "failures"): 1,
+        ("weather", "half-open", "trial"): 2,
+        ("weather", "open", "trial"): 1,
+        ("weather", "closed", "trial"): 1,
+        ("weather", "half-open", "hand"): 1,
+        ("weather", "open", "hand"): 1,
+        ("weather", "closed", "hand"): 1,
+    }
+
+
+def test_cause_is_unknown_where_the_storage_knows_no_moves(metrics, scrape, fail):
+    """Older storages are not told who moves the circuit."""
+    breaker = CircuitBreaker(
+        fail_max=1, name="weather", state_storage=Deaf("deaf"), listeners=[metrics]
     )
+    attempt(breaker, fail)
+    assert scrape().transitions() == {("weather", "open", "unknown"): 1}
 
 
-def test_metrics_are_in_the_default_registry_unless_another_is_given(monkeypatch):
-    """Where the endpoint that a program has already finds them."""
-    registry = prometheus_client.CollectorRegistry()
-    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
-    PrometheusMetrics().watch(CircuitBreaker(name="weather"))
-    text = prometheus_client.generate_latest(registry).decode()
+@pytest.mark.parametrize("move", ["close", "open"])
+def test_cause_is_unknown_where_the_circuit_has_moved_on(metrics, scrape, fail, move):
+    """Another listener moves the circuit by hand as soon as it trips: what is heard
+    last is the trip, of which the storage knows nothing any more."""
+
+    class Mover:
+        def state_change(self, cb, old_state, new_state):
+            if new_state.reason.startswith("a failure"):
+                getattr(cb, move)()
+
+    breaker = CircuitBreaker(fail_max=1, name="weather", listeners=[Mover(), metrics])
+    attempt(breaker, fail)
+    state = {"close": "closed"}.get(move, move)
+    assert scrape().transitions() == {
+        ("weather", state, "hand"): 1,
+        ("weather", "open", "unknown"): 1,
+    }
+
+
+def test_cause_is_unknown_of_a_move_that_something_else_made_in_the_storage(
+    metrics, scrape
+):
+    """What the storage knows is how it came to be open."""
+    breaker = CircuitBreaker(name="weather", listeners=[metrics])
+    breaker.open()
+    breaker._state_storage.state = "closed"
+    assert breaker.state.name == "closed"
+    assert scrape().transitions() == {
+        ("weather", "open", "hand"): 1,
+        ("weather", "closed", "unknown"): 1,
+    }
+    assert scrape().of("outage_start_timestamp_seconds") == 0
+
+
+def test_outage_begins_with_the_trip_and_not_with_each_trial(
+    weather, scrape, clock, fail
+):
+    """The last transition moves on with each trial; closing ends the outage."""
+
+    def times():
+        found = scrape()
+        return (
+            found.of("last_transition_timestamp_seconds"),
+            found.of("outage_start_timestamp_seconds"),
+        )
+
+    assert times() == (0, 0)
+    attempt(weather, fail, 2)
+    trip = MIDNIGHT
+    assert times() == (trip, trip)
+    for minute in 1, 2, 3:
+        clock.advance(60)
+        attempt(weather, fail)
+        assert times() == (trip + minute * 60, trip)
+    clock.advance(60)
+    weather.call(int)
+    assert times() == (trip + 240, 0)
+
+
+@pytest.mark.parametrize("trials", [0, 2])
+def test_outage_that_was_there_before_begins_with_the_opening_that_is_known(
+    metrics, scrape, clock, fail, trials
+):
+    """Trials that fail later do not change it."""
+    breaker = CircuitBreaker(name="weather", reset_timeout=60)
+    breaker.open()
+    opened_at = breaker._state_storage.opened_at.timestamp()
+    metrics.watch(breaker)
+    for _ in range(trials):
+        clock.advance(60)
+        attempt(breaker, fail)
+    assert scrape().of("outage_start_timestamp_seconds") == opened_at
+
+
+# Names, and breakers that come and go.
+
+
+def test_each_breaker_has_its_own_series(metrics, scrape, fail):
+    """Its name is its label, whatever is in it; one listener serves them all."""
+    names = ["weather", 'a "b" \\ c\nd/\N{SNOWMAN}', None]
+    breakers = [CircuitBreaker(name=name) for name in names]
+    metrics.watch(*breakers)
+    for times, breaker in enumerate(breakers):
+        attempt(breaker, fail, times)
+    found = scrape()
+    assert [found.calls(name or "unnamed")["failure"] for name in names] == [0, 1, 2]
+    assert set(found.states()) == {(name or "unnamed", "closed") for name in names}
+
+
+def test_name_that_cannot_be_written_does_not_cost_the_scrape(metrics, scrape):
+    """A lone surrogate is escaped."""
+    breaker = CircuitBreaker(name="bad \udc80", listeners=[metrics])
+    breaker.call(int)
+    assert scrape().states() == {("bad \\udc80", "closed"): 1}
+    assert scrape().calls("bad \\udc80")["success"] == 1
+
+
+def test_breakers_with_one_name_do_not_hide_each_other(metrics, scrape, clock, fail):
+    """Circuits and calls are added up; of times and counts that cannot be, the one is
+    shown that should worry an operator more."""
+    breakers = [
+        CircuitBreaker(fail_max=limit, reset_timeout=timeout, name="weather")
+        for limit, timeout in ((5, 60), (2, 90), (9, 30))
+    ]
+    metrics.watch(*breakers)
+    attempt(breakers[0], fail, 3)
+    attempt(breakers[1], fail, 2)
+    clock.advance(10)
+    breakers[2].open()
+    found = scrape()
+    assert found.states() == {("weather", "closed"): 1, ("weather", "open"): 2}
+    assert found.calls()["failure"] == 5
+    assert found.of("failures") == 3
+    assert found.of("failures_limit") == 2
+    assert found.of("retry_after_seconds") == 80
+    assert found.of("last_transition_timestamp_seconds") == MIDNIGHT + 10
+    assert found.of("outage_start_timestamp_seconds") == MIDNIGHT
+    clock.advance(80)
+    assert scrape().of("trial_due") == 2
+
+
+def test_no_counter_goes_back_when_one_of_two_breakers_with_a_name_goes(
+    metrics, scrape, fail
+):
+    """To Prometheus a counter that goes back is one that began again at 0."""
+    stays, goes = (CircuitBreaker(name="weather") for _ in range(2))
+    metrics.watch(stays, goes)
+    attempt(stays, int, 2)
+    attempt(goes, int, 3)
+    del goes
+    gc.collect()
+    found = scrape()
+    assert found.calls()["success"] == 5
+    assert found.states() == {("weather", "closed"): 1}
+
+
+def test_renamed_breaker_leaves_no_state_behind(weather, scrape, clock, fail):
+    """A series that says open for ever would be a lie. Calls are counted under the
+    name that the breaker has at the time."""
+    attempt(weather, fail, 2)
+    assert scrape().states() == {("weather", "open"): 1}
+    weather.name = "climate"
+    attempt(weather, int, 4)
+    found = scrape()
+    assert found.states() == {("climate", "open"): 1}
+    assert found.of("outage_start_timestamp_seconds", "climate") == MIDNIGHT
+    assert found.of("outage_start_timestamp_seconds", "weather") is None
+    assert found.calls("climate") == {"success": 0, "failure": 0, "rejected": 4}
+    assert found.calls("weather") == {"success": 0, "failure": 2, "rejected": 0}
+
+
+def test_breaker_that_has_gone_is_shown_no_more(metrics, scrape, clock):
+    """Its counters stay for five minutes, so that the last calls are scraped, by a
+    second Prometheus, too."""
+    breaker = CircuitBreaker(name="weather")
+    metrics.watch(breaker)
+    breaker.call(int)
+    breaker.open()
+    assert scrape().states() == {("weather", "open"): 1}
+    del breaker
+    gc.collect()
+    clock.advance(299)
+    found = scrape()
+    assert found.states() == {}
+    assert found.values("outage_start_timestamp_seconds") == {}
+    assert found.calls()["success"] == 1
+    clock.advance(2)
+    assert scrape().samples == []
+
+
+def test_counters_of_a_breaker_that_is_made_anew_go_on(metrics, scrape):
+    """A name's counters do not depend on which breaker has the name."""
+    for expected in 1, 2, 3:
+        breaker = CircuitBreaker(name="weather", listeners=[metrics])
+        breaker.call(int)
+        assert scrape().calls()["success"] == expected
+        del breaker
+        gc.collect()
+
+
+def test_scrape_does_not_keep_a_mapping_of_breakers_from_making_room(registry, scrape):
+    """Breakers of a mapping that were scraped are forgotten like others."""
+    metrics = PrometheusMetrics(registry)
+    hosts = CircuitBreakers(maxsize=2, listeners=[metrics])
+    for number in range(10):
+        hosts[number].call(int)
+        scrape()
+    gc.collect()
+    assert len(hosts) == 2
+    assert len(scrape().states()) == 2
+    assert scrape().calls("0")["success"] == 1
+
+
+def test_breakers_that_have_gone_are_forgotten_where_nothing_scrapes(metrics, clock):
+    """Of five thousand, one a second, the counters of those are left that have gone not
+    long ago, and of what cannot be shown any more nothing."""
+    for number in range(5000):
+        breaker = CircuitBreaker(name=str(number), listeners=[metrics])
+        breaker.call(int)
+        breaker.open()
+        clock.advance(1)
+    assert len(metrics._tallies) <= 1024 + 300
+    del breaker
+    gc.collect()
+    assert not metrics._stories
+
+
+# The registry, and what is refused.
+
+
+def test_scrape_over_http_says_what_each_metric_is(metrics, registry, weather):
+    """Each metric has its type and a help text, at a real endpoint."""
+    server, thread = prometheus_client.start_http_server(
+        0, addr="127.0.0.1", registry=registry
+    )
+    # Without proxies: the way to this very machine must not lead through one.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/metrics"
+        with opener.open(url, timeout=PATIENCE) as answer:
+            text = answer.read().decode()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(PATIENCE)
+    for family in module.FAMILIES:
+        kind, suffix = ("counter", "_total") if family.is_counter else ("gauge", "")
+        assert f"# TYPE {family.name}{suffix} {kind}\n" in text
+        assert f"# HELP {family.name}{suffix} {family.help}\n" in text
     assert 'circuit_breaker_state{breaker="weather",state="closed"} 1.0\n' in text
 
 
-def test_rejection_reaches_the_caller(weather):
-    """Counting it does not swallow it."""
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_scrape_has_nothing_that_promtool_complains_of(weather, scrape, fail):
+    """The lint of the exposition format."""
+    attempt(weather, fail, 3)
+    lint = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=scrape().text,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (lint.returncode, lint.stdout, lint.stderr) == (0, "", "")
+
+
+def test_metrics_are_in_the_default_registry_unless_another_is_given(
+    monkeypatch, registry, scrape
+):
+    """Where the endpoint that a program has already finds them."""
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    PrometheusMetrics().watch(breaker := CircuitBreaker(name="weather"))
+    assert scrape().states() == {(breaker.name, "closed"): 1}
+
+
+def test_second_collector_in_a_registry_is_refused(metrics, registry):
+    """Each series would be there twice, which costs Prometheus the whole scrape."""
+    with pytest.raises(ValueError, match="circuit_breaker_state"):
+        PrometheusMetrics(registry)
+
+
+@pytest.mark.parametrize(
+    "breakers",
+    [iter([]), CircuitBreaker(name="weather"), ["weather"], 5],
+    ids=["iterator", "breaker", "names", "number"],
+)
+def test_breakers_that_cannot_be_shown_are_refused(registry, scrape, breakers):
+    """A TypeError names the parameter and the value, and nothing is registered."""
+    with pytest.raises(TypeError, match="^breakers must .*, not "):
+        PrometheusMetrics(registry, breakers=breakers)
+    assert scrape().text == ""
+
+
+def test_watch_takes_all_or_none(metrics):
+    """What is no breaker is a TypeError that shows it."""
+    breaker = CircuitBreaker()
+    with pytest.raises(TypeError, match=r"^watch\(\) takes breakers, not 'weather'"):
+        metrics.watch(breaker, "weather")
+    assert breaker.listeners == ()
+
+
+def test_what_to_install_is_said_where_prometheus_client_is_missing():
+    """The error names the package, and how to get it."""
+    code = """
+        import sys
+        sys.modules["prometheus_client"] = None
+        try:
+            import pybreaker_extras.prometheus
+        except ImportError as exc:
+            print(exc)
+    """
+    assert "python -m pip install prometheus-client" in run(code)
+
+
+# Forks and several processes.
+
+
+def run(code, **environment):
+    """What a program prints. It must end well, and say nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+@needs_fork
+def test_forked_child_counts_what_it_does_itself(metrics, weather):
+    """The child's counters begin at 0, the parent's go on, and a lock that another
+    thread held at the fork holds no child up."""
+    weather.call(int)
     weather.open()
-    with pytest.raises(CircuitBreakerError):
-        weather.call(int)
-    assert weather.current_state == pybreaker.STATE_OPEN
+    held, let = threading.Event(), threading.Event()
+
+    def hold():
+        with metrics._lock:
+            held.set()
+            let.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    assert held.wait(PATIENCE)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(int(PATIENCE))
+            attempt(weather, int, 2)
+            series = metrics._read()
+            calls = sorted(series[module.CALLS].items())
+            state = series[module.STATE]["weather", "open"]
+            os.write(writing, repr((calls, state)).encode())
+        finally:
+            os._exit(0)
+    let.set()
+    thread.join(PATIENCE)
+    os.waitpid(pid, 0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        calls, state = eval(pipe.read())
+    assert dict(calls) == {
+        ("weather", "failure"): 0,
+        ("weather", "rejected"): 2,
+        ("weather", "success"): 0,
+    }
+    assert state == 1
+    assert metrics._read()[module.CALLS]["weather", "success"] == 1
+
+
+WORKERS = """
+    import os, threading
+
+    def check_threads():
+        assert threading.active_count() == 1, "a fork would copy another thread's locks"
+
+    os.register_at_fork(before=check_threads)  # what is registered first is run last
+
+    import prometheus_client
+    from prometheus_client import multiprocess
+    import pybreaker
+    from pybreaker_extras.prometheus import PrometheusMetrics
+
+    def fail():
+        raise ConnectionError
+
+    metrics = PrometheusMetrics(prometheus_client.CollectorRegistry())
+    weather = pybreaker.CircuitBreaker(name="weather", fail_max=2)
+    metrics.watch(weather)
+    registry = prometheus_client.CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+
+    def scrape(title):
+        print(title)
+        print(prometheus_client.generate_latest(registry).decode(), flush=True)
+
+    def in_child(work):
+        ours, theirs = os.pipe()
+        done, go = os.pipe()
+        pid = os.fork()
+        if not pid:
+            work()
+            metrics.publish()
+            os.write(theirs, b"x")
+            os.read(done, 1)
+            os._exit(0)
+        os.read(ours, 1)
+        def end():
+            os.write(go, b"x")
+            os.waitpid(pid, 0)
+            multiprocess.mark_process_dead(pid)
+        return end
+"""
+
+
+def parts(output):
+    """The scrapes that a program has printed, by their titles."""
+    found, title, lines = {}, None, []
+    for line in output.splitlines(keepends=True):
+        if line.startswith("= "):
+            title, lines = line[2:].strip(), []
+        lines.append(line if not line.startswith("= ") else "")
+        found[title] = "".join(lines)
+    return {title: Scrape(text) for title, text in found.items()}
+
+
+@needs_fork
+def test_multiprocess_mode_adds_up_what_all_processes_say(tmp_path):
+    """Two workers open their circuits, and one of them ends: circuits that are gone
+    are no longer counted, calls are. Nothing has happened before the first scrape, and
+    all counters are there."""
+    output = run(
+        textwrap.dedent(WORKERS)
+        + textwrap.dedent("""
+            def trip():
+                for i in range(3):
+                    try:
+                        weather.call(fail)
+                    except Exception:
+                        pass
+
+            scrape("= before")
+            weather.call(int)
+            metrics.publish()
+            ends = [in_child(trip), in_child(trip)]
+            scrape("= two")
+            ends[0]()
+            scrape("= one")
+            ends[1]()
+            weather.name = "climate"
+            metrics.publish()
+            scrape("= renamed")
+        """),
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
+    )
+    found = parts(output)
+    assert found["before"].calls() == {"success": 0, "failure": 0, "rejected": 0}
+    assert len(found["before"].values("transitions_total", "to", "cause")) == 10
+    assert found["two"].states() == {("weather", "closed"): 1, ("weather", "open"): 2}
+    assert found["two"].calls() == {"success": 1, "failure": 4, "rejected": 2}
+    outages = found["two"].values("outage_start_timestamp_seconds", "breaker", "pid")
+    assert sorted(map(bool, outages.values())) == [False, True, True]
+    assert found["one"].states() == {("weather", "closed"): 1, ("weather", "open"): 1}
+    assert found["one"].calls() == {"success": 1, "failure": 4, "rejected": 2}
+    assert found["renamed"].states() == {("climate", "closed"): 1}
+    assert found["renamed"].calls() == {"success": 1, "failure": 4, "rejected": 2}
+
+
+@needs_fork
+def test_multiprocess_mode_writes_again_and_again_and_when_python_ends(tmp_path):
+    """Calls reach the files without publish(), a forked child's, too, and none is
+    counted twice."""
+    output = run(
+        textwrap.dedent(WORKERS)
+        + textwrap.dedent("""
+            import time
+            import pybreaker_extras.prometheus as module
+
+            def wait_for(calls):
+                sample = f'outcome="success"}} {calls}.0'.encode()
+                while sample not in prometheus_client.generate_latest(registry):
+                    time.sleep(0.01)
+
+            module.PUBLISHED_EVERY = 0.05
+            pid = os.fork()
+            weather.call(int)
+            wait_for(2)
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            module.PUBLISHED_EVERY = 1000
+            time.sleep(0.1)
+            weather.call(int)
+        """),
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
+    )
+    assert output == ""
+    found = run(
+        """
+        import prometheus_client
+        from prometheus_client import multiprocess
+        registry = prometheus_client.CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        print(prometheus_client.generate_latest(registry).decode())
+        """,
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
+    )
+    assert Scrape(found).calls() == {"success": 3, "failure": 0, "rejected": 0}

