@@ -1,0 +1,339 @@
+"""examples/prometheus_rules.yml: which alerts fire, and when, by promtool.
+
+The series are scraped from real breakers while a clock is moved, so that the rules are
+tested with what the metrics really say.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+from support import PATIENCE
+
+import pybreaker
+from pybreaker import CircuitBreaker
+
+prometheus_client = pytest.importorskip("prometheus_client")
+
+import pybreaker_extras.prometheus as module  # noqa: E402
+from pybreaker_extras.prometheus import PrometheusMetrics  # noqa: E402
+
+RULES = Path(__file__).resolve().parents[2] / "examples" / "prometheus_rules.yml"
+INTERVAL = 15  # seconds from scrape to scrape
+MINUTE = 60
+FIRING = 'count by (alertname, breaker) (ALERTS{alertstate="firing"})'
+FIRED = '{alertname="CircuitBreakerANY",breaker="weather"}'
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="needs promtool, of Debian's prometheus"
+)
+
+
+class World:
+    """Instances of a service, each with its breaker, that a Prometheus scrapes."""
+
+    def __init__(self):
+        self.now = 0
+        self.series = {}
+        self.scrapes = 0
+        self.registries = {}
+        self.used = set(re.findall(r"circuit_breaker_\w+", RULES.read_text()))
+
+    def start(self, instance="a", **settings):
+        """A new process of an instance: its breaker is closed, its counters are 0."""
+        registry = self.registries[instance] = prometheus_client.CollectorRegistry()
+        breaker = CircuitBreaker(name="weather", **settings)
+        PrometheusMetrics(registry, breakers=[breaker]).watch(breaker)
+        return breaker
+
+    def sleep(self, seconds):
+        """Time passes, and Prometheus scrapes."""
+        for _ in range(seconds):
+            if self.now % INTERVAL == 0:
+                self.scrape()
+            self.now += 1
+
+    def scrape(self):
+        found = {}
+        for instance, registry in self.registries.items():
+            for family in registry.collect():
+                for sample in family.samples:
+                    labels = {**sample.labels, "job": "shop", "instance": instance}
+                    text = ",".join(f'{k}="{v}"' for k, v in sorted(labels.items()))
+                    if sample.name in self.used:
+                        found[f"{sample.name}{{{text}}}"] = f"{sample.value:g}"
+        for series in {**self.series, **found}:
+            values = self.series.setdefault(series, ["_"] * self.scrapes)
+            was_there = values[-1:] not in ([], ["_"], ["stale"])
+            values.append(found.get(series, "stale" if was_there else "_"))
+        self.scrapes += 1
+
+    def values(self, name, **labels):
+        """What was scraped of the series with these labels."""
+        found = set()
+        for series, values in self.series.items():
+            if series.startswith(name) and all(
+                f'{label}="{value}"' in series for label, value in labels.items()
+            ):
+                found.update(values)
+        return found
+
+    def call(self, breaker, minutes, every=5, is_up=True, takes=0):
+        """A client calls so many minutes long; a service that is down lets it wait."""
+
+        def service():
+            self.sleep(takes)
+            if not is_up:
+                raise ConnectionError
+
+        end = self.now + minutes * MINUTE
+        while self.now < end:
+            try:
+                breaker.call(service)
+            except Exception:
+                pass
+            self.sleep(min(every, max(0, end - self.now)))
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A world whose time is that of breakers and metrics."""
+    gc.collect()
+    world = World()
+    clock = types.SimpleNamespace(monotonic=lambda: 1000.0 + world.now)
+    monkeypatch.setattr(pybreaker, "time", clock)
+    clock = types.SimpleNamespace(
+        monotonic=lambda: 1000.0 + world.now, time=lambda: 1.7e9 + world.now
+    )
+    monkeypatch.setattr(module, "time", clock)
+    return world
+
+
+@pytest.fixture
+def check(world, tmp_path):
+    """Compares what an expression gives, at each of these minutes, with what is
+    expected."""
+
+    def check(tests):
+        test = {
+            "rule_files": [str(RULES)],
+            "evaluation_interval": f"{INTERVAL}s",
+            "tests": [
+                {
+                    "interval": f"{INTERVAL}s",
+                    "input_series": [
+                        {"series": series, "values": " ".join(values)}
+                        for series, values in world.series.items()
+                    ],
+                    **tests,
+                }
+            ],
+        }
+        file = tmp_path / "test.yml"
+        file.write_text(json.dumps(test))  # which is YAML as well
+        done = subprocess.run(
+            ["promtool", "test", "rules", str(file)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return check
+
+
+@pytest.fixture
+def check_alerts(world, check):
+    """Says which alerts fire, from which minute on and until which one, and checks
+    that in all other minutes they do not."""
+
+    def check_alerts(**episodes):
+        tests = []
+        for minute in range(world.now // MINUTE):
+            expected = [
+                {"labels": FIRED.replace("ANY", alert), "value": 1}
+                for alert, (first, last) in episodes.items()
+                if first <= minute <= last
+            ]
+            tests.append(
+                {"expr": FIRING, "eval_time": f"{minute}m", "exp_samples": expected}
+            )
+        check({"promql_expr_test": tests})
+
+    return check_alerts
+
+
+def test_promtool_finds_no_fault_in_the_rules():
+    """They are what Prometheus reads."""
+    done = subprocess.run(
+        ["promtool", "check", "rules", str(RULES)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("takes", "first"), [(0, 16), (10, 17), (30, 18)])
+def test_outage_of_an_hour_is_one_alert(world, check_alerts, takes, first):
+    """With a trial a minute, which scrapes meet or do not, the alert fires from five
+    minutes after the trip until five minutes after the recovery."""
+    weather = world.start()
+    world.call(weather, 10)
+    world.call(weather, 60, is_up=False, takes=takes)
+    world.call(weather, 30)
+    half_open = world.values("circuit_breaker_state", state="half-open")
+    assert ("1" in half_open) == (takes > 0)
+    check_alerts(Open=(first, 75))
+
+
+def test_trip_that_recovers_is_no_alert(world, check_alerts):
+    """A single trip, and the first trial succeeds."""
+    weather = world.start()
+    world.call(weather, 10)
+    world.call(weather, 1, is_up=False)
+    world.call(weather, 60)
+    assert "1" in world.values("circuit_breaker_state", state="open")
+    check_alerts()
+
+
+def test_circuit_that_nobody_calls_is_one_alert(world, check_alerts):
+    """It is another one than that of an outage, which does not fire."""
+    weather = world.start()
+    world.call(weather, 10)
+    world.call(weather, 1, is_up=False)
+    world.sleep(60 * MINUTE)
+    world.call(weather, 40)
+    check_alerts(Uncalled=(15, 100))
+
+
+def test_circuit_that_a_new_process_finds_open_is_no_alert(world, check_alerts):
+    """Its first scrape says that a trial is due, as its storage was open before: that
+    says nothing about how long the trial has been due."""
+    world.sleep(10 * MINUTE)
+    weather = world.start(state_storage=pybreaker.CircuitMemoryStorage("open"))
+    world.sleep(2 * MINUTE)
+    assert "1" in world.values("circuit_breaker_trial_due")
+    world.call(weather, 10)
+    check_alerts()
+
+
+@pytest.mark.parametrize(
+    ("every", "episodes"),
+    [
+        (1, {"Open": (16, 138)}),
+        (3, {"Open": (16, 138)}),
+        (4, {"Uncalled": (15, 44), "Open": (20, 138)}),
+        (5, {"Uncalled": (15, 138)}),
+        (7, {"Uncalled": (15, 138)}),
+        (20, {"Uncalled": (15, 138)}),
+    ],
+)
+def test_outage_that_few_calls_meet_is_one_alert_as_well(
+    world, check_alerts, every, episodes
+):
+    """With a call every so many minutes, one of the alerts fires throughout."""
+    weather = world.start()
+    world.call(weather, 10)
+    world.call(weather, 1, is_up=False)
+    world.call(weather, 120, every=every * MINUTE, is_up=False)
+    check_alerts(**episodes)
+
+
+def test_outage_lasts_through_restarts_of_the_process(world, check_alerts):
+    """A new process has a closed circuit until its calls have failed often enough."""
+    weather = world.start()
+    world.call(weather, 10)
+    for _ in range(6):
+        world.call(weather, 10, is_up=False)
+        weather = world.start()
+        gc.collect()
+    world.call(weather, 20)
+    check_alerts(Open=(16, 74))
+
+
+def test_outage_that_all_instances_see_is_one_alert(world, check_alerts):
+    """However many processes have the breaker; one that nobody calls among them does
+    not hide the others, and has its own alert."""
+    weather = [world.start(instance) for instance in "ab"]
+    for _ in range(60):
+        for breaker in weather:
+            world.call(breaker, 0.5, is_up=False)
+    world.sleep(MINUTE)
+    for _ in range(30):
+        world.call(weather[0], 1, is_up=False)
+    check_alerts(Open=(6, 90), Uncalled=(64, 90))
+
+
+def test_circuit_that_trips_again_and_again_is_one_alert(world, check_alerts):
+    """It closes each time, so that no outage lasts for five minutes."""
+    weather = world.start()
+    for _ in range(12):
+        world.call(weather, 8)
+        world.call(weather, 2, is_up=False)
+    world.call(weather, 90)
+    check_alerts(TripsAgain=(31, 175))
+
+
+def test_abandoned_calls_are_recorded(world, check):
+    """Of 720 calls in an hour a fifth is cancelled; it is asked a minute earlier."""
+
+    def cancelled():
+        raise KeyboardInterrupt
+
+    weather = world.start()
+    for number in range(720):
+        if number % 5:
+            weather.call(int)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                weather.call(cancelled)
+        world.sleep(5)
+    check(
+        {
+            "promql_expr_test": [
+                {
+                    "expr": "round(breaker:circuit_breaker_abandoned_calls:increase1h)",
+                    "eval_time": "59m",
+                    "exp_samples": [
+                        {"labels": '{breaker="weather",job="shop"}', "value": 142}
+                    ],
+                }
+            ]
+        }
+    )
+
+
+def test_texts_of_an_alert_name_the_circuit(world, check):
+    """They are what a pager shows."""
+    weather = world.start()
+    world.call(weather, 10, is_up=False)
+    check(
+        {
+            "alert_rule_test": [
+                {
+                    "eval_time": "9m",
+                    "alertname": "CircuitBreakerOpen",
+                    "exp_alerts": [
+                        {
+                            "exp_labels": {
+                                "severity": "critical",
+                                "breaker": "weather",
+                                "job": "shop",
+                            },
+                            "exp_annotations": {
+                                "summary": "The circuit weather has been open for "
+                                "five minutes",
+                                "description": "1 circuits of that name are open, and "
+                                "what they guard fails in each trial.",
+                            },
+                        }
+                    ],
+                }
+            ]
+        }
+    )
