@@ -199,7 +199,10 @@ if __name__ == "__main__":
         # type checkers and editors can follow, and not an import hook.
         package_dir={"": "."},
         python_requires=">=3.9",
-        extras_require={"redis": ["redis>=5"]},
+        extras_require={
+            "prometheus": ["prometheus-client"],
+            "redis": ["redis>=5"],
+        },
         cmdclass={"build_py": BuildWithStub},
         classifiers=[
             "Development Status :: 5 - Production/Stable",

@@ -1,0 +1,190 @@
+"""docs/metrics.rst: its code runs, with the real SDK, and its tables are complete."""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+from readme_support import blocks_of, parse
+
+import pybreaker
+from pybreaker import CircuitBreaker
+
+prometheus_client = pytest.importorskip("prometheus_client")
+
+from pybreaker_extras.prometheus import FAMILIES  # noqa: E402
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "metrics.rst"
+SOURCE = GUIDE.read_text("utf-8")
+EXPOSED = {each.name + ("_total" if each.is_counter else "") for each in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Breakers that other tests have left are not shown."""
+    gc.collect()
+    monkeypatch.setattr(pybreaker, "_breakers", type(pybreaker._breakers)())
+
+
+def run(namespace, *sections):
+    """Run the Python of these sections of the guide, in their order."""
+    for block in blocks_of(SOURCE):
+        if block.section in sections and block.kind == "python":
+            # The empty lines make a traceback name the line in the guide.
+            code = "\n" * (block.line - 1) + block.text
+            exec(compile(code, str(GUIDE), "exec"), namespace)
+    return namespace
+
+
+def test_guide_renders_without_a_warning():
+    """As on any site that shows it."""
+    assert parse(SOURCE).astext().startswith("Metrics")
+
+
+def test_every_piece_of_code_in_the_guide_is_run():
+    """By one of the tests that follow."""
+    assert {block.section for block in blocks_of(SOURCE) if block.kind == "python"} == {
+        "Prometheus",
+        "Several processes",
+        "OpenTelemetry",
+    }
+    assert {block.kind for block in blocks_of(SOURCE)} == {"python", "text"}
+
+
+def test_table_of_the_guide_names_every_metric_and_label():
+    """And no others are named anywhere in the guide."""
+    rows = re.findall(
+        r"^``(circuit_breaker_\w+)``  +((?:``\w+``(?:, )?)*)", SOURCE, re.M
+    )
+    expected = {
+        each.name + ("_total" if each.is_counter else ""): list(each.labels[1:])
+        for each in FAMILIES
+    }
+    assert {name: re.findall(r"\w+", labels) for name, labels in rows} == expected
+    assert set(re.findall(r"circuit_breaker_\w+", SOURCE)) == EXPOSED
+
+
+def test_prometheus_is_used_as_the_guide_says(monkeypatch):
+    """What it shows of two breakers, and of those of a mapping, is at the endpoint."""
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    names = run({}, "Prometheus")
+    names["weather"].call(int)
+    text = prometheus_client.generate_latest(registry).decode()
+    for name in "weather", "api.example.org":
+        assert (
+            f'circuit_breaker_calls_total{{breaker="{name}",outcome="success"}} 1.0'
+            in text
+        )
+
+
+def test_endpoint_for_several_processes_works(monkeypatch, tmp_path):
+    """It answers, and the hook for gunicorn takes away what a process has left."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    names = run({}, "Several processes")
+    answers = []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics"}
+    names["metrics_app"](environ, lambda status, headers: answers.append(status))
+    assert answers == ["200 OK"]
+    left = tmp_path / "gauge_livesum_123.db"
+    left.touch()
+    names["child_exit"](None, type("Worker", (), {"pid": 123}))
+    assert not left.exists()
+
+
+@pytest.fixture
+def telemetry(monkeypatch):
+    """The guide's listener, and a function that collects what the SDK has: for each
+    metric its points, by their attributes, and what it is."""
+    export = pytest.importorskip("opentelemetry.sdk.metrics.export")
+    from opentelemetry import metrics
+    from opentelemetry.sdk.metrics import MeterProvider
+
+    reader = export.InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    monkeypatch.setattr(metrics, "get_meter", provider.get_meter)
+    breakers = {
+        "weather": CircuitBreaker(fail_max=2, name="weather"),
+        "payments": CircuitBreaker(),
+    }
+    run(breakers, "OpenTelemetry")
+
+    def collect():
+        data = reader.get_metrics_data()
+        found = {}
+        for resource in data.resource_metrics:
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    if not metric.name.startswith("circuit_breaker."):
+                        continue  # the SDK's own
+                    points = {
+                        tuple(sorted(point.attributes.items())): point.value
+                        for point in metric.data.data_points
+                    }
+                    found[metric.name] = metric, points
+        return found
+
+    yield breakers["weather"], collect
+    provider.shutdown()
+
+
+def attributes(name="weather", **more):
+    more = {key.replace("__", "."): value for key, value in more.items()}
+    return tuple(sorted({"circuit_breaker.name": name, **more}.items()))
+
+
+def test_opentelemetry_counts_calls_and_transitions(telemetry, fail):
+    """Monotonic sums, in units of calls and transitions."""
+    weather, collect = telemetry
+    weather.call(int)
+    for _ in range(3):
+        with pytest.raises(Exception):  # noqa: B017
+            weather.call(fail)
+    calls, points = collect()["circuit_breaker.calls"]
+    assert (calls.unit, calls.data.is_monotonic) == ("{call}", True)
+    outcome = "circuit_breaker__call__outcome"
+    assert points == {
+        attributes(**{outcome: "success"}): 1,
+        attributes(**{outcome: "failure", "error__type": "Boom"}): 2,
+        attributes(**{outcome: "rejected"}): 1,
+    }
+    moves, points = collect()["circuit_breaker.transitions"]
+    assert (moves.unit, moves.data.is_monotonic) == ("{transition}", True)
+    assert points == {attributes(circuit_breaker__state="open"): 1}
+
+
+def test_opentelemetry_shows_the_state_as_it_is(telemetry):
+    """An UpDownCounter, which follows a change of name and counts breakers with one
+    name together."""
+    weather, collect = telemetry
+    weather.open()
+
+    def states():
+        return {
+            each: n for each, n in collect()["circuit_breaker.count"][1].items() if n
+        }
+
+    def state(name, state):
+        return attributes(name, circuit_breaker__state=state)
+
+    count, points = collect()["circuit_breaker.count"]
+    assert (count.unit, count.data.is_monotonic) == ("{circuit_breaker}", False)
+    assert len(points) == 2 * 3
+    assert states() == {state("weather", "open"): 1, state("unnamed", "closed"): 1}
+    weather.name = None
+    assert states() == {state("unnamed", "open"): 1, state("unnamed", "closed"): 1}
+    twin = CircuitBreaker()
+    twin.open()
+    assert states() == {state("unnamed", "open"): 2, state("unnamed", "closed"): 1}
+
+
+def test_opentelemetry_shows_the_wait_in_seconds(telemetry):
+    """The longest one of the breakers with a name."""
+    weather, collect = telemetry
+    weather.open(1000)
+    wait, points = collect()["circuit_breaker.retry_after"]
+    assert wait.unit == "s"
+    assert 0 < points[attributes()] <= 1000
+    assert points[attributes("unnamed")] == 0
