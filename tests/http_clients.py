@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from http_service import Service
 
 # Seconds after which a client gives up, where a test makes it do so.
 SHORT = 0.3
@@ -131,29 +130,6 @@ class Aiohttp:
 
 CLIENTS = [Httpx, HttpxAsync, Requests, Aiohttp]
 ASYNC_CLIENTS = [HttpxAsync, Aiohttp]
-
-
-@pytest.fixture
-def service():
-    service = Service()
-    yield service
-    service.end()
-
-
-@pytest.fixture
-def make_client(request):
-    """Makes a client of the kind that the test is run for, and closes it."""
-    kind = request.param
-    pytest.importorskip(kind.package)
-    made = []
-
-    def make(*args, **settings):
-        made.append(kind(*args, **settings))
-        return made[-1]
-
-    yield make
-    for client in made:
-        client.close()
 
 
 for_each_client = pytest.mark.parametrize("make_client", CLIENTS, indirect=True)

@@ -114,6 +114,7 @@ class Service:
         length = 1000 if path == "/part" else len(body)
         connection.sendall(
             f"HTTP/1.1 {status} Because\r\n{headers}"
-            f"Content-Length: {length}\r\n\r\n".encode() + body
+            f"Content-Length: {length}\r\n\r\n".encode()
+            + body
         )
         return path != "/part"

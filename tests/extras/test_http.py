@@ -15,7 +15,7 @@ import time
 import weakref
 
 import pytest
-from http_clients import (  # noqa: F401
+from http_clients import (
     SHORT,
     Aiohttp,
     Httpx,
@@ -23,9 +23,8 @@ from http_clients import (  # noqa: F401
     Requests,
     for_each_async_client,
     for_each_client,
-    make_client,
-    service,
 )
+from http_service import Service
 from support import PATIENCE
 
 import pybreaker
@@ -35,11 +34,43 @@ from pybreaker_extras import http
 REFUSING = "http://127.0.0.1:9"  # nothing listens on the port of discard
 
 
+@pytest.fixture
+def service():
+    service = Service()
+    yield service
+    service.end()
+
+
+@pytest.fixture
+def make_client(request):
+    """Makes a client of the kind that the test is run for, and closes it."""
+    kind = request.param
+    pytest.importorskip(kind.package)
+    made = []
+
+    def make(*args, **settings):
+        made.append(kind(*args, **settings))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
 def raised_by(client, url, **options):
-    """What the client raises, and the class of what it raises without the layer."""
+    """What the client raises."""
     with pytest.raises(Exception) as caught:
         client.get(url, **options)
     return caught.value
+
+
+def outcome_of(client, url):
+    """What the client returns, or the class of what it raises. (requests notices a
+    short body since urllib3 2.)"""
+    try:
+        return client.get(url)
+    except Exception as exc:
+        return type(exc)
 
 
 # Which breaker
@@ -179,8 +210,9 @@ def test_a_connection_that_fails_counts_and_raises_what_the_client_raises(
 def test_a_body_that_breaks_off_comes_after_the_guarded_call(make_client, service):
     breakers = CircuitBreakers(fail_max=1)
     client, plain = make_client(breakers), make_client()
-    expected = raised_by(plain, f"{service.url}/part")
-    assert type(raised_by(client, f"{service.url}/part")) is type(expected)
+    assert outcome_of(client, f"{service.url}/part") == outcome_of(
+        plain, f"{service.url}/part"
+    )
     assert breakers[service.key].fail_counter == 0
 
 
@@ -568,11 +600,8 @@ def test_a_retry_after_from_another_era_is_late(make_client, service, move):
     client.get(url)
     assert is_sent.is_set()
     assert breaker.retry_after <= 60
-    assert breaker.current_state == {
-        "open": "open",
-        "close": "closed",
-        "half_open": "half-open",
-    }[move]
+    names = {"open": "open", "close": "closed", "half_open": "half-open"}
+    assert breaker.current_state == names[move]
 
 
 @for_each_client
