@@ -25,6 +25,7 @@ from http_clients import (
     for_each_client,
 )
 from http_service import Service
+from pages import python_blocks
 from support import PATIENCE
 
 import pybreaker
@@ -1054,3 +1055,28 @@ def test_the_module_loads_no_client_before_it_is_asked_for():
     )
     assert output.stdout == "[]\n", output.stderr
     importlib.import_module("pybreaker_extras.http")
+
+
+# The page
+
+
+def test_the_page_runs_as_it_is_written(service, capsys):
+    httpx = pytest.importorskip("httpx")
+    requests = pytest.importorskip("requests")
+    for package in ("aiohttp", "tenacity"):
+        pytest.importorskip(package)
+    if tuple(map(int, httpx.__version__.split(".")[:2])) < (0, 26):
+        pytest.skip("the page shows how proxies are given since httpx 0.26")
+    namespace = {}
+    for block in python_blocks("http"):
+        text = block.replace("https://api.example.org", service.url)
+        exec(text.replace("api.example.org:443", service.key), namespace)
+    assert service.requests == ["/orders"] * 5
+    assert namespace["orders"] == "hello"
+    assert list(namespace["breakers"]) == [service.key]
+    printed = capsys.readouterr().out
+    assert f"<CircuitBreaker '{service.key}': closed" in printed
+    assert f"maintenance 60.0 {service.url}/orders" in printed.replace("59.9", "60.0")
+    for value in namespace.values():
+        if isinstance(value, (httpx.Client, requests.Session)):
+            value.close()

@@ -11,6 +11,7 @@ import sys
 import unittest
 
 import pytest
+from pages import python_blocks
 from support import PATIENCE, Boom, boom, fail
 
 import pybreaker
@@ -377,3 +378,16 @@ def test_the_helpers_keep_no_breaker_alive():
     gc.collect()
     assert "gone" not in [each.name for each in pybreaker.breakers()]
     assert testing.fresh_breakers is not None
+
+
+# The page
+
+
+def test_the_page_runs_as_it_is_written(tmp_path):
+    conftest, *suite = python_blocks("testing")
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nusefixtures = fresh_breakers\n")
+    (tmp_path / "test_page.py").write_text("\n\n".join(suite))
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    result = run(command, cwd=tmp_path)
+    assert "3 passed" in result.stdout, result.stdout
