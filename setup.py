@@ -199,9 +199,13 @@ if __name__ == "__main__":
         # type checkers and editors can follow, and not an import hook.
         package_dir={"": "."},
         python_requires=">=3.9",
+        # The oldest releases that are tested; the newest are, too.
         extras_require={
+            "aiohttp": ["aiohttp>=3.12"],
+            "httpx": ["httpx>=0.23"],
             "prometheus": ["prometheus-client"],
             "redis": ["redis>=5"],
+            "requests": ["requests>=2.25"],
         },
         cmdclass={"build_py": BuildWithStub},
         classifiers=[
