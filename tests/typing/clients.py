@@ -1,4 +1,4 @@
-"""Code with HTTP clients and test helpers that type checkers must accept, or must refuse
+"""Code with HTTP clients and test helpers that type checkers must accept, or refuse
 where a line is marked as ignored.
 
 It is checked against the installed wheel and never run.
