@@ -110,6 +110,7 @@ BURST = 64  # connections that ask for nothing and are let in at once,
 IDLE_A_SECOND = 16  # and after that
 PAUSE = 0.5  # seconds, when the system cannot give another connection
 FIND = 1.0  # seconds between two searches for new breakers
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # of a button that asks before it does anything
 MINUTES = "30"  # that a hold lasts unless somebody types another number
 
 logger = logging.getLogger("pybreaker_extras.console")
@@ -896,7 +897,10 @@ class Console:
             form.say(f"Nothing was changed: {exc}.")
             return 503, [], _Page(self, environ, form).whole()
         except Refusal as exc:
-            form.errors[ident] = exc.errors
+            form.errors[ident] = {
+                "minutes" if field == "seconds" else field: error
+                for field, error in exc.errors.items()
+            }
             form.say(f"Nothing was changed: {exc}")
             return exc.status, [], _Page(self, environ, form).whole()
         if told is None:  # there is a question, an error or a notice
@@ -961,8 +965,20 @@ class Console:
     def _press_close(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
     ) -> str | None:
-        form.question = f"close-yes.{watch.ident}"
-        return None
+        """Ask, unless all calls go through already."""
+        if watch.picture(time.monotonic() + LOOK).get("state") != "closed":
+            form.question = f"close-yes.{watch.ident}"
+            return None
+        return self._press_close_yes(environ, form, key, watch, exact)
+
+    def _press_half_open(
+        self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
+    ) -> str | None:
+        """Ask, if all calls go through now."""
+        if watch.picture(time.monotonic() + LOOK).get("state") == "closed":
+            form.question = f"half-open-yes.{watch.ident}"
+            return None
+        return self._press_half_open_yes(environ, form, key, watch, exact)
 
     def _press_yes(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
@@ -982,7 +998,7 @@ class Console:
         form.forget(watch.ident, "why")
         return f"{key} is closed: all its calls go through."
 
-    def _press_half_open(
+    def _press_half_open_yes(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
     ) -> str | None:
         self._move(environ, key, watch, "half_open", form.reason(watch.ident))
@@ -1037,6 +1053,7 @@ BUTTONS: dict[str, Any] = {
     "close": Console._press_close,
     "close-yes": Console._press_close_yes,
     "half-open": Console._press_half_open,
+    "half-open-yes": Console._press_half_open_yes,
 }
 
 
@@ -1297,9 +1314,8 @@ class _Form:
         return f"{self.q} {self.state}" != self._fields.get("shown", "")
 
     def changes_something(self) -> bool:
-        return self.do.partition(".")[0] in (
-            "set", "yes", "close-yes", "half-open", "enter"
-        )  # fmt: skip
+        """Whether the button is one of those that are not to be pressed twice."""
+        return self.do.partition(".")[0] in (*BUTTONS, "enter")
 
     def say(self, message: str, done: bool = False) -> None:
         self.message, self.is_done = message, done
@@ -1515,68 +1531,76 @@ class _Page:
     def _forms(self, row: _Row) -> str:
         """Buttons and fields. Each has a name that tells the breaker."""
         ident, form = row.ident, self._form
-        typed, name = form.typed.get(ident, {}), escape(row.key)
+        typed = form.typed.get(ident, {})
         errors, notices = form.errors.get(ident, {}), form.notices.get(ident, {})
-        of = f'<span class="unseen"> of {name}</span>'
-        # The page that comes back shows this row.
-        to = f'formaction="{escape(self._root)}/#b-{ident}"'
-        rest = f"{of}</button>"
+        of = f'<span class="unseen"> of {escape(row.key)}</span>'
+        is_closed = row.state == pybreaker.STATE_CLOSED
+        release = "Release: half-open" if row.held else "Half-open"
+        close = "Release: close" if row.held else "Close"
+        buttons = {
+            "hold": "Hold open" + ELLIPSIS,
+            "hold-on": "Hold open until released" + ELLIPSIS,
+            "half-open": f"{release}, let one call try"
+            + (ELLIPSIS if is_closed else ""),
+            "close": f"{close}, let all calls through"
+            + (ELLIPSIS if not is_closed else ""),
+            "set": "Save the settings",
+        }
+        press = {
+            do: f'<button {self._back_to(row)} name="do" value="{do}.{ident}">'
+            f"{text}{of}</button>"
+            for do, text in buttons.items()
+        }
         settings = "".join(
             self._field(row, setting, typed, errors, notices) for setting in SETTINGS
         )
-        opened = row.state != pybreaker.STATE_CLOSED
-        question = self._question(row, to) if form.question else ""
-        minutes = escape(typed.get("minutes", MINUTES))
-        return f"""{question}
+        why, minutes = escape(typed.get("why", "")), typed.get("minutes", MINUTES)
+        why_is = _described(ident, "reason", errors, notices, f"{ident}-why-hint")
+        minutes_are = _described(ident, "minutes", errors, notices)
+        return f"""{self._question(row)}
 <input type="hidden" name="{ident}.was" value="{escape(row.was())}">
 <input type="hidden" name="{ident}.name" value="{escape(row.key)}">
 <fieldset><legend>Move the circuit{of}</legend>
 <p><label for="{ident}-why">Because{of}</label> <input id="{ident}-why" class="why"
- name="{ident}.why" maxlength="{MAX_TEXT}" value="{escape(typed.get("why", ""))}"
- {_described(ident, "reason", errors, notices)}>
-<small>shown with what you do, and logged</small>{
-            _said(ident, "reason", errors, notices)
-        }</p>
-<p><label>Hold open{of} for <input class="few" name="{
-            ident
-        }.minutes" inputmode="decimal"
- value="{minutes}" {_described(ident, "minutes", errors, notices)}>
- minutes</label> <button {to} name="do" value="hold.{ident}">Hold open so long{
-            of
-        }\N{HORIZONTAL ELLIPSIS}</button>
-<button {to} name="do" value="hold-on.{ident}">Hold open until released{
-            of
-        }\N{HORIZONTAL ELLIPSIS}</button>
-{_said(ident, "minutes", errors, notices)}</p>
-<p><button {to} name="do" value="half-open.{ident}">{
-            "Release half-open: let one call try"
-            if row.held
-            else "Half-open: let one call try"
-        }{rest}
-<button {to} name="do" value="close.{ident}">{
-            ("Release closed" if row.held else "Close") + ": let all calls through"
-        }{of}{chr(0x2026) if opened else ""}</button></p></fieldset>
+ name="{ident}.why" maxlength="{MAX_TEXT}" value="{why}" {why_is}>
+<small id="{ident}-why-hint">shown with what you do, and logged</small></p>
+{_said(ident, "reason", errors, notices)}
+<p><label>Hold open{of} for <input class="few" name="{ident}.minutes"
+ inputmode="decimal" value="{escape(minutes)}" {minutes_are}> minutes</label>
+{press["hold"]}</p>{_said(ident, "minutes", errors, notices)}
+<p>{press["hold-on"]}</p><p>{press["half-open"]}</p><p>{press["close"]}</p></fieldset>
 <fieldset><legend>Settings{of}</legend><div class="fields">{settings}</div>
-<p><button {to} name="do" value="set.{ident}">Save the settings{rest}</p></fieldset>"""
+<p>{press["set"]}</p></fieldset>"""
 
-    def _question(self, row: _Row, to: str) -> str:
+    def _back_to(self, row: _Row) -> str:
+        """Of a button: the page that comes back shows this row."""
+        return f'formaction="{escape(self._root)}/#b-{row.ident}"'
+
+    def _question(self, row: _Row) -> str:
         """What is asked once before a button does what hurts."""
-        do, ident, *exact = self._form.question.split(".", 2)
-        if ident != row.ident:
+        do, _, argument = self._form.question.partition(".")
+        ident, _, exact = argument.partition(".")
+        if not do or ident != row.ident:
             return ""
         name = escape(row.key)
         if do == "yes":
-            seconds = float(exact[0])
-            what = f"Hold {name} open {_until(seconds)}? Its calls are refused so long."
+            until = _until(float(exact))
+            what = f"Hold {name} open {until}? Its calls are refused so long."
             yes = f"Yes, hold {name} open"
-        else:
+        elif do == "close-yes":
             what = f"Close {name}? All its calls go through at once, whether or not "
             what += "the service is well again. Half-open lets one call try first."
             yes = f"Yes, close {name}"
-        no = f'<button {to} name="do" value="reload">No, leave {name} as it is</button>'
-        sure = f'name="do" value="{escape(self._form.question)}" autofocus'
+        else:
+            what = (
+                f"Half-open {name}, which is closed? Its calls are refused but for one "
+            )
+            what += "at a time, until that succeeds."
+            yes = f"Yes, half-open {name}"
+        button = f"<button {self._back_to(row)} name=do value"
         return f"""<div class="question" role="group" aria-label="Are you sure?">
-<p>{what}</p><p><button {to} {sure}>{yes}</button> {no}</p></div>"""
+<p>{what}</p><p>{button}="{escape(self._form.question)}" autofocus>{yes}</button>
+{button}="reload">No, leave {name} as it is</button></p></div>"""
 
     def _field(
         self, row: _Row, name: str, typed: Any, errors: Any, notices: Any
@@ -1708,11 +1732,12 @@ class _Row:
                 parts.append(f"next trial {f'in {wait}' if wait else 'only by hand'}")
         else:
             done = self.picture["success_counter"]
+            parts = ["one call at a time is tried"]
             parts.append(f"{done} of {self.picture['success_threshold']} successes")
         outage = self.watch.outage
         if outage is not None:
             length = human((now - outage.since).total_seconds())
-            parts.insert(1, f"since {length}")
+            parts.insert(1, f"for {length}")
             if outage.failed_trials:
                 parts.append(_trials(outage.failed_trials))
             error = outage.last_error or outage.reason
@@ -1909,6 +1934,7 @@ details.gone { opacity: .6 }
 summary { cursor: pointer; padding: .1rem .5rem; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; min-height: 24px }
 details[open] > summary { white-space: normal }
+details[open] > summary .brief { display: none }
 .badge { display: inline-block; border: 2px solid transparent; border-radius: .25rem;
   padding: 0 .35rem; font-weight: 650; font-size: .88rem }
 .open .badge { background: var(--red); color: #fff; border-color: var(--red) }
@@ -1944,7 +1970,10 @@ em, .question { border: 2px solid var(--amber) }
   clip-path: inset(50%); white-space: nowrap; padding: 0; border: 0; min-height: 0 }
 .now { width: 100%; height: 15rem; border: 1px solid var(--line) }
 .glance { padding: 0 } .glance li { list-style: none }
-@media (max-width: 40rem) { body { padding: .4rem } .fields p {
+@media (max-width: 40rem) { body { padding: .2rem .4rem } #rows { gap: 0 }
+  summary { padding: 0 .4rem; line-height: 1.4 } details { margin-top: -1px }
+  .badge { line-height: 1.1 } .filters { gap: .2rem .5rem; margin: .2rem 0 }
+  .filters input { width: 7rem } .fields p {
   grid-template-columns: 1fr 7rem } .fields small { grid-column: 1 / -1 } }
 @media (forced-colors: active) { .open .badge { border: 2px solid } details.open {
   border-left-width: 8px } .dead main { opacity: 1 } }
