@@ -184,11 +184,11 @@ class Watch:
         self,
         breaker: pybreaker.CircuitBreaker,
         ident: str,
-        redact: Callable[[str], str],
+        redact: Callable[[str], str] | None,
     ) -> None:
         self.ident = ident
         self._reference = weakref.ref(breaker)
-        self._redact = redact
+        self._redact = partial(_redacted, redact)
         self._listens = False
         self.since = _now()
         self.transitions: tuple[dict[str, str], ...] = ()  # the newest is the first
@@ -502,11 +502,22 @@ class Refusal(Exception):
 
 _URL_PASSWORD = re.compile(r"(://[^\s/:@'\"]*:)[^\s'\"<>]*@")
 # The end of a text that was cut where a password may have been.
-_CUT_PASSWORD = re.compile(r"(://[^\s/:@'\"]*:)(?!\d{1,5}(?:[/?#)]|$))[^\s'\"<>]+$")
+_CUT_PASSWORD = re.compile(r"(://[^\s/:@'\"]*:)(?!\d{1,5}(?:[/?#)]|$))[^\s'\"<>@]+$")
 _QUERY_PASSWORD = re.compile(
     r"([?&;](?:\w*(?:password|passwd|pwd|secret|token|api_?key))=)[^&;\s'\"<>]+",
     re.IGNORECASE,
 )
+
+
+def _redacted(redact: Callable[[str], str] | None, text: str) -> str:
+    """What may be shown of a text."""
+    if redact is None:
+        return text
+    try:
+        return str(redact(text))
+    except Exception:
+        logger.exception("redact failed, so a text is not shown")
+        return "(not shown, as redact failed)"
 
 
 def blot_out_passwords(text: str) -> str:
@@ -613,7 +624,7 @@ class Console:
             for breaker in breakers:
                 watch = self._watches.get(id(breaker))
                 if watch is None or watch.breaker is not breaker:
-                    watch = Watch(breaker, str(next(self._numbers)), self._redact)
+                    watch = Watch(breaker, str(next(self._numbers)), self._redacts)
                     self._watches[id(breaker)] = watch
                 watches.append(watch)
             if len(self._watches) > len(watches):  # of breakers that are gone
@@ -628,15 +639,6 @@ class Console:
         unique = {id(each): each for each in everything if not isinstance(each, _Spare)}
         return list(unique.values())
 
-    def _redact(self, text: str) -> str:
-        if self._redacts is None:
-            return text
-        try:
-            return str(self._redacts(text))
-        except Exception:
-            logger.exception("redact failed, so a text is not shown")
-            return "(not shown, as redact failed)"
-
     def listen(self) -> None:
         """Find new breakers, and listen to those that are not listened to yet."""
         for watch in self._all_watches():
@@ -646,7 +648,7 @@ class Console:
         # Tells this process from its forks and from the one before a restart.
         self._token = secrets.token_hex(8)
         self._growing = threading.Lock()
-        # What was done, by the page that asked for it, with the breaker.
+        # What was done, with the breaker, by a digest of what asked for it.
         self._news: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._news_lock = threading.Lock()
 
@@ -861,8 +863,10 @@ class Console:
         if form.token != self._token:
             form = form.carried_to({key: i for i, (key, _) in watches.items()})
             return 409, [], _Page(self, environ, form).whole()
-        news = self._news.get(form.nonce)
-        if news is not None and form.changes_something():
+        # What a browser that reloads the page sends again is the very same.
+        form.did = hashlib.sha256(body).hexdigest()[:20]
+        news = self._news.get(form.did)
+        if news is not None:
             form.say(f"This was done already: {news[1]}")
             return 200, [], _Page(self, environ, form).whole()
         return self._press(environ, form, watches)
@@ -907,14 +911,14 @@ class Console:
             status = 422 if form.errors else 409 if form.notices else 200
             return status, [], _Page(self, environ, form).whole()
         with self._news_lock:
-            self._news[form.nonce] = ident, told
+            self._news[form.did] = ident, told
             while len(self._news) > NEWS:
                 self._news.popitem(last=False)
         if form.typed:  # elsewhere, and not to be lost
             form.say(told, done=True)
             return 200, [], _Page(self, environ, form).whole()
         # See other: so that reloading the page does not ask for it again.
-        place = f"{form.query(did=form.nonce)}#b-{ident}"
+        place = f"{form.query(did=form.did)}#b-{ident}"
         return 303, [("Location", f"{_root(environ)}/{place}")], ""
 
     def _press_set(
@@ -1238,7 +1242,7 @@ class _Form:
         self.q, self.state = fields.get("q", "").strip(), fields.get("state", "")
         self.did = fields.get("did", "")
         self.do = fields.get("do", "")
-        self.token, _, self.nonce = fields.get("page", "").partition(".")
+        self.token = fields.get("page", "").partition(".")[0]
         self.typed: dict[str, dict[str, str]] = {}
         self.errors: dict[str, dict[str, str]] = {}
         self.notices: dict[str, dict[str, str]] = {}
@@ -1312,10 +1316,6 @@ class _Form:
 
     def filter_changed(self) -> bool:
         return f"{self.q} {self.state}" != self._fields.get("shown", "")
-
-    def changes_something(self) -> bool:
-        """Whether the button is one of those that are not to be pressed twice."""
-        return self.do.partition(".")[0] in (*BUTTONS, "enter")
 
     def say(self, message: str, done: bool = False) -> None:
         self.message, self.is_done = message, done
@@ -2160,6 +2160,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         self._allowance = float(BURST)  # connections that may still ask for nothing
         self._counted = time.monotonic()
         self._closing = threading.Event()
+        self._owns_file = False  # of a Unix socket
         super().__init__(*args)
         self.socket.setblocking(False)  # whoever waits may be gone
 
@@ -2172,6 +2173,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         else:
             _make_way(str(self.server_address))
             self.socket.bind(self.server_address)
+            self._owns_file = True
             os.chmod(str(self.server_address), 0o600)  # before anybody can connect
             self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
@@ -2179,7 +2181,8 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     def server_close(self) -> None:
         self._closing.set()
         super().server_close()
-        if self.address_family == getattr(socket, "AF_UNIX", None):
+        if self._owns_file:
+            self._owns_file = False
             with contextlib.suppress(OSError):
                 os.unlink(str(self.server_address))
 
