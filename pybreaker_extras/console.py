@@ -1915,7 +1915,10 @@ h1 { font-size: 1.3rem; margin: 0 } p { margin: .3rem 0 } ul { margin: .3rem 0;
   position: sticky; top: 0; z-index: 2; border: 3px solid var(--red) }
 #news { border: 2px solid var(--amber); padding: .4rem .7rem; border-radius: .3rem }
 #news.done { border-color: var(--green) }
-.dead main, .dead h1, .dead #process { filter: grayscale(1); opacity: .62 }
+.dead main, .dead h1, .dead #process { filter: grayscale(1); --ink: var(--soft);
+  color: var(--soft) }
+.dead details .badge { background: none; color: var(--soft);
+  border: 2px dotted var(--soft) }
 .dead .badge::before, .dead h1::before { content: "was " }
 .filters { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center;
   margin: .4rem 0 }
@@ -1975,8 +1978,14 @@ em, .question { border: 2px solid var(--amber) }
   .badge { line-height: 1.1 } .filters { gap: .2rem .5rem; margin: .2rem 0 }
   .filters input { width: 7rem } .fields p {
   grid-template-columns: 1fr 7rem } .fields small { grid-column: 1 / -1 } }
+@media (scripting: none) { #rows .badge, h1#summary { animation: age 0s 5s forwards }
+  #rows .badge::before, h1#summary::before { content: "was "; font-size: 0;
+    animation: word 0s 5s forwards } }
+@keyframes age { to { background: none; color: var(--soft);
+  border-color: var(--soft) } }
+@keyframes word { to { font-size: 1em } }
 @media (forced-colors: active) { .open .badge { border: 2px solid } details.open {
-  border-left-width: 8px } .dead main { opacity: 1 } }
+  border-left-width: 8px } }
 """
 
 # It needs nothing of the page to be scripted: without it the forms work, and a frame

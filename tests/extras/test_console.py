@@ -16,6 +16,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
+from readme_support import blocks_of, run
 from support import PATIENCE
 
 import pybreaker
@@ -1578,7 +1580,7 @@ def test_breaker_can_be_added_and_renamed_later(serve, weather):
 
 def curl_lines():
     """Those of the documentation, as (method, path, body)."""
-    texts = [module.__doc__, (ROOT / "README.rst").read_text(encoding="utf-8")]
+    texts = [module.__doc__, DOCS, (ROOT / "README.rst").read_text(encoding="utf-8")]
     for line in re.findall(r"^ *(?:\$ )?(curl .*)$", "\n".join(texts), re.MULTILINE):
         words = shlex.split(line)[1:]
         method, body = "GET", None
@@ -1586,11 +1588,12 @@ def curl_lines():
             option, value = words.pop(0), words.pop(0)
             if option == "-X":
                 method = value
-            else:
-                assert option == "-d", line
+            elif option == "-d":
                 body = value
+            else:
+                assert option == "--unix-socket", line
         (url,) = words
-        assert url.startswith("http://127.0.0.1:8300/"), line
+        assert re.match(r"http://(127\.0\.0\.1:8300|localhost)/", url), line
         yield method, urlsplit(url).path, body
 
 
@@ -2393,6 +2396,23 @@ def test_path_to_mount_at_is_checked(path):
         Console([]).mount(lambda environ, start_response: [], path)
 
 
+def configure_django(monkeypatch):
+    """A site of one page."""
+    import django
+    from django.conf import settings
+    from django.http import HttpResponse
+    from django.urls import path
+
+    urls = type(sys)("console_urls")
+    urls.urlpatterns = [path("", lambda request: HttpResponse("The application."))]
+    monkeypatch.setitem(sys.modules, "console_urls", urls)
+    if not settings.configured:
+        settings.configure(
+            ROOT_URLCONF="console_urls", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="x"
+        )
+        django.setup()
+
+
 def test_console_in_flask(serve, weather):
     """Two lines, and the application's own pages are where they were."""
     flask = pytest.importorskip("flask")
@@ -2407,20 +2427,10 @@ def test_console_in_flask(serve, weather):
 
 def test_console_in_django(serve, weather, monkeypatch):
     """Two lines in wsgi.py."""
-    django = pytest.importorskip("django")
-    from django.conf import settings
+    pytest.importorskip("django")
+    configure_django(monkeypatch)
     from django.core.wsgi import get_wsgi_application
-    from django.http import HttpResponse
-    from django.urls import path
 
-    urls = type(sys)("console_urls")
-    urls.urlpatterns = [path("", lambda request: HttpResponse("The application."))]
-    monkeypatch.setitem(sys.modules, "console_urls", urls)
-    if not settings.configured:
-        settings.configure(
-            ROOT_URLCONF="console_urls", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="x"
-        )
-        django.setup()
     console = Console([weather])
     application = console.mount(get_wsgi_application(), "/ops")
     client = serve(application, "/ops", console)
@@ -2579,3 +2589,128 @@ def test_operator_steers_while_a_load_runs(serve):
         thread.join(PATIENCE)
         assert not thread.is_alive(), "a thread hangs"
     assert wrong == []
+
+
+# The documentation
+
+DOCS = (ROOT / "docs" / "console.rst").read_text(encoding="utf-8")
+NEEDED = {
+    "Flask": ["flask"],
+    "Django": ["django"],
+    "FastAPI": ["fastapi", "a2wsgi"],
+}
+
+
+@pytest.fixture
+def names(monkeypatch, tmp_path):
+    """What a block of the documentation may use, in an empty directory. Its servers
+    listen on free ports and end with the test."""
+    servers = []
+    serve = module.serve
+
+    def serve_on_a_free_port(console, address="127.0.0.1", port=8300):
+        servers.append(serve(console, address, 0))
+        return servers[-1]
+
+    monkeypatch.setattr(module, "serve", serve_on_a_free_port)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "documentation", "servers": servers}
+    exec("import threading; from pybreaker_extras.console import *", names)
+    yield names
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def run_section(names, section):
+    for block in blocks_of(DOCS):
+        if block.section == section and block.kind == "python":
+            run(block, names)
+
+
+def test_documentation_renders():
+    """Each of its blocks is of a kind that a test here looks at."""
+    assert {block.kind for block in blocks_of(DOCS)} == {"python", "console", "nginx"}
+
+
+@pytest.mark.parametrize(
+    "section",
+    dict.fromkeys(b.section for b in blocks_of(DOCS) if b.kind == "python"),
+)
+def test_python_of_the_documentation_runs(names, section, monkeypatch):
+    """Section by section."""
+    for needed in NEEDED.get(section, ()):
+        pytest.importorskip(needed)
+    if section == "Django":
+        configure_django(monkeypatch)
+    run_section(names, section)
+    assert isinstance(names.get("console", Console([])), Console)
+
+
+def test_console_of_the_documentation_is_served(names):
+    """On a port and on a Unix socket."""
+    run_section(names, "In a program")
+    on_port, on_socket = names["servers"]
+    assert Client(on_port.server_port).get("/breakers").status == 200
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as link:
+        link.connect(names["path"].partition(":")[2])
+        link.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert b"shop" in b"".join(iter(lambda: link.recv(65536), b""))
+
+
+def test_authorization_of_the_documentation_authorizes(names):
+    """The one with the key, and nobody else."""
+    run_section(names, "Who may use it")
+    assert names["authorize"]({"HTTP_X_OPS_KEY": "from your secrets"})
+    assert not names["authorize"]({"HTTP_X_OPS_KEY": "guessed"})
+    assert not names["authorize"]({})
+    assert names["redact"]("customer 17 at ://u:p@h") == "customer *** at ://u:***@h"
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
+def test_nginx_recipe_of_the_documentation_works(names, tmp_path, clock):
+    """The operator who logged in is served, a page of another site is not, and the
+    log has the operator's address."""
+    breaker = CircuitBreaker(name="behind nginx")
+    run_section(names, "Behind nginx")
+    (recipe,) = (b.text for b in blocks_of(DOCS) if b.kind == "nginx")
+    (server,) = names["servers"]
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    passwords = tmp_path / "operators"
+    passwords.write_text("ada:{PLAIN}secret\n")
+    recipe = recipe.replace("8300", str(server.server_port))
+    recipe = recipe.replace("/etc/nginx/operators", str(passwords))
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid; error_log stderr;"
+        f"events {{}} http {{ access_log off; client_body_temp_path {tmp_path}/a;"
+        f"proxy_temp_path {tmp_path}/b; fastcgi_temp_path {tmp_path}/c;"
+        f"uwsgi_temp_path {tmp_path}/d; scgi_temp_path {tmp_path}/e;"
+        f"server {{ listen 127.0.0.1:{port};\n{recipe}\n}} }}"
+    )
+    command = ["nginx", "-p", str(tmp_path), "-e", "stderr", "-c", str(config)]
+    login = {"Authorization": "Basic " + base64.b64encode(b"ada:secret").decode()}
+    host = f"www.example.com:{port}"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as nginx:
+        try:
+            client = Client(port, "/ops")
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                with contextlib.suppress(OSError):
+                    answer = client.ask("GET", "/ops/", None, {"Host": host})
+                    break
+                assert time.monotonic() < deadline
+            assert answer.status == 401
+            ask = partial(client.ask, headers={"Host": host, **login})
+            page = Page(ask("GET", "/ops/"))
+            row = page.row("behind nginx")
+            body = urlencode({**page.fields, "do": f"yes.{row.ident}.60"})
+            for origin, status in ("http://evil.example", 403), (f"http://{host}", 303):
+                headers = {"Host": host, "Origin": origin, **login}
+                answer = client.ask("POST", page.action, body, headers)
+                assert answer.status == status
+            assert breaker.state.reason == "by hand, from 127.0.0.1"
+        finally:
+            nginx.terminate()
