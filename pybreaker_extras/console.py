@@ -884,7 +884,8 @@ class Console:
                 form.say("Nothing was done yet: press the button that says what to do.")
                 return 200, [], _Page(self, environ, form).whole()
         if do in ("filter", "reload"):
-            if form.typed:
+            form.unfolded = argument  # of a question that was answered with no
+            if form.typed or argument:
                 return 200, [], _Page(self, environ, form).whole()
             return 303, [("Location", f"{_root(environ)}/{form.query()}")], ""
         ident, _, exact = argument.partition(".")
@@ -1478,13 +1479,16 @@ class _Page:
     def _row(self, row: _Row, has_form: bool = True) -> str:
         form = self._form
         unfolded = row.ident == form.unfolded or row.ident in form.typed
+        # The page that comes back shows the row whose button was pressed.
+        said = form.errors or form.notices or form.question
+        has_focus = row.ident == form.unfolded and not said
         forms = ""
         if has_form and not self._console._read_only:
             forms = f'<div class="forms">{self._forms(row)}</div>'
         return f"""
 <details id="b-{row.ident}" class="{row.looks()}" data-was="{escape(row.was())}"\
 {" open" if unfolded else ""}>
-<summary>{self._headline(row)}</summary>
+<summary{" autofocus" if has_focus else ""}>{self._headline(row)}</summary>
 <div class="story">{self._story(row)}</div>{forms}</details>"""
 
     def _headline(self, row: _Row) -> str:
@@ -1535,21 +1539,22 @@ class _Page:
         errors, notices = form.errors.get(ident, {}), form.notices.get(ident, {})
         of = f'<span class="unseen"> of {escape(row.key)}</span>'
         is_closed = row.state == pybreaker.STATE_CLOSED
-        release = "Release: half-open" if row.held else "Half-open"
-        close = "Release: close" if row.held else "Close"
+        release = "Release half-open" if row.held else "Half-open"
+        close = "Release closed" if row.held else "Close"
         buttons = {
-            "hold": "Hold open" + ELLIPSIS,
-            "hold-on": "Hold open until released" + ELLIPSIS,
-            "half-open": f"{release}, let one call try"
-            + (ELLIPSIS if is_closed else ""),
-            "close": f"{close}, let all calls through"
-            + (ELLIPSIS if not is_closed else ""),
-            "set": "Save the settings",
+            "hold": ("Hold open", ELLIPSIS),
+            "hold-on": ("Hold open until released", ELLIPSIS),
+            "half-open": (
+                f"{release}, let one call try",
+                ELLIPSIS if is_closed else "",
+            ),
+            "close": (f"{close}, let all calls through", "" if is_closed else ELLIPSIS),
+            "set": ("Save the settings", ""),
         }
         press = {
-            do: f'<button {self._back_to(row)} name="do" value="{do}.{ident}">'
-            f"{text}{of}</button>"
-            for do, text in buttons.items()
+            do: f'<button name="do" value="{do}.{ident}">{text}'
+            f'<span class="unseen">: {escape(row.key)}</span>{asks}</button>'
+            for do, (text, asks) in buttons.items()
         }
         settings = "".join(
             self._field(row, setting, typed, errors, notices) for setting in SETTINGS
@@ -1572,10 +1577,6 @@ class _Page:
 <fieldset><legend>Settings{of}</legend><div class="fields">{settings}</div>
 <p>{press["set"]}</p></fieldset>"""
 
-    def _back_to(self, row: _Row) -> str:
-        """Of a button: the page that comes back shows this row."""
-        return f'formaction="{escape(self._root)}/#b-{row.ident}"'
-
     def _question(self, row: _Row) -> str:
         """What is asked once before a button does what hurts."""
         do, _, argument = self._form.question.partition(".")
@@ -1597,10 +1598,10 @@ class _Page:
             )
             what += "at a time, until that succeeds."
             yes = f"Yes, half-open {name}"
-        button = f"<button {self._back_to(row)} name=do value"
+        sure = f'name="do" value="{escape(self._form.question)}" autofocus'
         return f"""<div class="question" role="group" aria-label="Are you sure?">
-<p>{what}</p><p>{button}="{escape(self._form.question)}" autofocus>{yes}</button>
-{button}="reload">No, leave {name} as it is</button></p></div>"""
+<p>{what}</p><p><button {sure}>{yes}</button>
+<button name="do" value="reload.{ident}">No, leave {name} as it is</button></p></div>"""
 
     def _field(
         self, row: _Row, name: str, typed: Any, errors: Any, notices: Any
@@ -1984,8 +1985,9 @@ em, .question { border: 2px solid var(--amber) }
 @keyframes age { to { background: none; color: var(--soft);
   border-color: var(--soft) } }
 @keyframes word { to { font-size: 1em } }
-@media (forced-colors: active) { .open .badge { border: 2px solid } details.open {
-  border-left-width: 8px } }
+@media (forced-colors: active) { .open .badge { forced-color-adjust: none;
+  background: Highlight; color: HighlightText; border-color: Highlight }
+  .closed .badge { border-color: Canvas } details.open { border-left-width: 8px } }
 """
 
 # It needs nothing of the page to be scripted: without it the forms work, and a frame

@@ -220,12 +220,12 @@ def test_evening_of_an_operator(site, browse, scripts):
     row.type("why", "it's new")
     row.type("minutes", "45")
     row.type("fail_max", "seven")
-    row.press("Hold open of")
+    row.press("Hold open:")
     assert payments.state.reason.startswith("5 failures")
     row.press("Yes, hold payments open")
-    assert "payments is held open for 45 min" in browser.find_element(
-        By.ID, "news"
-    ).text
+    assert (
+        "payments is held open for 45 min" in browser.find_element(By.ID, "news").text
+    )
     assert payments.state.reason == "by hand, from 127.0.0.1: it's new"
     assert row.field("fail_max").get_attribute("value") == "seven"
 
@@ -328,7 +328,9 @@ def test_page_whose_process_has_stopped_says_so_and_comes_back(site, browse, scr
         site.stop()
         dead = browser.find_element(By.ID, "dead")
         wait_for(browser, lambda: "NO ANSWER" in dead.text, patience=5)
-        assert "dead" in browser.find_element(By.TAG_NAME, "body").get_attribute("class")
+        assert "dead" in browser.find_element(By.TAG_NAME, "body").get_attribute(
+            "class"
+        )
         browser.save_screenshot(str(HERE / "dead.png"))
         breakers[0].close()
         site.start(breakers)
@@ -373,7 +375,7 @@ def test_keyboard_alone_is_enough(site, browse):
     press(Keys.ENTER)
     tab_to("Because of only")
     press("night shift")
-    tab_to("Hold open until released of only")
+    tab_to("Hold open until released: only")
     press(Keys.ENTER)
     wait_for(
         browser,
@@ -416,7 +418,9 @@ def test_page_is_accessible_in_every_state(site, browse, look, number):
     row = Row(browser, "payments")
     row.unfold()
     check("unfolded")
-    for each in browser.find_elements(By.CSS_SELECTOR, "details[open] button, .few, .why"):
+    for each in browser.find_elements(
+        By.CSS_SELECTOR, "details[open] button, .few, .why"
+    ):
         if each.is_displayed():
             assert "payments" in each.accessible_name
     row.press("Hold open until released")
