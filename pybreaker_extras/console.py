@@ -1927,7 +1927,8 @@ h1 { font-size: 1.3rem; margin: 0 } p { margin: .3rem 0 } ul { margin: .3rem 0;
 #rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem),
   1fr)); gap: .2rem .5rem }
 details { border: 1px solid var(--line); border-left: 5px solid var(--line);
-  border-radius: .25rem; scroll-margin-top: 4rem }
+  border-radius: .25rem; scroll-margin-top: 4rem; position: relative;
+  overflow: clip }
 details.open, details.half-open, details.unknown, details[open] { grid-column: 1 / -1 }
 details[open] { background: var(--card) }
 details.open { border-left-color: var(--red) }
