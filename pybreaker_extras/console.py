@@ -706,7 +706,8 @@ class Console:
             raise Refusal(403, "this console is read-only")
         limit = MAX_BODY
         if environ.get("PATH_INFO", "") in ("", "/"):
-            limit += MAX_BODY_OF_BREAKER * min(ROWS, len(self._watches))
+            names = map(_quoted, self.watches())
+            limit += sum(MAX_BODY_OF_BREAKER + len(name) for name in names)
         answer = handlers[method](environ, _read(environ, limit))
         return answer
 
@@ -2048,7 +2049,7 @@ SCRIPT = """
       }
     }
   };
-  let unknown = false, last = Date.now();
+  let unknown = false, strangers = 0;
   const again = () => {  // a page with other breakers, or of another process
     const button = document.querySelector("button[value=reload]");
     if (button && isDirty(document)) button.click();
@@ -2062,13 +2063,19 @@ SCRIPT = """
       if (!answer.ok) throw new Error("the answer is " + answer.status);
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       clearTimeout(timer);
+      if (page.body.dataset.token !== body.dataset.token) {
+        // A process that was started in its place, or one that works beside it.
+        strangers += 1;
+        if (strangers >= 5) return again();
+        throw new Error("another process answers");
+      }
+      strangers = 0;
       body.classList.remove("dead");
       dead.textContent = "";
-      if (page.body.dataset.token !== body.dataset.token) return again();
       show(page);
       if (unknown && !isUsed() && !isDirty(document)) return again();
-      last = Date.now();
     } catch (error) {
+      if (!error.message.startsWith("another")) strangers = 5;
       const asOf = document.getElementById("as-of").textContent;
       body.classList.add("dead");
       const text = "NO ANSWER from the process (" + error.message + "). All below is "
@@ -2113,13 +2120,20 @@ class _Watcher:
         self.start()
 
     def start(self) -> None:
-        threading.Thread(
-            target=self._run, name="pybreaker-console", daemon=True
-        ).start()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(self._ended,), name="pybreaker-console", daemon=True
+        )
+        self._thread.start()
 
-    def _run(self) -> None:
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(WAIT)
+
+    def _run(self, ended: threading.Event) -> None:
         while self._look():
-            time.sleep(FIND)
+            if ended.wait(FIND):
+                return
 
     def _look(self) -> bool:
         console = self._console()
@@ -2136,8 +2150,19 @@ _watchers: weakref.WeakKeyDictionary[Console, _Watcher] = weakref.WeakKeyDiction
 _started = _now()
 
 
-def _after_fork() -> None:
-    """Begin anew in a child process, which has none of its parent's threads."""
+def _before_fork() -> None:
+    """End the threads, as a process with threads should not fork."""
+    for watcher in list(_watchers.values()):
+        watcher.stop()
+
+
+def _after_fork_in_parent() -> None:
+    for watcher in list(_watchers.values()):
+        watcher.start()
+
+
+def _after_fork_in_child() -> None:
+    """Begin anew: the child is another process than its parent's pages are of."""
     global _started
     _started = _now()
     for console, watcher in list(_watchers.items()):
@@ -2146,7 +2171,11 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no forks
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 # Serving it.

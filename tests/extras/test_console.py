@@ -1188,22 +1188,29 @@ def test_page_of_another_process_tells_what_was_typed_for_a_breaker_that_is_gone
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
-def test_forked_process_is_another_process(serve, weather):
-    """Its pages have another token, so that none is taken for the parent's."""
+def test_forked_process_is_another_process():
+    """Its pages have another token, so that none is taken for the parent's, and it
+    finds new breakers, as its parent goes on doing."""
     script = """
-import os, sys, warnings
+import os, sys, threading, time, warnings
 import pybreaker
 from pybreaker_extras.console import Console
-warnings.simplefilter("ignore")
-console = Console([pybreaker.CircuitBreaker(name="x")])
+warnings.simplefilter("error")  # as of a fork of a process that has threads
+console = Console()
 before = console._token
 reading, writing = os.pipe()
 if os.fork() == 0:
-    os.write(writing, console._token.encode())
+    breaker = pybreaker.CircuitBreaker(name="of the child")
+    deadline = time.monotonic() + 30
+    while not breaker.listeners and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.write(writing, f"{console._token} {len(breaker.listeners)}".encode())
     os._exit(0)
 os.wait()
-token = os.read(reading, 100).decode()
-sys.exit(0 if token != before == console._token else 1)
+token, listeners = os.read(reading, 100).decode().split()
+assert listeners == "1"
+assert token != before == console._token
+assert threading.active_count() == 2
 """
     command = [sys.executable, "-c", script]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
