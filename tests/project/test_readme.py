@@ -68,6 +68,7 @@ class Page:
             "client": service,
             "async_client": types.SimpleNamespace(get=service.get_async),
             "meter": mock.Mock(),
+            "application": mock.Mock(),
         }
         self._clock = clock
 
