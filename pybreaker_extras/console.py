@@ -195,7 +195,7 @@ class Watch:
         self.moved = 0  # how often
         self.outage: Outage | None = None
         self.outages: tuple[Outage, ...] = ()  # that are over; the newest is the first
-        self.set_by: dict[str, tuple[Any, str, datetime]] = {}
+        self.set_by: dict[str, tuple[Any, str, datetime, str]] = {}
         self._last: dict[str, Any] | None = None  # the last picture
         self._busy_since: datetime | None = None
         self._looker: threading.Thread | None = None
@@ -351,6 +351,7 @@ class Watch:
         who: str,
         was: dict[str, str] | None = None,
         match: str = "",
+        reason: str = "",
     ) -> Change:
         """Set all these settings or none."""
         done = Change({}, {}, {})
@@ -371,7 +372,8 @@ class Watch:
             self._set_all(breaker, values, paired, done)
             if not done.errors:
                 for name in values:
-                    self.set_by[name] = (getattr(breaker, name), who, _now())
+                    value = getattr(breaker, name)
+                    self.set_by[name] = (value, who, _now(), reason)
         return done
 
     def _set_all(
@@ -1041,7 +1043,7 @@ class Console:
     ) -> Change:
         who, match = self._who(environ), environ.get("HTTP_IF_MATCH", "")
         values = {name: values[name] for name in SETTINGS if name in values}
-        done = watch.change(values, who, was, match)
+        done = watch.change(values, who, was, match, reason)
         because = f", because {reason!r}" if reason else ""
         for name in () if done.errors or done.notices else values:
             value, before = values[name], done.before[name]
@@ -1524,10 +1526,9 @@ class _Page:
                 f"console began to watch it.</p>"
             )
         by = {name: watch.set_by[name] for name in SETTINGS if name in watch.set_by}
-        for name, (value, who, at) in by.items():
-            told = (
-                f"{name} = {_shown(name, value)} was set by {who} at {_clock(at, now)}."
-            )
+        for name, (value, who, at, reason) in by.items():
+            told = f"{name} = {_shown(name, value)} was set by {who} at "
+            told += f"{_clock(at, now)}" + (f": {reason}." if reason else ".")
             parts.append(f"<p>{escape(told)}</p>")
         as_of = datetime.fromisoformat(picture["as_of"])
         parts.append(f'<p class="as-of">As of {_clock(as_of, now)}.</p>')
@@ -2260,7 +2261,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
             self._allowance, self._counted = min(BURST, self._allowance + more), now
 
     def asks(self, connection: Any) -> None:
-        """A whole head of a request has come."""
+        """A whole request has come."""
         with self._guard:
             self._asked.add(connection)
 
@@ -2309,13 +2310,32 @@ class ServerUnix(Server):
     address_family = getattr(socket, "AF_UNIX", socket.AF_INET)
 
 
+class _Body:
+    """A stream that tells when what was asked of it has come."""
+
+    def __init__(self, stream: Any, told: Callable[[], None]) -> None:
+        self._stream, self._told = stream, told
+
+    def read(self, size: int = -1) -> bytes:
+        content: bytes = self._stream.read(size)
+        self._told()
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
     timeout = PATIENCE
 
     def parse_request(self) -> bool:
         parsed = super().parse_request()
         if parsed and isinstance(self.server, Server):
-            self.server.asks(self.connection)
+            asks = partial(self.server.asks, self.connection)
+            if self.headers.get("Content-Length", "0") == "0":
+                asks()
+            else:
+                self.rfile = _Body(self.rfile, asks)  # type: ignore[assignment]
         return parsed
 
     def address_string(self) -> str:
