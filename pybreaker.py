@@ -283,6 +283,7 @@ class CircuitBreaker:
     _failure_result: Any = None
     _dry_run = False
 
+    _factor: tuple[Any, float] = (None, 1.0)  # the last opening's
     _as_made: tuple[Any, ...] | None = None  # the settings, if CircuitBreakers made it
     _due: _Move | None = None  # the move that the library is about to make
     _trial: _Trial | None = None  # the one that holds the place
@@ -568,8 +569,12 @@ class CircuitBreaker:
             was_on = self._has_window()
             if was_on:
                 self._era._end()  # what the old window has forgotten stays forgotten
+            is_on = (size, seconds) != (None, None)
+            if is_on and not was_on:
+                # The failures have marks before calls draw numbers in the window.
+                self._era._change_window(was_on, is_on)
             self._window_size, self._window_seconds = size, seconds
-            self._era._change_window(was_on)
+            self._era._change_window(True, is_on)
 
     def _has_window(self) -> bool:
         return self._window_size is not None or self._window_seconds is not None
@@ -704,7 +709,7 @@ class CircuitBreaker:
                 for _ in range(count):
                     storage.increment_counter()
             if self._has_window():
-                self._era._change_window(was_on=False)
+                self._era._change_window(was_on=False, is_on=True)
 
     @property
     def name(self) -> str | None:
@@ -1056,16 +1061,25 @@ class CircuitBreaker:
                     return None
                 admission = _Admission(self._era, trial)
                 if not is_let_in:
+                    move = self._era._move  # before a listener makes another
                     self._tell("rejected", (self, func, *args), kwargs)
                     if not self._dry_run:
                         hint = "" if granted else "another breaker runs the trial"
-                        raise self._error(self._era._move, 0.0, hint)
+                        raise self._error(move, 0.0, hint)
                     self._vacate(trial)
                     admission = _WITHIN
                 self._tell("before_call", (self, func, *args), kwargs)
                 return admission
         finally:
             self._hand_on_records()
+
+    def _factor_of(self, opening: Any) -> float:
+        """A factor between 0.9 and 1, by chance and the same for the whole opening."""
+        if self._factor[0] is not opening:
+            from random import uniform  # which takes long to load
+
+            self._factor = opening, uniform(0.9, 1.0)
+        return self._factor[1]
 
     def _longest_trial(self) -> float:
         """Seconds for which a trial may hold its place."""
@@ -1152,9 +1166,9 @@ class CircuitBreaker:
                 seen = admission.settles
                 if not seen._fail_counter:
                     return  # a success that changes nothing takes no lock
-                if self._window_size is not None and state is not None:
+                if self._window_size is not None and seen is not _OPAQUE:
                     number = state._draw_number()
-                    if seen is not _OPAQUE and not state._forgets(number):
+                    if not state._forgets(number):
                         return
             with self._lock:
                 if self._storage.state != self._era.name:
@@ -1424,6 +1438,7 @@ class CircuitBreaker:
         # with the parent, which logs what was recorded.
         self._lock = threading.RLock()
         self._trial = self._due = None
+        self._factor = None, 1.0
         self._records = ()
 
 
@@ -1555,7 +1570,7 @@ class CircuitBreakerState:
         """How many failures have not been forgotten. Needs no lock."""
         return self._breaker._storage.counter
 
-    def _change_window(self, was_on: bool) -> None:
+    def _change_window(self, was_on: bool, is_on: bool) -> None:
         """Take in that the window, or the number of failures, was set."""
 
     def _end(self) -> None:
@@ -1608,7 +1623,7 @@ class CircuitClosedState(CircuitBreakerState):
         if self._breaker._window_size is None and storage.counter:
             storage.reset_counter()
         if self._marks is not None:
-            self._forget(number)
+            self._forget(number or next(self._numbers))
 
     def _count_failure(self) -> None:
         storage = self._breaker._storage
@@ -1655,7 +1670,8 @@ class CircuitClosedState(CircuitBreakerState):
 
     def _forgets(self, number: int) -> bool:
         breaker = self._breaker
-        is_in_step = self._marks and len(self._marks) == breaker._storage.counter
+        marks = self._marks  # which a setter may take away
+        is_in_step = marks and len(marks) == breaker._storage.counter
         return not is_in_step or number - self._oldest >= (breaker._window_size or 0)
 
     def _forget(self, number: int | None = None) -> None:
@@ -1709,8 +1725,8 @@ class CircuitClosedState(CircuitBreakerState):
         standing = moments[max(0, len(moments) - count) :]
         return count - sum(not 0.0 <= now - moment < seconds for moment in standing)
 
-    def _change_window(self, was_on: bool) -> None:
-        if not self._breaker._has_window():
+    def _change_window(self, was_on: bool, is_on: bool) -> None:
+        if not is_on:
             self._marks = None
             return
         if not was_on or self._marks is None:
@@ -1749,7 +1765,7 @@ class CircuitOpenState(CircuitBreakerState):
             length = breaker._reset_timeout
             if breaker._max_reset_timeout is not None:
                 grown = breaker._grown_timeout(self._move.failed_trials)
-                length = grown * self._shortening()
+                length = grown * breaker._factor_of(self._known_move or self._move)
         left = length - breaker._storage.open_for()
         return left if left > 0.0 else breaker._place_wait()  # inf - inf is not
 
@@ -1760,17 +1776,6 @@ class CircuitOpenState(CircuitBreakerState):
             move.seconds,
             move.failed_trials,
         )
-
-    def _shortening(self) -> float:
-        """A factor between 0.9 and 1, by chance: in each process another for each
-        opening."""
-        factor: float | None = vars(self).get("_factor")
-        if factor is None:
-            from random import Random  # which takes long to load
-
-            opening = os.getpid(), id(self._breaker), self._breaker._storage.opened_at
-            factor = self._factor = Random(f"{_SALT!r} {opening}").uniform(0.9, 1.0)
-        return factor
 
     def _start_trial(self) -> bool:
         breaker = self._breaker
@@ -1884,7 +1889,7 @@ class CircuitBreakers(dict[object, CircuitBreaker]):
         return f"<{type(self).__name__} of {len(self)}, maxsize {self._maxsize}>"
 
     def _make_room(self) -> None:
-        for _ in range(_LOOKED_AT):
+        for _ in range(min(_LOOKED_AT, len(self) - 1)):  # not at the new one
             # The oldest is taken out first, so that a look-up in another thread meets
             # the lock, and finds it again in the weak table.
             key = next(iter(self))
@@ -2910,7 +2915,6 @@ _SETTINGS = (
 )
 _LOOKED_AT = 4  # old breakers, for each new one
 _DECADES = 6e8  # seconds
-_SALT = os.urandom(8)  # so that processes with equal numbers draw other factors
 _LONGEST_TEXT = 300  # characters
 _NEW = _Move("", "new", "", failed_trials=0)
 _PLAIN_CALL = CircuitBreaker.call

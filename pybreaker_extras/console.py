@@ -1347,7 +1347,7 @@ class _Page:
             for key, watch in console.watches().items()
         ]
         everything.sort(key=_Row.rank)
-        self._counts = dict.fromkeys(STATES[1:], 0)
+        self._counts: dict[str, int] = dict.fromkeys(STATES[1:], 0)
         for row in everything:
             self._counts[row.state] += 1
         matches = _filter_of({"q": form.q, "state": form.state})

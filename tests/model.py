@@ -16,26 +16,37 @@ SUCCESS, FAILURE, ABANDONED = "success", "failure", "abandoned"
 class Rejected(Exception):
     """The call is refused, and may come back after so many seconds."""
 
-    def __init__(self, retry_after):
-        self.retry_after = retry_after
+    def __init__(self, retry_after, reason):
+        self.retry_after, self.reason = retry_after, reason
 
 
 class Tripped(Exception):
     """The call's failure opened the circuit, and that is what its caller sees."""
 
-    def __init__(self, phrase, cause, retry_after):
-        self.phrase, self.cause, self.retry_after = phrase, cause, retry_after
+    def __init__(self, phrase, cause, retry_after, reason):
+        self.phrase, self.cause = phrase, cause
+        self.retry_after, self.reason = retry_after, reason
+
+
+class FailedResult(Exception):
+    """A result that makes the call that returned it a failure."""
 
 
 class Era:
-    """A stay in one state."""
+    """A stay in one state, and the move that began it."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, reason="new", seconds=None, failed_trials=0):
+        self.name, self.reason, self.seconds = name, reason, seconds
+        self.failed_trials = failed_trials
+        self.why_opened = reason if name == OPEN else ""
+
+    @property
+    def why_refused(self):
+        return self.why_opened or self.reason
 
 
 class Call:
-    """An admitted call; one within a trial belongs to no era, nor does a trial
+    """An admitted call; one that decides nothing belongs to no era, nor does a trial
     that the storage has yet to grant."""
 
     def __init__(self, era, trial=False, since=math.nan):
@@ -44,19 +55,27 @@ class Call:
 
 
 class Model:
-    """`clock` says how late it is, `open_for` how long ago the opening was, and
-    `listeners` are functions that are called with an event and its details."""
+    """`clock` says how late it is, by the monotonic clock (`now`) and by the storage's
+    (`moment`), and `listeners` are functions that are called with an event and its
+    details."""
+
+    is_abandoning = staticmethod(lambda exc: False)  # whatever else is said of it
+    shortening = 1.0  # of an opening, by chance, where openings grow
 
     def __init__(self, clock, state=CLOSED):
         self.clock, self.era, self.stored = clock, Era(state), state
-        self.fail_counter = self.success_counter = 0
+        self.calls, self.failures = 0, []  # counted in this era; with number and moment
+        self.success_counter = 0
         self.fail_max, self.reset_timeout, self.success_threshold = 5, 60, 1
-        self.throw_new_error_on_trip = True
+        self.window_size = self.window_seconds = self.max_reset_timeout = None
+        self.throw_new_error_on_trip, self.dry_run = True, False
+        self.ignore, self.exclude, self.include = [], [], []
+        self.failure_result = lambda result: False
         self.name = None
         self.opened = None  # a moment of the storage's clock
         self.place = None  # the trial that holds it
         self.listeners = []
-        self.trips, self.released = [], 0  # what a storage is told
+        self.moves, self.released = [], 0  # what a storage is told
 
     # What happens to a call.
 
@@ -72,8 +91,7 @@ class Model:
             except BaseException:
                 self.give_back(call)
                 raise
-            if not begun:
-                call = self.arrive(context, what)
+            call = begun or self.arrive(context, what)
         return call
 
     def arrive(self, context, what):
@@ -87,32 +105,57 @@ class Model:
             context.add(self.place)
             return self.place
         else:
-            retry_after = self.retry_after
-            self.tell("rejected", what)
-            raise Rejected(retry_after)
+            rejected = Rejected(self.retry_after, self.era.why_refused)
+            call = self.refuse(rejected, what)
         self.tell("before_call", what)
         return call
 
+    def refuse(self, rejected, what):
+        """In a dry run the call is told as rejected, and runs and decides nothing."""
+        self.tell("rejected", what)
+        if not self.dry_run:
+            raise rejected
+        return Call(None)
+
     def may_begin(self, trial, granted, what):
-        """It goes on only if the era is still the same, and the place its own."""
+        """The trial, if the era is still the same and the place its own."""
         if granted and self.place is not None:
             self.place.claimed = True  # even if another call holds it by now
         elif granted:
             self.release()
         self.look()
         if self.place is not trial:
-            return False
-        if not granted:
-            self.tell("rejected", what)
-            raise Rejected(0.0)
-        trial.granted = True
-        if self.era.name == OPEN:
-            self.move(HALF_OPEN, trial)
-        if self.place is not trial:
-            return False
-        trial.era = self.era
+            return None
+        call = trial
+        if granted:
+            trial.granted = True
+            if self.era.name == OPEN:
+                self.move(HALF_OPEN, "trial", "the timeout has passed")
+            if self.place is not trial:
+                return None
+            trial.era = self.era
+        else:
+            call = self.refuse(Rejected(0.0, self.era.why_refused), what)
+            self.give_back(trial)
         self.tell("before_call", what)
-        return True
+        return call
+
+    def judge(self, exc):
+        """The outcome of a call that raised this."""
+        if self.is_abandoning(exc) or self.matches(self.ignore, exc):
+            return ABANDONED
+        if self.matches(self.exclude, exc):
+            return SUCCESS
+        if hasattr(exc, "exceptions"):  # a group: what is in it decides
+            outcomes = {self.judge(each) for each in exc.exceptions}
+            return next(o for o in (FAILURE, SUCCESS, ABANDONED) if o in outcomes)
+        if self.include and not self.matches(self.include, exc):
+            return SUCCESS
+        return FAILURE
+
+    @staticmethod
+    def matches(kinds, exc):
+        return any(kind(exc) for kind in kinds)
 
     def settle(self, call, outcome, exc=None):
         try:
@@ -138,9 +181,13 @@ class Model:
                 self.fail(exc)
 
     def succeed(self):
-        """A success that counts forgets the failures, whatever it decides."""
-        if self.era.name != OPEN:
-            self.fail_counter = 0
+        """A success that counts forgets the failures, unless a window does."""
+        self.calls += 1
+        if self.era.name == HALF_OPEN or (
+            self.era.name == CLOSED and self.window_size is None
+        ):
+            self.failures = []
+        self.forget()
         self.decide_success()
 
     def decide_success(self):
@@ -148,28 +195,48 @@ class Model:
         if self.era.name == HALF_OPEN:
             self.success_counter += 1
             if self.success_counter >= self.success_threshold:
-                self.move(CLOSED)
+                self.move(CLOSED, "outcome", "the trial succeeded")
 
     def count(self):
         """In the closed state no call brings the count above the limit."""
         if self.era.name == HALF_OPEN or (
             self.era.name == CLOSED and self.fail_counter != self.fail_max
         ):
-            self.fail_counter += 1
+            self.count_one()
+
+    def count_one(self):
+        self.calls += 1
+        self.failures.append((self.calls, self.clock.now))
+        self.forget()
 
     def fail(self, exc):
         """What is decided after the failure has been told, on what is then true."""
         if self.era.name == CLOSED and self.fail_counter >= self.fail_max:
-            self.trips.append(self.fail_max)
+            by, reason = "count", self.why_so_many()
             phrase = "Failures threshold reached, circuit breaker opened"
         elif self.era.name == HALF_OPEN:
+            by, reason = "outcome", "the trial failed"
             phrase = "Trial call failed, circuit breaker opened"
         else:
             return
-        self.move(OPEN)
-        if not self.throw_new_error_on_trip:
+        reason = f"{reason}: {exc!r}"
+        self.move(OPEN, by, reason)
+        if isinstance(exc, FailedResult):
+            return  # the caller gets the result
+        if self.dry_run or not self.throw_new_error_on_trip:
             raise exc
-        raise Tripped(phrase, exc, self.retry_after)
+        raise Tripped(phrase, exc, self.retry_after, reason)
+
+    def why_so_many(self):
+        count, size, seconds = self.fail_counter, self.window_size, self.window_seconds
+        within = "" if seconds is None else f" within {seconds} s"
+        if self.fail_max == 1:
+            return f"a failure{within}"
+        if size is None:
+            return f"{count} failures in a row{within}; the last"
+        if size == math.inf:
+            return f"{count} failures{within}; the last"
+        return f"{count} of the last {size} calls failed; the last"
 
     def give_back(self, trial):
         if trial is not None and trial is self.place:
@@ -185,40 +252,108 @@ class Model:
         self.look()
         if self.retry_after == 0:
             if self.era.name == OPEN:
-                self.move(HALF_OPEN, by_gate=True)
-        elif not self.is_within(context):
-            raise Rejected(self.retry_after)
+                self.move(HALF_OPEN, "trial", "the timeout has passed")
+        elif not self.is_within(context) and not self.dry_run:
+            raise Rejected(self.retry_after, self.era.why_refused)
 
     def is_within(self, context):
         return self.place in context and self.place.granted
 
+    # The window: failures are forgotten in the closed state, and for good.
+
+    def forget(self):
+        if self.era.name == CLOSED:
+            size = math.inf if self.window_size is None else self.window_size
+            seconds = math.inf if self.window_seconds is None else self.window_seconds
+            self.failures = [
+                (number, moment)
+                for number, moment in self.failures
+                if self.calls - number < size and self.clock.now - moment < seconds
+            ]
+
+    @property
+    def fail_counter(self):
+        self.forget()
+        return len(self.failures)
+
+    @fail_counter.setter
+    def fail_counter(self, count):
+        """So many failures, counted just now."""
+        self.failures = []
+        for _ in range(int(count)):
+            self.count_one()
+
+    def has_window(self):
+        return (self.window_size, self.window_seconds) != (None, None)
+
+    def set(self, name, value):
+        count, had_window = self.fail_counter, self.has_window()
+        setattr(self, name, value)
+        if self.has_window() and not had_window:
+            self.fail_counter = count
+        self.forget()
+
+    def refuses(self, name, value):
+        """Whether a setting does not go with the others."""
+        new = {**vars(self), name: value}
+        fail_max, size, longest = (
+            new[each] for each in ("fail_max", "window_size", "max_reset_timeout")
+        )
+        return (
+            (name == "fail_counter" and self.has_window() and value > fail_max)
+            or (size is not None and fail_max > size)
+            or (fail_max == size == math.inf and new["window_seconds"] is None)
+            or (longest is not None and new["reset_timeout"] > longest)
+        )
+
     # Moves, by hand and others.
 
-    def move(self, name, trial=None, by_gate=False):
+    def move(self, name, by="hand", reason="by hand", seconds=None):
         """All but the half-opening that a trial makes forget the successes."""
-        if trial is None and not by_gate:
+        if by != "trial":
             self.success_counter = 0
-        if name == CLOSED:
-            self.fail_counter = 0
+        failed_trials = self.era.failed_trials + (by == "outcome")
+        if name == CLOSED or (name == OPEN and by == "hand"):
+            failed_trials = 0
         if name == OPEN:
             self.opened = self.clock.moment
         self.stored = name
-        self.begin_era(name, trial)
+        era = Era(name, reason, seconds, failed_trials)
+        self.moves.append((name, by, reason, seconds, failed_trials, self.fail_max))
+        if name == CLOSED:
+            self.failures = []
+        self.begin_era(era, by)
 
     def look(self):
         """Whether somebody else has moved the circuit."""
         if self.stored != self.era.name:
-            if self.stored == CLOSED and self.fail_counter >= self.fail_max:
-                self.fail_counter = 0
-            self.begin_era(self.stored)
+            self.begin_era(self.found())
 
-    def begin_era(self, name, trial=None):
-        old, self.era = self.era, Era(name)
-        if self.place is not trial:
+    def found(self):
+        failed_trials = self.era.failed_trials if self.stored == HALF_OPEN else 0
+        return Era(self.stored, "found so in the storage", None, failed_trials)
+
+    def begin_era(self, new, by="somebody else"):
+        count = self.fail_counter
+        old, self.era = self.era, new
+        if new.name == HALF_OPEN:
+            new.why_opened = old.why_opened
+        self.calls, self.fail_counter = 0, count
+        if new.name == CLOSED and count >= self.fail_max:
+            self.fail_counter = 0
+        if self.place and not (by == "trial" and self.place.granted):
             self.give_back(self.place)
-        self.tell("state_change", old, self.era)
+        self.tell("state_change", old, new)
 
     # What can be seen.
+
+    @property
+    def reason(self):
+        return self.shown().reason
+
+    def shown(self):
+        """The era that a look would find."""
+        return self.era if self.stored == self.era.name else self.found()
 
     @property
     def retry_after(self):
@@ -226,11 +361,25 @@ class Model:
         if self.stored == CLOSED:
             return 0.0
         open_for = math.inf if self.opened is None else self.clock.moment - self.opened
-        if self.stored == OPEN and open_for < self.reset_timeout:
-            return self.reset_timeout - open_for
+        if self.stored == OPEN and open_for < self.length(self.shown()):
+            return self.length(self.shown()) - open_for
         if self.place is None:
             return 0.0
-        return max(0.0, self.reset_timeout - (self.clock.now - self.place.since))
+        held = self.clock.now - self.place.since
+        return max(0.0, self.grown(self.era) - held)
+
+    def length(self, opening):
+        if opening.seconds is not None:
+            return opening.seconds
+        factor = 1 if self.max_reset_timeout is None else self.shortening
+        return self.grown(opening) * factor
+
+    def grown(self, era):
+        """How long an opening lasts, and a trial may hold its place."""
+        if self.max_reset_timeout is None:
+            return self.reset_timeout
+        grown = self.reset_timeout * 2.0**era.failed_trials
+        return min(grown, self.max_reset_timeout)
 
     def tell(self, event, *details):
         for listener in tuple(self.listeners):

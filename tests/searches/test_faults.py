@@ -176,6 +176,13 @@ class Storage(pybreaker.CircuitBreakerStorage):
             "open_for", lambda: pybreaker.time.monotonic() - (self.opened or 0.0)
         )
 
+    def move(self, move):
+        self.use("move", lambda: None)
+        super().move(move)
+
+    def last_move(self):
+        return self.use("last_move", lambda: None)
+
     def claim_trial(self, timeout):
         def effect():
             now = pybreaker.time.monotonic()
@@ -198,18 +205,23 @@ class NotFound(Exception):
     """What the guarded service raises when it is well."""
 
 
-class Work:
-    """The guarded function: it raises an exception of the class it has."""
+BAD_RESULT = "what the guarded service returns when it is not well"
 
-    def __init__(self, error=None):
-        self.error = error and error()
+
+class Work:
+    """The guarded function: it raises an exception of the class it has, or returns a
+    bad result."""
+
+    def __init__(self, end=None):
+        self.result = BAD_RESULT if end == BAD_RESULT else "result"
+        self.error = None if end in (None, BAD_RESULT) else end()
         self.ran = False
 
     def __call__(self):
         self.ran = True
         if self.error is not None:
             raise self.error
-        return "result"
+        return self.result
 
 
 class Situation:
@@ -224,6 +236,7 @@ class Situation:
             self.fail_max,
             TIMEOUT,
             exclude=[NotFound],
+            failure_result=lambda result: result == BAD_RESULT,
             state_storage=self.storage,
             success_threshold=success_threshold,
         )
@@ -322,6 +335,7 @@ ENDS = {
     "fails": ServiceDown,
     "excluded": NotFound,
     "abandoned": SystemExit,
+    "fails by its result": BAD_RESULT,
 }
 
 
@@ -381,10 +395,15 @@ def assert_only_tells_the_caller(prepare, fault, after, end, guard, clock, recor
         if not storage.has_failed:
             break
         assert is_from(caught, storage.fault, guard)
-        assert (work.error in contexts(storage.fault)) == (work.ran and end is not None)
-        failed = work.ran and end is ServiceDown
-        told = [event[1:] for event in recorder.events if event[0] == "failure"]
-        assert told in ([], [(work.error,)] if failed else [])
+        raised = work.ran and work.error is not None
+        assert (work.error in contexts(storage.fault)) == raised
+        by_result = end == BAD_RESULT and guard in (by_call, by_coroutine)
+        failed = work.ran and (end is ServiceDown or by_result)
+        told = [event[1] for event in recorder.events if event[0] == "failure"]
+        if by_result:
+            assert [exc.result for exc in told] in ([], [BAD_RESULT] * failed)
+        else:
+            assert told in ([], [work.error] * failed)
         assert storage.values["counter"] <= before["counter"] + failed
         if storage.values["state"] == "open":
             assert failed or before["state"] == "open"
@@ -1036,6 +1055,124 @@ def test_a_predicate_may_wait_for_another_thread_that_uses_the_breaker(circuit, 
     assert circuit in seen[0]
     assert seen[1:] == (["called"] if circuit == "closed" else [])
     assert breaker.current_state == "closed"
+
+
+# A predicate that is asked about results.
+
+RETURNING = [by_call, by_coroutine]
+returning = pytest.mark.parametrize("guard", RETURNING)
+SETTINGS = ["ignore", "exclude", "include"]
+
+
+@pairwise(setting=SETTINGS, error=QUIET, guard=GUARDS)
+def test_a_predicate_of_any_setting_that_raises_did_not_match(
+    setting, error, guard, caplog
+):
+    """It is logged; the exception is then a failure, or where it was to be included
+    a success, and reaches the caller untouched."""
+    breaker = CircuitBreaker(5, **{setting: [raising(error)]})
+    odd = Odd()
+    with pytest.raises(Odd) as raised:
+        guard(breaker, raising(odd))
+    assert raised.value is odd
+    assert breaker.fail_counter == (setting != "include")
+    logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert logged == [error]
+
+
+@pairwise(setting=SETTINGS, error=LOUD, circuit=["closed", "half-open"], guard=GUARDS)
+def test_an_interruption_in_a_predicate_of_any_setting_decides_nothing(
+    setting, error, circuit, guard, recorder
+):
+    """It reaches the caller over what the function raised; the place is free."""
+    breaker = CircuitBreaker(1, TIMEOUT, **{setting: [raising(error)]})
+    breaker.state = circuit
+    breaker.add_listener(recorder)
+    odd = Odd()
+    with pytest.raises(type(error)) as raised:
+        guard(breaker, raising(odd))
+    assert raised.value is error
+    assert odd in contexts(error)
+    assert recorder.names == ["before_call"]
+    assert (breaker.current_state, breaker.fail_counter) == (circuit, 0)
+    assert breaker.retry_after == 0.0
+    error.__context__ = None
+
+
+@pairwise(error=QUIET, circuit=["closed", "half-open"], guard=RETURNING)
+def test_a_predicate_that_raises_about_a_result_is_only_logged(
+    error, circuit, guard, caplog
+):
+    """The call has succeeded, and the caller gets the result."""
+    breaker = CircuitBreaker(1, failure_result=raising(error))
+    breaker.state = circuit
+    assert guard(breaker, lambda: "result") == "result"
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
+    logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert logged == [error]
+
+
+@pairwise(error=LOUD, circuit=["closed", "half-open"], guard=RETURNING)
+def test_an_interruption_in_a_predicate_about_a_result_decides_nothing(
+    error, circuit, guard, recorder
+):
+    """It reaches the caller in place of the result; the place is free."""
+    breaker = CircuitBreaker(1, TIMEOUT, failure_result=raising(error))
+    breaker.state = circuit
+    breaker.add_listener(recorder)
+    with pytest.raises(type(error)) as raised:
+        guard(breaker, lambda: "result")
+    assert raised.value is error
+    assert recorder.names == ["before_call"]
+    assert (breaker.current_state, breaker.fail_counter) == (circuit, 0)
+    assert breaker.retry_after == 0.0
+
+
+@returning
+@pytest.mark.parametrize(
+    "use, expected",
+    [USES[name] for name in USES if name not in ("remove", "failing call")],
+    ids=[name for name in USES if name not in ("remove", "failing call")],
+)
+def test_a_predicate_about_results_may_use_the_breaker(use, expected, guard):
+    """What it does is done before the failure that it makes of the result is counted;
+    a move makes that a late one."""
+    asked = []
+
+    def judge(result):
+        if asked:
+            return False
+        asked.append(result)
+        use(breaker)
+        return True
+
+    breaker = CircuitBreaker(5, TIMEOUT, failure_result=judge)
+    assert guard(breaker, lambda: "result") == "result"
+    assert [breaker.current_state, breaker.fail_counter] == expected
+    breaker.close()
+    assert elsewhere(guard, breaker, lambda: "works") == "works"
+
+
+@returning
+@pytest.mark.parametrize("circuit", ["closed", "half-open"])
+def test_a_predicate_about_results_may_wait_for_another_thread(circuit, guard):
+    """It is asked outside the lock; another call is let through or rejected."""
+    seen = []
+
+    def judge(result):
+        if result == "result":
+            seen.append(elsewhere(repr, breaker))
+            with contextlib.suppress(CircuitBreakerError):
+                seen.append(elsewhere(breaker.call, lambda: "called"))
+        return result == "result"
+
+    breaker = CircuitBreaker(2, failure_result=judge)
+    breaker.state = circuit
+    assert guard(breaker, lambda: "result") == "result"
+    assert circuit in seen[0]
+    assert seen[1:] == (["called"] if circuit == "closed" else [])
+    assert breaker.fail_counter == 1
+    assert breaker.current_state == ("closed" if circuit == "closed" else "open")
 
 
 # Exceptions that are not what exceptions should be.

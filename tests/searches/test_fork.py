@@ -151,7 +151,7 @@ def test_a_child_moves_the_circuit_for_reasons_of_its_own():
             breaker.call(boom)
         except CircuitBreakerError:
             pass
-        assert breaker.state.reason == "too many failures in a row: Boom()"
+        assert breaker.state.reason == "a failure: Boom()"
     """)
 
 

@@ -38,8 +38,14 @@ from datetime import datetime
 
 import guards
 import pytest
-from internals import names_of_state, names_of_trial, put_lock, state_of
-from model import Call, Model, Rejected, Tripped
+from internals import (
+    names_of_state,
+    names_of_trial,
+    pin_shortening,
+    put_lock,
+    state_of,
+)
+from model import Call, FailedResult, Model, Rejected, Tripped
 from scheduler import (
     ANYTHING,
     NAMES,
@@ -89,6 +95,8 @@ class Scenario:
     listeners: int = 1
     way: str = "call"
     storage: str = "memory"
+    settings: tuple[tuple[str, object], ...] = ()
+    predicate: str = ""  # what the one that is asked about results does
     quiet: bool = False  # so the threads take no lock
     logged: bool = False  # what else is logged is told to nobody
 
@@ -135,6 +143,9 @@ class World(Model):
         self.fail_max = scenario.fail_max
         self.success_threshold = scenario.success_threshold
         self.reset_timeout = TIMEOUT
+        for setting in scenario.settings:
+            self.set(*setting)
+        self.predicate = scenario.predicate
         self.opened = 0.0
         self.storage = scenario.storage
         self.leased = False
@@ -172,8 +183,7 @@ class World(Model):
                 yield
                 self.give_back(call)
                 raise
-            if not begun:
-                call = self.arrive(context, None)
+            call = begun or self.arrive(context, None)
         return call
 
     def release(self):
@@ -181,10 +191,20 @@ class World(Model):
 
     def end(self, call, outcome):
         result = {"success": "done", "failure": "failed"}.get(outcome, outcome)
+        exc = Boom()
+        if outcome == "bad result":
+            is_bad = self.predicate not in ("", "raises")
+            exc = FailedResult(outcome)
+            outcome = "failure" if is_bad else "success"
+            if self.predicate == "opens":
+                self.open()
+                yield
         try:
-            self.conclude(call, outcome)
+            self.conclude(call, outcome, exc)
         except Tripped:
             result = "tripped"
+        except Boom:
+            result = "failed"
         if call.trial:
             yield
             self.give_back(call)
@@ -217,6 +237,9 @@ class World(Model):
     def open(self):
         self.move("open")
 
+    def open_for(self, seconds):
+        self.move("open", reason="asked to", seconds=seconds)
+
     def half_open(self):
         self.move("half-open")
 
@@ -235,14 +258,14 @@ class World(Model):
         return (yield from self.end(call, "failure"))
 
     def count_by_hand(self):
-        self.fail_counter += 1
+        self.count_one()
 
     def decide_by_hand(self):
         era = self.era
         yield
         try:
             if era is self.era:
-                self.fail(None)
+                self.fail(Boom())
         except Tripped:
             return "tripped"
 
@@ -274,11 +297,14 @@ class World(Model):
     def listen_once_it_fails(self):
         self.then = self.listen
 
+    def open_once_it_fails(self):
+        self.then = functools.partial(self.open_for, 25)
+
     def mute(self):
         self.listeners.pop(0)
         self.muted = [self.heard.pop(0)]
 
-    def exclude(self):
+    def add_exclusion(self):
         self.exclusions += 1
 
     def readmit(self):
@@ -286,10 +312,15 @@ class World(Model):
 
     def see(self):
         counters = self.fail_counter, self.success_counter
-        return self.stored, *counters, self.retry_after
+        return self.stored, *counters, self.retry_after, self.reason
+
+    def count_remembered(self):
+        return self.fail_counter
 
     def set(self, name, value):
-        setattr(self, name, value)
+        if self.refuses(name, value):
+            return "refused"
+        super().set(name, value)
 
     def do(self, words, thread=None):
         """Do what the words say; what comes of it is in the results."""
@@ -321,7 +352,13 @@ ACTIONS = {
     "succeed": ("call", "success"),
     "fail": ("call", "failure"),
     "abandon": ("call", "abandoned"),
+    "exclude": ("add_exclusion",),
+    "fail_by_result": ("call", "bad result"),
     "look": ("see",),
+    "open_long": ("open_for", 25),
+    "no_window": ("set", "window_size", None),
+    "no_time": ("set", "window_seconds", None),
+    "enforce": ("set", "dry_run", False),
     "succeed_inside": ("call", "success", True),
     "fail_inside": ("call", "failure", True),
     "leave": ("leave", "success"),
@@ -392,7 +429,8 @@ class Listener(pybreaker.CircuitBreakerListener):
         names = "_state", "_fail_counter", "_success_counter"
         self.circuit.scheduler.touch("events", reads=names)
         circuit, storage = self.circuit, self.circuit.storage
-        counters = storage.state, storage.counter, storage.success_counter
+        count = circuit.breaker.fail_counter
+        counters = storage.state, count, storage.success_counter
         self.events.append((event, circuit.thread(), *counters, *details))
         if not circuit.lock.is_mine():
             circuit.complain("a listener was called without the lock")
@@ -456,9 +494,9 @@ def classes(module):
     class Breaker(module.CircuitBreaker):
         moves = 0
 
-        def open(self):
+        def open(self, *about):
             self.moves += 1
-            return super().open()
+            return super().open(*about)
 
         def half_open(self):
             self.moves += 1
@@ -553,7 +591,7 @@ class Circuit:
         self.results = {}
         self.order = Order()
         self.blocks = {}
-        self.trials = 0
+        self.trials = self.undecided = 0
         words = {word for line in scenario.threads for word in line.split()}
         self.calls_only = words <= {"succeed", "fail", "abandon"}
         self.listeners = []
@@ -572,6 +610,8 @@ class Circuit:
             reset_timeout=TIMEOUT,
             success_threshold=scenario.success_threshold,
             state_storage=self.storage,
+            failure_result=self.judge if scenario.predicate else None,
+            **dict(scenario.settings),
         )
         put_lock(self.breaker, lock)
         self.state = state_of(self.breaker)
@@ -623,12 +663,14 @@ class Circuit:
             self.runs_unlocked("a guarded call")
             trial = state_of(self.breaker).name == "half-open" and not inner
             self.trials += trial
-            if self.trials > 1 and self.calls_only:
+            if self.trials > 1 and self.calls_only and not self.breaker.dry_run:
                 self.complain("two trials run")
             self.scheduler.step()
             self.scheduler.touch()
             self.trials -= trial
             self.order.begins(self.thread(), "settlement")
+            if outcome == "bad result":
+                return outcome
             if RAISED[outcome]:
                 raise RAISED[outcome]
             return "done"
@@ -644,6 +686,18 @@ class Circuit:
                 f"the function of a call that was {result} ran {len(runs)} times"
             )
         return result
+
+    def judge(self, result):
+        """The predicate that is asked about results."""
+        self.runs_unlocked("a question about a result")
+        self.scheduler.step()  # so that other threads do something meanwhile
+        if result == "bad result" and self.scenario.predicate == "raises":
+            self.scheduler.touch()
+            self.undecided += 1
+            raise LookupError("a predicate that does not work")
+        if result == "bad result" and self.scenario.predicate == "opens":
+            self.breaker.open()
+        return result == "bad result"
 
     def name_of(self, exc):
         if isinstance(exc, self.module.CircuitBreakerError):
@@ -674,12 +728,15 @@ class Circuit:
         exc = RAISED[outcome] and RAISED[outcome]()
         try:
             self.blocks.pop(block).__exit__(type(exc), exc, None)
-        except self.module.CircuitBreakerError as error:
+        except (self.module.CircuitBreakerError, Boom) as error:
             exc = error
         return self.name_of(exc) if exc else "done"
 
     def open(self):
         self.breaker.open()
+
+    def open_for(self, seconds):
+        self.breaker.open(seconds, "asked to")
 
     def half_open(self):
         self.breaker.half_open()
@@ -744,12 +801,15 @@ class Circuit:
     def listen_once_it_fails(self):
         self.listeners[0].then = self.listen
 
+    def open_once_it_fails(self):
+        self.listeners[0].then = functools.partial(self.open_for, 25)
+
     def mute(self):
         self.scheduler.touch()
         self.breaker.remove_listener(self.listeners[0])
         self.muted = self.listeners[:1]
 
-    def exclude(self):
+    def add_exclusion(self):
         self.breaker.add_excluded_exception(KeyError)
 
     def readmit(self):
@@ -757,11 +817,17 @@ class Circuit:
 
     def see(self):
         seen = self.breaker.snapshot()
-        names = "state", "fail_counter", "success_counter", "retry_after"
+        names = "state", "fail_counter", "success_counter", "retry_after", "reason"
         return tuple(seen[name] for name in names)
 
+    def count_remembered(self):
+        return self.breaker.fail_counter
+
     def set(self, name, value):
-        setattr(self.breaker, name, value)
+        try:
+            setattr(self.breaker, name, value)
+        except ValueError:
+            return "refused"
 
     # What became of it.
 
@@ -839,6 +905,8 @@ class Race(logging.Handler):
     def __enter__(self):
         module, logger = self.module, self.module.logger
         self.before = module.time, module.datetime
+        self.patch = pytest.MonkeyPatch()
+        pin_shortening(self.patch.setattr, 1, module)
         self.settings = logger.disabled, logger.propagate, logger.level
         logger.disabled, logger.propagate = not self.scenario.logged, False
         logger.setLevel(logging.INFO)
@@ -859,6 +927,7 @@ class Race(logging.Handler):
         logger.disabled, logger.propagate, level = self.settings
         logger.setLevel(level)
         module.time, module.datetime = self.before
+        self.patch.undo()
 
     def emit(self, record):
         self.scheduler.touch()
@@ -883,9 +952,12 @@ class Race(logging.Handler):
             self.complaint = f"{raised[0]!r} was raised"
         else:
             self.complaint = circuit.complaint()
-        moves, logged = circuit.breaker.moves, len(self.logged)
-        if self.scenario.logged and moves != logged:
-            self.complaint = f"{moves} moves, and {logged} of them logged"
+        moves, undecided = circuit.breaker.moves, circuit.undecided
+        logged = len(self.logged)
+        if self.scenario.logged and moves + undecided != logged:
+            self.complaint = (
+                f"{moves} moves, {undecided} undecided results, and {logged} records"
+            )
         return self.scheduler.trail
 
 
@@ -991,6 +1063,256 @@ SCENARIOS = [
         "a count is set in a storage that only counts",
         ("fail_counter=1", "fail"),
         storage="sheltered",
+    ),
+    # A window: when a failure is forgotten.
+    S(
+        "a success draws its number while a failure settles",
+        ("fail", "succeed"),
+        "fail succeed",
+        listeners=0,
+        settings=(("window_size", 3),),
+    ),
+    S(
+        "a heard success and a failure in a window",
+        ("fail", "succeed"),
+        "fail succeed",
+        settings=(("window_size", 3),),
+    ),
+    S(
+        "two successes make a failure be forgotten",
+        ("succeed", "succeed"),
+        "fail",
+        listeners=0,
+        settings=(("window_size", 2),),
+    ),
+    S(
+        "a window is narrowed while a call fails",
+        ("fail", "window_size=2"),
+        "fail succeed",
+        listeners=0,
+        settings=(("window_size", 4),),
+    ),
+    S(
+        "a window is narrowed while a call succeeds",
+        ("succeed", "window_size=2"),
+        "fail",
+        "fail",
+        listeners=0,
+        settings=(("window_size", 4),),
+    ),
+    S(
+        "a window is switched on while a call fails",
+        ("fail", "window_size=2"),
+        "fail",
+        "succeed",
+        fail_max=2,
+        listeners=0,
+    ),
+    S(
+        "a window is switched on while a call succeeds",
+        ("succeed", "window_size=2"),
+        "fail",
+        "succeed",
+        listeners=0,
+    ),
+    S(
+        "a window is switched off while a call fails",
+        ("fail", "no_window"),
+        "fail succeed",
+        listeners=0,
+        settings=(("window_size", 2),),
+    ),
+    S(
+        "a window is switched off while a call succeeds",
+        ("succeed", "no_window"),
+        "fail",
+        listeners=0,
+        settings=(("window_size", 2),),
+    ),
+    S(
+        "a window is switched off and on while a call succeeds",
+        ("succeed", "no_window window_size=2"),
+        "fail",
+        "succeed",
+        listeners=0,
+        settings=(("window_size", 2),),
+    ),
+    S(
+        "a count is set in a window while a call succeeds",
+        ("succeed", "fail_counter=2"),
+        "fail",
+        listeners=0,
+        settings=(("window_size", 2),),
+    ),
+    S(
+        "a limit is raised while a window is narrowed",
+        ("fail_max=5", "window_size=3"),
+        listeners=0,
+        settings=(("window_size", 5),),
+    ),
+    S(
+        "closing against a success in a window",
+        ("succeed", "close"),
+        "fail",
+        "fail",
+        listeners=0,
+        settings=(("window_size", 2),),
+    ),
+    S(
+        "time passes while a call fails",
+        ("fail", "expire"),
+        "fail",
+        fail_max=3,
+        listeners=0,
+        settings=(("window_seconds", 10),),
+    ),
+    S(
+        "the failures are counted while one settles",
+        ("count_remembered count_remembered", "fail"),
+        "fail expire fail",
+        fail_max=3,
+        listeners=0,
+        settings=(("window_seconds", 10), ("window_size", 9)),
+    ),
+    S(
+        "the failures are counted while one is forgotten",
+        ("count_remembered count_remembered", "succeed"),
+        "fail expire fail",
+        fail_max=3,
+        listeners=0,
+        settings=(("window_seconds", 10), ("window_size", 9)),
+    ),
+    S(
+        "the failures are counted while the circuit closes",
+        ("count_remembered", "close"),
+        "fail",
+        listeners=0,
+        settings=(("window_seconds", 10),),
+    ),
+    S(
+        "the failures are counted while they are set",
+        ("count_remembered", "fail_counter=2"),
+        "fail",
+        fail_max=3,
+        listeners=0,
+        settings=(("window_seconds", 10),),
+    ),
+    S(
+        "the failures are counted while time ends to matter",
+        ("count_remembered", "no_time"),
+        "fail expire",
+        listeners=0,
+        settings=(("window_seconds", 10), ("window_size", 9)),
+    ),
+    # How long an opening lasts.
+    S(
+        "a second trial's failure against opening by hand",
+        ("leave_failing", "open"),
+        "fail expire fail expire expire enter",
+        fail_max=1,
+        settings=(("max_reset_timeout", 80),),
+    ),
+    S(
+        "a second trial's failure against closing by hand",
+        ("leave_failing", "close"),
+        "fail expire fail expire expire enter",
+        "open",
+        fail_max=1,
+        settings=(("max_reset_timeout", 80),),
+    ),
+    S(
+        "a take-over against less growth",
+        ("enter", "max_reset_timeout=10"),
+        "fail expire fail expire expire enter expire",
+        fail_max=1,
+        settings=(("max_reset_timeout", 80),),
+    ),
+    S(
+        "a timeout is raised while its limit is lowered",
+        ("reset_timeout=20", "max_reset_timeout=15"),
+        listeners=0,
+        settings=(("max_reset_timeout", 30),),
+    ),
+    S("a trip against opening for a time", ("fail", "open_long"), "fail"),
+    S(
+        "a listener opens for a time while another call fails",
+        ("fail", "fail"),
+        "fail open_once_it_fails",
+    ),
+    S(
+        "a trial's failure that a listener opens for a time against an arrival",
+        ("leave_failing", "enter"),
+        "half_open enter open_once_it_fails",
+    ),
+    # What counts.
+    S(
+        "two results fail",
+        ("fail_by_result", "fail_by_result"),
+        "",
+        listeners=0,
+        predicate="waits",
+    ),
+    S(
+        "a trip by a result against closing",
+        ("fail_by_result", "close"),
+        "fail",
+        predicate="waits",
+    ),
+    S(
+        "a result that nothing can judge against a failure",
+        ("fail_by_result", "fail"),
+        "fail",
+        listeners=0,
+        predicate="raises",
+    ),
+    S(
+        "two results that nothing can judge are logged",
+        ("fail_by_result", "fail_by_result"),
+        listeners=0,
+        predicate="raises",
+        logged=True,
+    ),
+    S(
+        "a predicate opens the circuit against a failure",
+        ("fail_by_result", "fail"),
+        "fail",
+        predicate="opens",
+    ),
+    S(
+        "a trial fails by its result against an arrival",
+        ("fail_by_result", "succeed"),
+        "half_open",
+        predicate="waits",
+    ),
+    # A dry run.
+    S(
+        "a dry run ends during a trial",
+        ("succeed", "enforce"),
+        "half_open enter",
+        settings=(("dry_run", True),),
+    ),
+    S(
+        "a dry run ends when a trial fails",
+        ("leave_failing", "enforce"),
+        "half_open enter",
+        "succeed",
+        settings=(("dry_run", True),),
+    ),
+    S(
+        "a dry run ends while a circuit begins anew",
+        ("close", "enforce"),
+        "",
+        "fail",
+        listeners=0,
+        settings=(("dry_run", True),),
+    ),
+    S(
+        "a dry run ends when the circuit opens",
+        ("fail", "enforce"),
+        "fail",
+        "succeed",
+        listeners=0,
+        settings=(("dry_run", True),),
     ),
     # An open circuit.
     S("two arrivals at the end of a timeout", ("enter", "enter"), "open expire"),
@@ -1317,10 +1639,16 @@ LOST_WITHOUT_ERAS = [
 # Where to look first for a race that is lost where one function takes no lock, or does
 # not make one comparison. All others are looked at afterwards.
 LOST_WITH_ONE_CHANGE = {
-    "CircuitBreaker.open": "a trip against opening",
-    "CircuitBreaker.half_open": "a trip against half-opening",
-    "CircuitBreaker.close": "a trip against closing",
-    "CircuitBreaker.state": "two find the circuit closed",
+    "CircuitBreaker._move_to": "a trip against opening",
+    "CircuitBreaker._present_state": "two find the circuit closed",
+    "CircuitBreaker._set": "a dry run ends while a circuit begins anew",
+    "CircuitBreaker.fail_max": "a limit is raised while a window is narrowed",
+    "CircuitBreaker.reset_timeout": "a timeout is raised while its limit is lowered",
+    "CircuitBreaker.max_reset_timeout": (
+        "a timeout is raised while its limit is lowered"
+    ),
+    "CircuitBreaker._set_window": "a window is narrowed while a call fails",
+    "CircuitBreaker._matches": "two results that nothing can judge are logged",
     "CircuitBreaker.fail_counter": "a count is set in a storage that only counts",
     "CircuitBreaker.snapshot": "a trip against a look",
     "CircuitBreaker.add_listeners": "two listeners are added during a notification",
@@ -1355,9 +1683,8 @@ LIKELY = [
 LOST_NOWHERE = {
     "CircuitBreaker.retry_after": "reads more than one number only of an open circuit",
     "CircuitBreaker.__repr__": "is made for people, and no scenario's word",
-    "CircuitBreaker.is_system_error": "no scenario has a predicate",
-    "CircuitBreaker._state_storage": "no scenario exchanges the storage",
     ("CircuitBreaker._begin_trial", 2): "no listener moves a circuit that half-opens",
+    ("CircuitBreaker._ask_own_state", 1): "no scenario has a state of its own",
     ("CircuitOpenState._start_trial", 1): "no half_open() of these does nothing",
 }
 # What a comment in pybreaker.py marks, and where a library without that loses.

@@ -36,7 +36,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from internals import lock_of, state_of
+from internals import lock_of, pin_shortening, state_of
 from model import (
     ABANDONED,
     CLOSED,
@@ -45,6 +45,7 @@ from model import (
     OPEN,
     SUCCESS,
     Call,
+    FailedResult,
     Model,
     Rejected,
     Tripped,
@@ -94,10 +95,11 @@ EXCEPTIONS = [*[Boom] * 4, Marked, Gone, *ABANDONING[:3]]
 GROUPS = ()
 if sys.version_info >= (3, 11):
     Group = BaseExceptionGroup  # noqa: F821
-    GROUPS = (Group,)
+    GROUPS = (Group, ExceptionGroup)  # noqa: F821
     EXCEPTIONS += [
         lambda: Group("all abandon", [SystemExit(), KeyboardInterrupt()]),
         lambda: Group("one fails", [KeyboardInterrupt(), Boom()]),
+        lambda: Group("two kinds", [Group("inner", [Marked()]), Boom()]),
     ]
 
 
@@ -116,14 +118,23 @@ def is_undecided(exc):
     raise LookupError("an exclusion that does not work")
 
 
-# With the classes that each of them excludes.
-EXCLUSIONS = [
+# With the classes that each of them matches.
+KINDS = [
     (Boom, {Boom, Marked}),
     (Marker, {Marked}),
     (is_marked, {Marked}),
     (is_undecided, set()),
     (BaseException, {Boom, Marked, Gone, *GROUPS}),
 ]
+
+
+def is_one_of(kinds):
+    """What the model is told of such a pair."""
+    return lambda exc: type(exc) in kinds[1]
+
+
+# With what each of them says of the result "value".
+RESULTS = [(None, False), (bool, False), (str, True), (len, True), (math.sqrt, False)]
 
 
 # Storages.
@@ -203,11 +214,12 @@ class FleetStorage(PlainStorage):
     def __init__(self, state):
         super().__init__(state)
         self.grants, self.is_slow = True, False
-        self.trips, self.granted, self.released = [], 0, 0
+        self.moves, self.granted, self.released = [], 0, 0
 
     def move(self, move):
-        if move.by == "count":
-            self.trips.append(move.fail_max)
+        how_long = move.seconds, move.failed_trials
+        told = move.state, move.by, move.reason, *how_long, move.fail_max
+        self.moves.append(told)
         super().move(move)
 
     def claim_trial(self, timeout):
@@ -397,6 +409,7 @@ def check_same(actual, predicted):
         expected, (how, error) = predicted[1], actual
         assert how == "raised" and type(error) is CircuitBreakerError, actual
         assert error.retry_after == expected.retry_after
+        assert error.reason == expected.reason
         if isinstance(expected, Tripped):
             assert error.__cause__ is expected.cause
             assert expected.phrase in str(error)
@@ -414,16 +427,23 @@ class Interrupt(KeyboardInterrupt):
 
 
 EVENTS = ["before_call", "failure", "success", "rejected", "state_change"]
-REACTIONS = [OPEN, HALF_OPEN, CLOSED, "forget", "interrupt"]
+REACTIONS = [OPEN, HALF_OPEN, CLOSED, "open for a time", "forget", "interrupt"]
 BY_HAND = {OPEN: "open", HALF_OPEN: "half_open", CLOSED: "close"}
 
 
-def move(side, name):
+def move(side, name, **about):
     """Move a breaker or the model by hand."""
     if isinstance(side, Model):
-        side.move(name)
+        side.move(name, **about)
     else:
-        getattr(side, BY_HAND[name])()
+        getattr(side, BY_HAND[name])(**about)
+
+
+def heard_of(detail):
+    """What can be compared of what listeners hear."""
+    if isinstance(detail, (FailedResult, pybreaker.FailedResult)):
+        return "FailedResult", *detail.args
+    return detail
 
 
 class Listener:
@@ -443,7 +463,8 @@ class Listener:
         def method(_, breaker, *details):
             if name == "state_change":
                 old, new = details
-                details = old.name, new.name, breaker.state is new
+                details = old.name, new.name, new.reason, breaker.state is new
+            details = tuple(map(heard_of, details))
             self.machine.heard.append((
                 self, name, details, breaker.current_state, breaker.fail_counter,
                 breaker.success_counter, breaker.retry_after,
@@ -460,7 +481,8 @@ class Listener:
             return
         if name == "state_change":
             old, new = details
-            details = old.name, new.name, model.era is new
+            details = old.name, new.name, new.reason, model.era is new
+        details = tuple(map(heard_of, details))
         self.machine.told.append((
             self, name, details, model.stored, model.fail_counter,
             model.success_counter, model.retry_after,
@@ -472,16 +494,24 @@ class Listener:
             raise self.interrupt
         elif reaction == "forget":
             side.fail_counter = 0
+        elif reaction == "open for a time":
+            move(side, OPEN, seconds=7, reason="asked to")
         elif reaction:
             move(side, reaction)
+
+
+SHORTENING = 0.9375  # with which floats and microseconds are exact
 
 
 class Witness(Model):
     """The model, which counts how often it comes to where it is interesting."""
 
+    shortening = SHORTENING
+    is_abandoning = staticmethod(is_abandoning)
+
     def __init__(self, clock, state, reached):
-        super().__init__(clock, state)
         self.reached = reached
+        super().__init__(clock, state)
         self.running = set()  # trials that have begun and not ended
 
     def is_moved(self):
@@ -509,8 +539,13 @@ class Witness(Model):
         if call.trial and holder and not self.is_moved():
             kind = "trial" if holder.granted else "claim"
             self.reached[f"a {kind} was taken over"] += 1
-        elif not call.trial and call.era is None:
+        elif not call.trial and call.era is None and self.is_within(context):
             self.reached["a call within a trial"] += 1
+        return call
+
+    def refuse(self, rejected, what):
+        call = super().refuse(rejected, what)
+        self.reached["let through by a dry run"] += 1
         return call
 
     def may_begin(self, trial, granted, what):
@@ -523,7 +558,7 @@ class Witness(Model):
         elif not granted:
             self.reached["a claim was refused"] += 1
         begun = super().may_begin(trial, granted, what)
-        if begun:
+        if begun is trial:
             self.running.add(trial)
             self.reached["a trial"] += 1
         return begun
@@ -543,6 +578,24 @@ class Witness(Model):
             self.reached[f"{outcome} while {self.era.name}"] += 1
         super().settle(call, outcome, exc)
 
+    def forget(self):
+        failures, calls = self.failures, self.calls
+        super().forget()
+        if len(self.failures) < len(failures):
+            size, seconds = self.window_size, self.window_seconds
+            far = size is not None and calls - failures[0][0] >= size
+            old = seconds is not None and self.clock.now - failures[0][1] >= seconds
+            self.reached["forgotten as too far back"] += far
+            self.reached["forgotten with time"] += old
+
+    def set(self, name, value):
+        if name == "dry_run" and self.dry_run and not value and self.running:
+            self.reached["a dry run ended during a trial"] += 1
+        remembered = self.fail_counter
+        super().set(name, value)
+        if name.startswith("window") and self.fail_counter < remembered:
+            self.reached["a narrower window forgot"] += 1
+
     def decide_success(self):
         if self.era.name == HALF_OPEN and self.success_threshold > 1:
             last = self.success_counter + 1 >= self.success_threshold
@@ -560,6 +613,9 @@ class Witness(Model):
             exceeds = self.fail_counter > self.fail_max
             self.reached["a trip"] += 1
             self.reached["a trip by a lowered fail_max"] += exceeds
+            self.reached["a trip in a window"] += self.has_window()
+            self.reached["a trip by a result"] += isinstance(exc, FailedResult)
+            self.reached["a trip in a dry run"] += self.dry_run
         super().fail(exc)
 
     def gate(self, context):
@@ -569,12 +625,14 @@ class Witness(Model):
         if claim and not claim.granted and era is not self.era and not found:
             self.reached["the gate half-opened while a claim waited"] += 1
 
-    def begin_era(self, name, trial=None):
-        if name == self.era.name:
-            self.reached[f"{name} to {name}"] += 1
-        if self.running and self.place in self.running and trial is None:
+    def begin_era(self, new, by="somebody else"):
+        if new.name == self.era.name:
+            self.reached[f"{new.name} to {new.name}"] += 1
+        if self.running and self.place in self.running and by in ("hand", "found"):
             self.reached["moved during a trial"] += 1
-        super().begin_era(name, trial)
+        if new.name == OPEN and new.failed_trials > 1 and by == "outcome":
+            self.reached["a trial failed after another"] += self.grown(new) > 0
+        super().begin_era(new, by)
 
     def tell(self, event, *details):
         era = self.era
@@ -634,6 +692,18 @@ CORNERS = """
     a listener moved the circuit in rejected
     a listener moved the circuit in state_change
     somebody began to listen during a call
+    let through by a dry run
+    a dry run ended during a trial
+    a trip in a dry run
+    a trip by a result
+    a trial failed after another
+    a setting that does not go with another
+"""
+CORNERS_OF_A_WINDOW = """
+    forgotten as too far back
+    forgotten with time
+    a narrower window forgot
+    a trip in a window
 """
 CORNERS_OF_A_FLEET = """
     a claim was refused
@@ -663,10 +733,13 @@ class Context:
 class Flight:
     """A call that has begun and not ended."""
 
-    def __init__(self, driver, what, context, admission, closes_well, can_wait):
+    def __init__(
+        self, driver, what, context, admission, closes_well, can_wait, has_result
+    ):
         self.driver, self.what, self.context = driver, what, context
         self.admission, self.call = admission, None
         self.closes_well, self.can_wait = closes_well, can_wait
+        self.has_result = has_result
 
     @property
     def is_trial(self):
@@ -714,6 +787,7 @@ def clocks(clock, monkeypatch):
     clock.shift = 0
     monkeypatch.setattr(pybreaker, "datetime", Wall)
     # To format all that is logged would take longer than all the rest.
+    pin_shortening(monkeypatch.setattr, SHORTENING)
     quiet = logging.Logger("pybreaker")
     quiet.addHandler(logging.NullHandler())
     monkeypatch.setattr(pybreaker, "logger", quiet)
@@ -727,6 +801,9 @@ exceptions = st.sampled_from(EXCEPTIONS)
 endings = st.one_of(st.none(), exceptions)
 indexes = st.integers(0, 7)
 timeouts = st.sampled_from([10, 10, 10, 0.5, 0, math.inf])
+sizes = st.sampled_from([None, 2, 3, 5, math.inf])
+spans = st.sampled_from([None, 5, 12, 0.5])
+longest = st.sampled_from([None, 10, 25, 300.0, math.inf])
 
 # Where a call is made: in the context of the code that makes it or in a copy, as in
 # a task, in a new one, or in one of those that there are.
@@ -749,6 +826,15 @@ BAD = [
     ("fail_counter", math.inf, ValueError),
     ("fail_counter", "0", TypeError),
     ("name", 3, TypeError),
+    ("window_size", 0, ValueError),
+    ("window_size", "9", TypeError),
+    ("window_seconds", 0, ValueError),
+    ("window_seconds", math.inf, ValueError),
+    ("max_reset_timeout", math.nan, ValueError),
+    ("dry_run", 1, TypeError),
+    ("failure_result", "value", TypeError),
+    ("include", Boom, TypeError),
+    ("ignore", ["Boom"], TypeError),
     ("state", "half_open", ValueError),
     ("state", None, ValueError),
 ]
@@ -758,6 +844,10 @@ GOOD = st.one_of(
     st.tuples(st.just("success_threshold"), st.sampled_from([1, 2, 3.0])),
     st.tuples(st.just("fail_counter"), st.sampled_from([0, 1, 2.0, 3, 5])),
     st.tuples(st.just("name"), st.sampled_from([None, "db", ""])),
+    st.tuples(st.just("window_size"), sizes),
+    st.tuples(st.just("window_seconds"), spans),
+    st.tuples(st.just("max_reset_timeout"), longest),
+    st.tuples(st.just("dry_run"), st.booleans()),
 )
 listeners = st.fixed_dictionaries({
     "hears": st.one_of(
@@ -775,6 +865,15 @@ interrupters = st.sampled_from([
 ])  # fmt: skip
 
 
+WINDOWS = "window_size", "window_seconds"
+SWITCHED = "window_size", "max_reset_timeout"  # off is None, so infinity is not
+SHOWN = (
+    *("name", "reason", "fail_counter", "fail_max", "success_counter", "dry_run"),
+    *("success_threshold", "reset_timeout", "max_reset_timeout", *WINDOWS),
+    "retry_after",
+)
+
+
 def step(name, /, **arguments):
     return st.tuples(st.just(name), st.fixed_dictionaries(arguments))
 
@@ -788,11 +887,28 @@ scripts = st.lists(
         step("call", way=plain_ways, place=places, exc=endings, script=st.just([])),
         step("pass_time", which=st.sampled_from(["wait", "some"])),
         step("move", name=states, by_setter=st.booleans()),
+        step("set", setting=GOOD),
         step("write_state", name=states),
         step("gate", place=places, waits=st.just(False)),
         step("look"),
     ),
     max_size=3,
+)
+
+# What happens in a window.
+in_a_window = st.lists(
+    st.one_of(
+        step("call", way=plain_ways, place=places, exc=st.none(), script=st.just([])),
+        step("call", way=plain_ways, place=places, exc=st.none(), script=st.just([])),
+        step("fail", way=plain_ways, place=places, exc=st.just(Boom)),
+        step("fail", way=plain_ways, place=places, exc=st.just(Boom)),
+        step("pass_time", which=st.just("some")),
+        step("set", setting=st.tuples(st.just("window_size"), sizes)),
+        step("set", setting=st.tuples(st.just("window_seconds"), spans)),
+        step("set", setting=st.tuples(st.just("fail_counter"), st.integers(0, 3))),
+    ),
+    min_size=4,
+    max_size=10,
 )
 
 changes = st.one_of(
@@ -803,8 +919,15 @@ changes = st.one_of(
     step("add_listener", about=listeners),
     step("add_listener", about=interrupters),
     step("remove_listener", index=indexes),
-    step("add_exclusion", exclusion=st.sampled_from(EXCLUSIONS)),
+    step("add_exclusion", exclusion=st.sampled_from(KINDS)),
     step("remove_exclusions"),
+    step(
+        "judge_by",
+        name=st.sampled_from(["include", "ignore"]),
+        kinds=st.lists(st.sampled_from(KINDS), max_size=2),
+    ),
+    step("judge_results_by", predicate=st.sampled_from(RESULTS)),
+    step("judge_results_by", predicate=st.sampled_from(RESULTS)),
     step("set_the_machines_clock", seconds=st.sampled_from([-10, 3600])),
     step("write_counter", count=st.integers(0, 4)),
     step("write_success_counter", count=st.integers(0, 3)),
@@ -852,6 +975,8 @@ class Circuit(RuleBasedStateMachine):
         reset_timeout=timeouts,
         success_threshold=st.sampled_from([1, 1, 2, 3]),
         throw_new_error_on_trip=st.sampled_from([True, True, False]),
+        dry_run=st.sampled_from([False, False, False, True]),
+        later=st.lists(GOOD, max_size=3),
         listener=st.one_of(st.none(), listeners),
         is_open_for=st.sampled_from([None, 0, 0, 9.5, 10]),
         count=st.sampled_from([0, 0, 1, 2, 3]),
@@ -859,7 +984,15 @@ class Circuit(RuleBasedStateMachine):
         watched=st.booleans(),
     )
     def make(
-        self, state, listener, is_open_for, count, successes, watched, **arguments
+        self,
+        state,
+        listener,
+        is_open_for,
+        count,
+        successes,
+        watched,
+        later,
+        **arguments,
     ):
         """A breaker over a storage that somebody may have used before."""
         self.storage = STORAGES[self.kind](state)
@@ -882,6 +1015,8 @@ class Circuit(RuleBasedStateMachine):
         )
         self.model.listeners = [listener.told for listener in given]
         self.listeners = given
+        for setting in later:
+            self.set(setting)
 
     def do(self, step):
         name, arguments = step
@@ -911,9 +1046,10 @@ class Circuit(RuleBasedStateMachine):
         assert breaker.success_threshold == model.success_threshold
         assert breaker.name == model.name
         seen = breaker.snapshot()
-        for name in ("fail_counter", "success_counter", "retry_after", "name"):
+        for name in SHOWN:
             value = getattr(model, name)
-            assert seen[name] == (None if value == math.inf else value)
+            infinity = "inf" if name in SWITCHED else None
+            assert seen[name] == (infinity if value == math.inf else value)
         assert seen["state"] == model.stored
         assert breaker.listeners == tuple(item.real for item in self.listeners)
         assert breaker.excluded_exceptions == tuple(item for item, _ in self.exclusions)
@@ -922,22 +1058,18 @@ class Circuit(RuleBasedStateMachine):
             assert state.name == model.stored
             assert self.seen.setdefault(model.era, state) is state
         if self.kind == "fleet":
-            assert self.storage.trips == model.trips
+            assert self.storage.moves == model.moves
             assert self.storage.released == model.released
 
-    def outcome(self, exc):
-        if exc is None:
-            return SUCCESS
-        if is_abandoning(exc):
-            return ABANDONED
-        if any(type(exc) in excluded for _, excluded in self.exclusions):
-            return SUCCESS
-        return FAILURE
-
-    def settled(self, call, exc, value, outcome=None):
+    def settled(self, flight, exc, value, outcome=None):
         """What should come of a call's end, for its caller."""
+        model, told = self.model, exc
+        if outcome is None:
+            outcome = SUCCESS if exc is None else model.judge(exc)
+            if exc is None and flight.has_result and model.failure_result(value):
+                outcome, told = FAILURE, FailedResult(value)
         try:
-            self.model.settle(call, outcome or self.outcome(exc), exc)
+            model.settle(flight.call, outcome, told)
         except BaseException as error:
             return "raised", error
         return ("returned", value) if exc is None else ("raised", exc)
@@ -987,9 +1119,12 @@ class Circuit(RuleBasedStateMachine):
         driver = make(self.breaker)
         self.agrees()  # nothing is admitted before it runs
         context = self.context(place)
+        has_result = what is not None and not closes_well
         what = what or self.breaker.calling
         admission = self.model.admission(context.trials, what)
-        flight = Flight(driver, what, context, admission, closes_well, can_wait)
+        flight = Flight(
+            driver, what, context, admission, closes_well, can_wait, has_result
+        )
         self.go_on(flight, "send", None, self.admitted(flight))
         self.reached[f"a trial: {way}"] += flight.is_trial
 
@@ -1042,9 +1177,9 @@ class Circuit(RuleBasedStateMachine):
         exc = exc and exc()
         if how == "close":
             outcome = SUCCESS if flight.closes_well else ABANDONED
-            predicted = self.settled(flight.call, None, None, outcome)
+            predicted = self.settled(flight, None, None, outcome)
         else:
-            predicted = self.settled(flight.call, exc, "value")
+            predicted = self.settled(flight, exc, "value")
         self.go_on(flight, how, exc or "value", predicted)
 
     others = st.sampled_from(["its own", "its own", "its own", 1, 2, "new"])
@@ -1137,12 +1272,13 @@ class Circuit(RuleBasedStateMachine):
             except AssertionError as wrong:
                 self.wrong = wrong  # the breaker may hide it
                 raise
-            ends.append(self.settled(flight.call, exc, "value"))
+            ends.append(self.settled(flight, exc, "value"))
             return end_with(exc or "value")
 
-        what = self.breaker.calling if way == "with calling()" else func
+        is_block = way == "with calling()"
+        what = self.breaker.calling if is_block else func
         admission = self.model.admission(context.trials, what)
-        flight = Flight(None, what, context, admission, False, False)
+        flight = Flight(None, what, context, admission, False, False, not is_block)
         predicted = self.admitted(flight)
         self.reached[f"a trial: {way}"] += flight.is_trial
         actual = result_of(self.run, context, PLAIN[way], self.breaker, func)
@@ -1166,7 +1302,7 @@ class Circuit(RuleBasedStateMachine):
         """A call that is admitted and never runs."""
         context = self.context(place)
         admission = self.model.admission(context.trials, make_generator)
-        flight = Flight(None, make_generator, context, admission, False, False)
+        flight = Flight(None, make_generator, context, admission, False, False, False)
         predicted = self.admitted(flight)
         actual = result_of(self.run, context, self.breaker.call, make_generator)
         if predicted[0] == "returned":
@@ -1193,6 +1329,15 @@ class Circuit(RuleBasedStateMachine):
 
     # Steering.
 
+    @rule(seconds=st.sampled_from([None, 0, 3.0, 30, math.inf]))
+    def open_for(self, seconds):
+        """Somebody opens the circuit for a time, and says why."""
+        about = {"seconds": seconds, "reason": "the service is being mended"}
+        self.both(
+            lambda: move(self.breaker, OPEN, **about),
+            lambda: move(self.model, OPEN, **about),
+        )
+
     @rule(name=states, by_setter=st.booleans())
     def move(self, name, by_setter):
         if by_setter:
@@ -1208,21 +1353,25 @@ class Circuit(RuleBasedStateMachine):
 
     def set(self, setting):
         name, value = setting
+        only_counts = self.kind == "old" and name == "fail_counter"
         if (
-            name == "fail_counter"
-            and self.kind == "old"
-            and value > self.model.fail_max
+            self.model.refuses(name, value)
+            or (self.kind != "memory" and name in WINDOWS and value is not None)
+            or (only_counts and value > self.model.fail_max)
         ):
+            self.reached["a setting that does not go with another"] += 1
             self.refuse((name, value, ValueError))
         else:
             setattr(self.breaker, name, value)
-            setattr(self.model, name, value)
+            self.model.set(name, value)
 
     def refuse(self, setting):
         """A setter that refuses changes nothing."""
         name, value, error = setting
+        before = getattr(self.breaker, name, None)
         with pytest.raises(error, match=name):
             setattr(self.breaker, name, value)
+        assert name == "state" or getattr(self.breaker, name) == before
 
     def add_listener(self, about):
         listener = self.listener(**about)
@@ -1254,6 +1403,43 @@ class Circuit(RuleBasedStateMachine):
         self.set(("fail_max", 1))
         self.fail(way, "here", Boom)
 
+    @precondition(lambda self: self.kind == "memory")
+    @rule(
+        size=sizes, seconds=spans, fail_max=st.sampled_from([2, 3]), script=in_a_window
+    )
+    def fill_a_window(self, size, seconds, fail_max, script):
+        """Calls fail and succeed in a closed circuit, whose window may change."""
+        for setting in (
+            ("window_size", None),
+            ("window_seconds", None),
+            ("fail_max", fail_max),
+            ("window_size", size),
+            ("window_seconds", seconds),
+        ):
+            self.set(setting)
+        self.move(CLOSED, by_setter=False)
+        for step in script:
+            self.do(step)
+            self.agrees()
+
+    @rule(way=plain_ways, excluded=st.sampled_from(KINDS))
+    def fail_by_result(self, way, excluded):
+        """A call fails by its result, of which no exclusion is asked."""
+        self.add_exclusion(excluded)
+        self.judge_results_by((str, True))
+        self.set(("fail_max", 1))
+        self.call(way, "new", None, [])
+        self.judge_results_by((None, False))
+
+    @rule(way=ways, exc=endings)
+    def end_the_dry_run(self, way, exc):
+        """A dry run ends while a trial runs: calls are rejected from then on."""
+        self.set(("dry_run", True))
+        self.begin_a_trial(way, "new")
+        self.set(("dry_run", False))
+        self.call("call", "new", None, [])
+        self.end(0, "send", exc)
+
     def listener(self, hears, reactions, raises):
         return Listener(self, hears, reactions, raises)
 
@@ -1269,10 +1455,20 @@ class Circuit(RuleBasedStateMachine):
     def add_exclusion(self, exclusion):
         self.breaker.add_excluded_exception(exclusion[0])
         self.exclusions.append(exclusion)
+        self.model.exclude = list(map(is_one_of, self.exclusions))
 
     def remove_exclusions(self):
         while self.exclusions:
             self.breaker.remove_excluded_exception(self.exclusions.pop()[0])
+        self.model.exclude = []
+
+    def judge_by(self, name, kinds):
+        setattr(self.breaker, name, [kind for kind, _ in kinds])
+        setattr(self.model, name, list(map(is_one_of, kinds)))
+
+    def judge_results_by(self, predicate):
+        self.breaker.failure_result, matches = predicate
+        self.model.failure_result = lambda result: matches
 
     @rule(step=changes)
     def change(self, step):
@@ -1291,9 +1487,18 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(name=states)
     def write_state(self, name):
+        """Others move the circuit. (Where time forgets failures, they write how many
+        are left, and are found out at once: a look writes nothing.)"""
+        if self.model.window_seconds is not None:
+            self.storage.counter = self.model.fail_counter
         self.storage.state = self.model.stored = name
+        if self.model.window_seconds is not None:
+            self.look()
 
     def write_counter(self, count):
+        """Others count. (By whose window, if there is one, is not said.)"""
+        if self.model.has_window():
+            return
         self.model.fail_counter = count
         if self.kind == "old":
             self.storage._kept_count = count
@@ -1343,7 +1548,8 @@ class Circuit(RuleBasedStateMachine):
         exc = exc and exc()
 
         def handled():
-            self.model.settle(Call(era), self.outcome(exc), exc)
+            outcome = self.model.judge(exc) if exc else SUCCESS
+            self.model.settle(Call(era), outcome, exc)
             if exc and reraise:
                 raise exc
 
@@ -1357,10 +1563,13 @@ class Circuit(RuleBasedStateMachine):
     def decide(self, index, fails):
         """Code that counts by itself and lets the state decide."""
         era, state = self.held(index)
+        if self.model.has_window() and era is not self.model.era:
+            return  # when a failure was counted that is of no era is not said
         exc = Boom()
 
         def decided():
-            self.model.fail_counter += fails
+            if fails:
+                self.model.count_one()
             if era is self.model.era:
                 self.model.fail(exc) if fails else self.model.decide_success()
 
@@ -1401,7 +1610,8 @@ def search(clocks, kind, reached):
 def test_the_library_does_what_the_model_says(clocks, kind, record_property):
     """And the search for a difference comes to each corner, if it may take its time."""
     reached = collections.Counter()
-    corners = CORNERS + CORNERS_OF_A_FLEET if kind == "fleet" else CORNERS
+    of_a_kind = {"fleet": CORNERS_OF_A_FLEET, "memory": CORNERS_OF_A_WINDOW}
+    corners = CORNERS + of_a_kind.get(kind, "")
     corners = list(filter(None, map(str.strip, corners.splitlines())))
     corners += [f"a trial: {way}" for way in {**LAZY, **PLAIN}]
     for searched, _ in enumerate(search(clocks, kind, reached), 1):

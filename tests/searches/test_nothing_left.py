@@ -195,7 +195,14 @@ PATHS = {
     "late": ({"fail_max": 1}, None, CircuitBreaker.close),
     "told to a broken listener": ({"fail_max": 1, "listeners": [Broken()]}, None, None),
     "told to a loud listener": ({"fail_max": 1, "listeners": [Loud()]}, None, None),
-}
+    "ignored": ({"ignore": [Down]}, None, None),
+    "not included": ({"include": [LookupError]}, None, None),
+    "trips in a window": (
+        {"fail_max": 1, "window_size": 9, "window_seconds": 9}, None, None
+    ),
+    "trips in a dry run": ({"fail_max": 1, "dry_run": True}, None, None),
+    "let through by a dry run": ({"dry_run": True}, CircuitBreaker.open, None),
+}  # fmt: skip
 
 
 class Keeper(logging.Handler):
@@ -294,6 +301,52 @@ def test_a_rejection_is_freed_when_its_last_holder_lets_go(way, no_collector):
     except CircuitBreakerError as exc:
         alive = weakref.ref(exc)
     assert alive() is None
+
+
+class Answer:
+    """What the guarded service returns, which makes the call a failure."""
+
+
+RESULT_PATHS = {
+    "counted": ({}, None, None),
+    "trips": ({"fail_max": 1}, None, None),
+    "fails the trial": ({}, half_open, None),
+    "late": ({"fail_max": 1}, None, CircuitBreaker.close),
+    "let through by a dry run": ({"dry_run": True}, CircuitBreaker.open, None),
+    "told to a broken listener": ({"fail_max": 1, "listeners": [Broken()]}, None, None),
+    "judged by a broken predicate": ({"failure_result": broken_predicate}, None, None),
+}
+
+
+@counts_references
+@pairwise(way=[by_call, by_decorator, by_coroutine, by_call_async], path=RESULT_PATHS)
+def test_a_result_is_freed_when_its_last_holder_lets_go(way, path, no_collector, log):
+    """And so is the FailedResult that listeners were told, whether or not the result
+    opened the circuit."""
+    options, prepare, meanwhile = path
+    told, alive = [], []
+
+    class Listener:
+        def failure(self, cb, exc):
+            assert isinstance(exc.result, Answer)
+            told.append(weakref.ref(exc))
+
+    breaker = CircuitBreaker(**{"failure_result": Answer, **options})
+    breaker.add_listener(Listener())
+
+    def work():
+        if meanwhile is not None:
+            meanwhile(breaker)
+        answer = Answer()
+        alive.append(weakref.ref(answer))
+        return answer
+
+    guarded = way(breaker)
+    if prepare is not None:
+        prepare(breaker)
+    assert isinstance(guarded(work), Answer)
+    assert len(told) == (breaker.failure_result is Answer)
+    assert [ref() for ref in alive + told] == [None] * (1 + len(told))
 
 
 # A million calls.
@@ -411,6 +464,22 @@ def test_a_million_calls_grow_no_memory(move, work):
     repeat(A_MILLION // 4)
     gc.collect()
     assert sys.getallocatedblocks() - before < 1_000
+
+
+@counts_references
+@pytest.mark.parametrize("size", [50, math.inf], ids=["of calls", "of time"])
+def test_a_window_grows_no_memory(size, clock):
+    """However many failures were forgotten, by later calls or with time."""
+    breaker = CircuitBreaker(40, window_size=size, window_seconds=5)
+
+    def repeat():
+        clock.advance(1)
+        breaker.call(int)
+        with contextlib.suppress(Down):
+            breaker.call(fails)
+
+    assert_nothing_grows(repeat)
+    assert breaker.current_state == "closed"
 
 
 @counts_references
