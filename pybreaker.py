@@ -549,11 +549,7 @@ class CircuitBreaker:
     @window_seconds.setter
     def window_seconds(self, seconds: float | None) -> None:
         if seconds is not None:
-            seconds = _seconds("window_seconds", seconds)
-            if not 0 < seconds < math.inf:
-                raise ValueError(
-                    f"window_seconds must be more than 0 and finite, not {seconds!r}"
-                )
+            seconds = _some_seconds("window_seconds", seconds)
         self._set_window("window_seconds", self._window_size, seconds)
 
     def _set_window(
@@ -1858,7 +1854,8 @@ class CircuitBreakers(dict[object, CircuitBreaker]):
             ):
                 settings[name] = tuple(settings[name])
         self._settings = settings
-        CircuitBreaker(**settings)  # which checks them
+        checked = CircuitBreaker(**settings)  # which raises if they are wrong
+        del _breakers[id(checked)]
         self._lock = threading.RLock()
         self._gone: weakref.WeakValueDictionary[Any, CircuitBreaker] = (
             weakref.WeakValueDictionary()
@@ -2749,6 +2746,13 @@ def _seconds(parameter: str, value: Any) -> Any:
     if value > sys.float_info.max and value != math.inf:
         raise ValueError(f"{parameter} is too long; use math.inf for no end: {value!r}")
     return value
+
+
+def _some_seconds(parameter: str, value: Any) -> Any:
+    seconds = _seconds(parameter, value)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{parameter} must be more than 0 and finite, not {value!r}")
+    return seconds
 
 
 def _check_window(fail_max: float, size: float | None, seconds: float | None) -> None:
