@@ -454,6 +454,13 @@ def test_console_shows_all_breakers_of_the_process_unless_it_is_given_some(serve
     assert "all of them: one" not in names
 
 
+def test_breaker_that_only_tries_settings_out_is_not_shown(serve):
+    """The console makes such ones for a moment."""
+    spare = module._Spare(name="spare")
+    names = [each["name"] for each in serve(Console()).get("/breakers").json()]
+    assert spare.name not in names
+
+
 def test_breaker_that_nobody_has_looked_at_has_its_story_too(serve):
     """The console listens to it before the first page is asked for."""
     console = Console()
@@ -607,6 +614,16 @@ def test_outage_that_began_before_the_console_is_told_from_the_breaker(serve, we
     since = weather.snapshot()["opened_at"][11:19]
     assert f"Since {since} UTC" in story
     assert "OSError('before')" in story
+
+
+def test_opening_that_only_the_storage_knows_of_is_told_once(serve, weather):
+    """The console may see it before the breaker does, which then tells of it."""
+    client = serve(Console([weather]))
+    weather._state_storage.state = "open"
+    assert client.row("weather").kind == "open"
+    assert weather.state.name == "open"
+    outage = client.get("/breakers/weather").json()["outage"]
+    assert (outage["reason"], outage["moves"]) == ("found so in the storage", [])
 
 
 def test_transitions_are_told_with_their_reasons(client, weather, clock):
