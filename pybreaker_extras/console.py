@@ -25,11 +25,11 @@ or stands beside your site, as it is a WSGI application:
 
     application = Console(hosts=["www.example.com"]).mount(application, "/ops")
 
-The console asks for no password unless it is given `authorize`: whoever reaches it
-may press the buttons. So it listens on the loopback address unless told otherwise,
-answers only to the host names that it was given, and lets no page of another site
-change anything. Every change is logged on the logger "pybreaker_extras.console", at
-level WARNING, with who asked for it.
+The console asks for no password unless it is given `authorize`: every client that
+reaches it may press the buttons. So it listens on the loopback address unless told
+otherwise, answers only to the host names that it was given, and lets no page of
+another site change anything. Every change is logged on the logger
+"pybreaker_extras.console", at level WARNING, with who asked for it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ IDLE_A_SECOND = 16  # and after that
 PAUSE = 0.5  # seconds, when the system cannot give another connection
 FIND = 1.0  # seconds between two searches for new breakers
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # of a button that asks before it does anything
-MINUTES = "30"  # that a hold lasts unless somebody types another number
+MINUTES = "30"  # that a hold lasts unless the operator types another number
 
 logger = logging.getLogger("pybreaker_extras.console")
 
@@ -166,7 +166,7 @@ class Outage(NamedTuple):
 
 
 class Busy(Exception):
-    """The breaker's lock is held by somebody else, and for long."""
+    """Another thread holds the breaker's lock for long, or the breaker is gone."""
 
 
 class _Spare(pybreaker.CircuitBreaker):
@@ -423,7 +423,7 @@ class Change(NamedTuple):
 
     before: dict[str, Any]
     errors: dict[str, str]
-    notices: dict[str, str]  # of settings that somebody else has changed meanwhile
+    notices: dict[str, str]  # of settings that a colleague has changed meanwhile
 
 
 def _may_be_read(breaker: Any) -> bool:
@@ -538,7 +538,7 @@ class Console:
 
     `hosts` are the names under which it may be reached: what the address bar of a
     browser shows, without the port. Requests to any other are refused, because a
-    name that somebody else owns can be made to lead here (DNS rebinding).
+    name that a stranger owns can be made to lead here (DNS rebinding).
 
     `service` is what pages call the program. With `read_only` nothing can be changed.
     `authorize` is a function of the WSGI environment that says whether a request is
@@ -720,7 +720,7 @@ class Console:
             raise Refusal(
                 403,
                 "this console does not answer to that host name; "
-                "whoever runs it names its hosts: Console(hosts=[...])",
+                "its program names them: Console(hosts=[...])",
             )
 
     def _check_origin(self, environ: Environ) -> None:
@@ -1116,7 +1116,8 @@ def _checked_function(parameter: str, function: Any) -> Any:
         raise TypeError(f"{parameter} must be a function or None, not {function!r}")
     if inspect.iscoroutinefunction(function):
         raise TypeError(
-            f"{parameter} must be a plain function, as nobody awaits {function!r}"
+            f"{parameter} must be a plain function, as nothing would await what "
+            f"{function!r} returns"
         )
     return function
 
@@ -1453,6 +1454,8 @@ class _Page:
 
     def _shown(self) -> str:
         if len(self._rows) == len(self._everything):
+            if len(self._rows) < 2:
+                return ""
             return f"All {len(self._rows)} breakers, the worst first."
         told = f"{len(self._rows)} of {len(self._everything)} breakers are shown"
         if len(self._rows) < len(self._matching):
@@ -1982,9 +1985,9 @@ em, .question { border: 2px solid var(--amber) }
   .badge { line-height: 1.1 } .filters { gap: .2rem .5rem; margin: .2rem 0 }
   .filters input { width: 7rem } .fields p {
   grid-template-columns: 1fr 7rem } .fields small { grid-column: 1 / -1 } }
-@media (scripting: none) { #rows .badge, h1#summary { animation: age 0s 5s forwards }
-  #rows .badge::before, h1#summary::before { content: "was "; font-size: 0;
-    animation: word 0s 5s forwards } }
+body:has(.old) :is(#rows .badge, #summary) { animation: age 0s 5s forwards }
+body:has(.old) :is(#rows .badge, #summary)::before { content: "was "; font-size: 0;
+  animation: word 0s 5s forwards }
 @keyframes age { to { background: none; color: var(--soft);
   border-color: var(--soft) } }
 @keyframes word { to { font-size: 1em } }
@@ -2110,7 +2113,7 @@ HEADERS = [
 ]
 
 
-# Watching. A breaker that nobody has looked at yet has its outages, too.
+# Watching. A breaker that no page has shown yet has its outages, too.
 
 
 class _Watcher:
@@ -2186,7 +2189,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     """A thread for each connection, and never more of them than `CONNECTIONS`: others
     wait in the backlog of the system, where they cost the process nothing.
 
-    Nobody holds a thread by talking slowly. A connection has `PATIENCE` seconds, and
+    No client holds a thread by talking slowly. A connection has `PATIENCE` seconds, and
     while others wait, one that has not yet asked for anything has `HURRY`. Connections
     that ask for nothing at all are let in only so many a second.
     """
@@ -2204,7 +2207,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         self._closing = threading.Event()
         self._owns_file = False  # of a Unix socket
         super().__init__(*args)
-        self.socket.setblocking(False)  # whoever waits may be gone
+        self.socket.setblocking(False)  # a client that waited may be gone
 
     def server_bind(self) -> None:
         if self.address_family != getattr(socket, "AF_UNIX", None):
@@ -2216,7 +2219,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
             _make_way(str(self.server_address))
             self.socket.bind(self.server_address)
             self._owns_file = True
-            os.chmod(str(self.server_address), 0o600)  # before anybody can connect
+            os.chmod(str(self.server_address), 0o600)  # before a client can connect
             self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
 

@@ -340,6 +340,10 @@ def test_page_whose_process_has_stopped_says_so_and_comes_back(site, browse, scr
         wait_for(browser, lambda: "1 open" in frame_text(browser))
         site.stop()
         wait_for(browser, lambda: not shows_console(browser), patience=5)
+        # The list is of when the page was loaded, and looks so after five seconds.
+        badge = browser.find_element(By.CSS_SELECTOR, "details.open .badge")
+        color = "rgba(87, 96, 106, 1)"
+        wait_for(browser, lambda: badge.value_of_css_property("color") == color)
         browser.save_screenshot(str(HERE / "dead_plain.png"))
         breakers[0].close()
         site.start(breakers)

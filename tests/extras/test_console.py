@@ -461,7 +461,7 @@ def test_breaker_that_only_tries_settings_out_is_not_shown(serve):
     assert spare.name not in names
 
 
-def test_breaker_that_nobody_has_looked_at_has_its_story_too(serve):
+def test_breaker_that_no_page_has_shown_yet_has_its_story_too(serve):
     """The console listens to it before the first page is asked for."""
     console = Console()
     breaker = CircuitBreaker(name="unseen", fail_max=1)
@@ -1102,7 +1102,7 @@ def test_value_that_a_colleague_has_changed_meanwhile_is_not_overwritten(
 
 
 def test_value_that_the_program_has_changed_meanwhile_is_told_as_such(client, weather):
-    """It is not put down to whoever set it before."""
+    """It is not put down to the operator who set it before."""
     client.patch("/breakers/weather", {"fail_max": 50})
     page = client.page()
     weather.fail_max = 60
@@ -1943,7 +1943,7 @@ def test_own_page_and_clients_that_are_no_browsers_are_served(
 )
 @pytest.mark.parametrize("path", ["/", "/breakers", "/status"])
 def test_unknown_host_is_refused(client, host, path):
-    """Reading as well: a name that leads here could be anybody's."""
+    """Reading as well: a name that leads here could be a stranger's."""
     answer = client.ask("GET", path, headers={"Host": host})
     assert answer.status == 403
     assert "host name" in answer.text
@@ -2050,7 +2050,7 @@ def test_every_answer_tells_the_browser_to_be_careful(client, path):
 
 @pytest.fixture
 def logged(caplog):
-    """What the console has logged, at the level that shows where nobody asks."""
+    """What the console has logged, at the level that shows without configuration."""
 
     def logged():
         return [
@@ -2067,7 +2067,7 @@ def test_changes_of_two_operators_do_not_mix(serve, logged):
     """One is done before the other begins, and so the log tells it."""
 
     class Slow(CircuitBreaker):
-        """Its `fail_max` takes so long to be set that somebody else comes along."""
+        """Its `fail_max` takes so long to be set that another operator comes along."""
 
         @property
         def fail_max(self):
@@ -2234,7 +2234,7 @@ SECRETS = {
 
 @pytest.mark.parametrize(("text", "shown"), SECRETS.items())
 def test_passwords_in_urls_are_blotted_out(serve, weather, text, shown):
-    """On the page, in what scripts are told, and whoever opened the circuit."""
+    """On the page and in what scripts are told, also once the outage is over."""
     assert module.blot_out_passwords(text) == shown
     client = serve(Console([weather]))
     weather.open(reason=text)
@@ -2389,7 +2389,7 @@ def test_accept_that_fails_pauses(weather, monkeypatch):
 
 
 def test_console_listens_on_the_loopback_address_unless_told_otherwise():
-    """So nobody on the network gets there by accident."""
+    """So no client on the network gets there by accident."""
     with module.serve(Console(), port=0) as server:
         assert server.server_address[0] == "127.0.0.1"
 
@@ -2545,7 +2545,7 @@ def test_unix_socket_serves_several_processes_of_a_host(weather, tmp_path):
 
 
 def test_file_that_is_no_socket_is_not_removed(tmp_path):
-    """Whoever mistypes the path loses nothing."""
+    """A mistyped path costs no file."""
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     with pytest.raises(OSError, match="is no socket"):
@@ -2704,7 +2704,7 @@ def test_console_of_the_documentation_is_served(names):
 
 
 def test_authorization_of_the_documentation_authorizes(names):
-    """The one with the key, and nobody else."""
+    """The client with the key, and no other."""
     run_section(names, "Who may use it")
     assert names["authorize"]({"HTTP_X_OPS_KEY": "from your secrets"})
     assert not names["authorize"]({"HTTP_X_OPS_KEY": "guessed"})
