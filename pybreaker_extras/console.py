@@ -2061,7 +2061,8 @@ SCRIPT = """
   };
   const look = async () => {
     try {
-      const stop = new AbortController(), timer = setTimeout(() => stop.abort(), 2000);
+      const stop = new AbortController(), hangs = new Error("it hangs");
+      const timer = setTimeout(() => stop.abort(hangs), 2000);
       const answer = await fetch(body.dataset.live, { signal: stop.signal,
         cache: "no-store" });
       if (!answer.ok) throw new Error("the answer is " + answer.status);
