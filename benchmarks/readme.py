@@ -1,26 +1,65 @@
-"""Keep README's copies of two tables in step with benchmarks/results.rst.
+"""Keep README's lines of the tables that were measured in step with the tables.
 
     python benchmarks/readme.py [--check]
 
-Copies what stands between two comments in results.rst to between the same two
-comments in README.rst, for each table. With --check it changes nothing, and fails
-if they differ.
+Of each table in TABLES, README has the head, a few lines, and what was measured where,
+between two comments of its own. They are copied to there. With --check nothing is
+changed, and it is an error if they differ.
 """
 
 import pathlib
 import sys
+import typing
 
+# Around the tables in results.rst.
 BEGIN = ".. The table of the benchmark begins."
 END = ".. The table of the benchmark ends."
 FLEET_BEGIN = ".. The fleet's table of the benchmark begins."
 FLEET_END = ".. The fleet's table of the benchmark ends."
-# Around the table of effect.rst, which README does not have.
+# Around the table in effect.rst.
 EFFECT_BEGIN = ".. The table of the simulation begins."
 EFFECT_END = ".. The table of the simulation ends."
 
 HERE = pathlib.Path(__file__).resolve().parent
-RESULTS = HERE / "results.rst"
 README = HERE.parent / "README.rst"
+
+
+class Table(typing.NamedTuple):
+    path: pathlib.Path
+    begin: str  # the comments around it there
+    end: str
+    name: str  # in README's comments
+    lines: tuple[str, ...]  # those that README has, by how they begin
+
+
+TABLES = [
+    Table(
+        HERE / "results.rst",
+        BEGIN,
+        END,
+        "costs",
+        (
+            "decorated function ",
+            "decorated coroutine function ",
+            "function that raises, counted ",
+            "rejected call, caught ",
+            "growth of a call's cost from 1 to 8 busy threads ",
+        ),
+    ),
+    Table(
+        HERE / "effect.rst",
+        EFFECT_BEGIN,
+        EFFECT_END,
+        "effects",
+        (
+            "20 % for 20 s, 60 breakers ",
+            "100 % for 20 s, 60 breakers ",
+            "20 % for 300 s, one breaker ",
+            "50 % for 60 s, one breaker ",
+            "metastable failure ",
+        ),
+    ),
+]
 
 
 def parts(path, begin, end):
@@ -32,16 +71,40 @@ def parts(path, begin, end):
     return before, between, after
 
 
+def excerpt(table):
+    """What README has of a table: the head, its lines, and the last paragraph. Of a
+    table that was never measured it has nothing."""
+    if not table.path.exists():
+        return "\n"
+    _, text, _ = parts(table.path, table.begin, table.end)
+    lines = text.strip().splitlines()
+    rules = [number for number, line in enumerate(lines) if set(line) == {"=", " "}]
+    if len(rules) != 3:
+        raise SystemExit(f"{table.path.name} has no table between its comments")
+    top, head_ends, bottom = rules
+    kept = []
+    for beginning in table.lines:
+        found = [x for x in lines[head_ends:bottom] if x.startswith(beginning)]
+        if len(found) != 1:
+            raise SystemExit(f"{table.path.name} has no single line {beginning!r}")
+        kept += found
+    measured = text.strip().split("\n\n")[-1]
+    rows = [*lines[top : head_ends + 1], *kept, lines[bottom]]
+    return "\n\n" + "\n".join(rows) + f"\n\n{measured}\n\n"
+
+
 def main(arguments):
     if arguments not in ([], ["--check"]):
         raise SystemExit(__doc__)
-    for begin, end in (BEGIN, END), (FLEET_BEGIN, FLEET_END):
-        _, table, _ = parts(RESULTS, begin, end)
-        before, copy, after = parts(README, begin, end)
+    for table in TABLES:
+        begin = f".. Five lines of the table of {table.name} begin."
+        end = f".. Five lines of the table of {table.name} end."
+        copy = excerpt(table)
+        before, present, after = parts(README, begin, end)
         if not arguments:
-            text = before + begin + table + end + after
+            text = before + begin + copy + end + after
             README.write_text(text, encoding="utf-8")
-        elif copy != table:
+        elif present != copy:
             raise SystemExit("the tables differ: run python benchmarks/readme.py")
 
 

@@ -113,4 +113,4 @@ def no_other_breakers():
 
 def prefix_of(storage):
     """What all keys of a shared storage begin with."""
-    return storage._link.prefix
+    return storage._prefix

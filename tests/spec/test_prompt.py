@@ -14,7 +14,7 @@ import rlcompleter
 import threading
 
 import pytest
-from readme_support import ROOT, blocks_of
+from readme_support import blocks_of, source_of
 from support import PATIENCE
 
 import pybreaker
@@ -86,24 +86,24 @@ def in_flight(weather):
     end()
 
 
-# The sessions that README shows
+# The sessions that the guide shows
 
 
-SESSIONS = ["Monitoring and management", "At a prompt"]
+PAGE = "docs/operating.rst"
+SESSIONS = ["At a prompt", "What an operator can do"]
 
 
 def blocks():
-    """Those of README's blocks that are sessions of an operator, by section."""
-    readme = (ROOT / "README.rst").read_text(encoding="utf-8")
+    """Those of the page's blocks that are sessions of an operator, by section."""
     sections = {}
-    for block in blocks_of(readme):
+    for block in blocks_of(source_of(PAGE), PAGE):
         if block.kind == "pycon" and block.section in SESSIONS:
             sections.setdefault(block.section, []).append(block.text)
     return sections
 
 
 @pytest.mark.parametrize(("section", "texts"), blocks().items(), ids=list(blocks()))
-def test_session_of_the_readme_goes_as_it_is_shown(section, texts, weather, in_flight):
+def test_session_of_the_guide_goes_as_it_is_shown(section, texts, weather, in_flight):
     """Typed at a prompt, line by line, while four calls are on their way."""
     in_flight()
     weather.fail_counter = 3
