@@ -1607,7 +1607,7 @@ def test_breaker_can_be_added_and_renamed_later(serve, weather):
 
 def curl_lines():
     """Those of the documentation, as (method, path, body)."""
-    texts = [module.__doc__, DOCS, (ROOT / "README.rst").read_text(encoding="utf-8")]
+    texts = [module.__doc__, DOCS]
     for line in re.findall(r"^ *(?:\$ )?(curl .*)$", "\n".join(texts), re.MULTILINE):
         words = shlex.split(line)[1:]
         method, body = "GET", None

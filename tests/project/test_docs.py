@@ -123,6 +123,13 @@ def test_reference_has_every_public_name():
     assert public - found == set()
 
 
+def test_page_of_benchmarks_has_every_table_that_was_measured():
+    """What the benchmarks write is included, and not copied."""
+    page = source_of("docs/benchmarks.rst")
+    for path in ROOT.glob("benchmarks/*.rst"):
+        assert f"\n.. include:: ../benchmarks/{path.name}\n" in page
+
+
 def public_names(source):
     """What ``__all__`` says, without importing what the module needs; without one, the
     names that the module loads when it is asked for them."""
