@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import gc
-import importlib
 import math
+import os
 import pickle
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -570,40 +571,37 @@ def test_a_retry_after_within_a_trial_decides_nothing(make_client, service):
 def test_a_retry_after_from_another_era_is_late(make_client, service, move):
     breakers = CircuitBreakers()
     breaker = breakers[service.key]
-    is_sent = threading.Event()
-
-    class Slow(pybreaker.CircuitBreakerListener):
-        def before_call(self, cb, func, *args, **kwargs):
-            is_sent.set()
-
-    breaker.add_listener(Slow())
-    client = make_client(breakers, key=lambda request: service.key)
-    url = f"{service.url}/status/503?after=120"
-
-    def hold(response=None, *args, **kwargs):
-        # The response is here, and its call has not ended.
-        getattr(breaker, move)()
-
+    client = make_client(breakers)
     if isinstance(client, Requests):
-        layer = client.client.adapters["http://"]
-        send = layer._adapter.send
+        sender, name = client.client.adapters["http://"]._adapter, "send"
     else:
-        layer = client.client._transport
-        send = layer._transport.handle_request
+        sender, name = client.client._transport._transport, "handle_request"
+    send = getattr(sender, name)
 
-    def late(*args, **kwargs):
+    def send_and_move(*args, **kwargs):
         response = send(*args, **kwargs)
-        hold()
+        # The response is here, and the guarded call has not ended.
+        getattr(breaker, move)()
         return response
 
-    name = "send" if isinstance(client, Requests) else "handle_request"
-    inner = layer._adapter if isinstance(client, Requests) else layer._transport
-    setattr(inner, name, late)
-    client.get(url)
-    assert is_sent.is_set()
+    setattr(sender, name, send_and_move)
+    client.get(f"{service.url}/status/503?after=120")
     assert breaker.retry_after <= 60
     names = {"open": "open", "close": "closed", "half_open": "half-open"}
     assert breaker.current_state == names[move]
+
+
+@for_each_client
+def test_a_retry_after_opens_no_circuit_that_somebody_closed_meanwhile(
+    make_client, service
+):
+    class Closing(pybreaker.CircuitBreakerListener):
+        def failure(self, cb, exc):
+            cb.close()
+
+    breakers = CircuitBreakers(listeners=[Closing()])
+    make_client(breakers).get(f"{service.url}/status/503?after=120")
+    assert breakers[service.key].current_state == "closed"
 
 
 @for_each_client
@@ -1040,13 +1038,12 @@ def test_an_aiohttp_without_middlewares_is_named_with_what_to_install(monkeypatc
 def test_the_module_loads_no_client_before_it_is_asked_for():
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         http.Missing  # noqa: B018
-    import subprocess
-
     program = (
         "import sys, pybreaker_extras.http\n"
         "print(sorted({'httpx', 'requests', 'aiohttp'} & set(sys.modules)))"
     )
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path}
     output = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
@@ -1055,7 +1052,6 @@ def test_the_module_loads_no_client_before_it_is_asked_for():
         timeout=PATIENCE,
     )
     assert output.stdout == "[]\n", output.stderr
-    importlib.import_module("pybreaker_extras.http")
 
 
 # The page
