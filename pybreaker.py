@@ -69,7 +69,7 @@ import threading
 import time
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from datetime import datetime, timezone
 from datetime import timedelta as timedelta  # for code that imports it from here
 
@@ -1821,7 +1821,7 @@ def breakers() -> tuple[CircuitBreaker, ...]:
     return tuple(sorted(alive, key=lambda each: (each._name is None, each._name or "")))
 
 
-class CircuitBreakers(dict[object, CircuitBreaker]):
+class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
     """A mapping that makes a breaker for each key when it is first asked for.
 
         breakers = CircuitBreakers(fail_max=25, window_size=50)
@@ -1862,6 +1862,12 @@ class CircuitBreakers(dict[object, CircuitBreaker]):
         )
         _registries[id(self)] = self
 
+    def __copy__(self: _T) -> _T:
+        return self  # one shared thing, as each breaker is
+
+    def __deepcopy__(self: _T, memo: object) -> _T:
+        return self
+
     def make(self, key: Any) -> CircuitBreaker:
         """A new breaker for a key. Called with this mapping's lock held."""
         return CircuitBreaker(name=str(key), **self._settings)
@@ -1889,8 +1895,8 @@ class CircuitBreakers(dict[object, CircuitBreaker]):
         for _ in range(min(_LOOKED_AT, len(self) - 1)):  # not at the new one
             # The oldest is taken out first, so that a look-up in another thread meets
             # the lock, and finds it again in the weak table.
-            key = next(iter(self))
-            breaker = self._gone[key] = self.pop(key)
+            key, breaker = self.popitem(last=False)
+            self._gone[key] = breaker
             if not breaker._is_dispensable():
                 self[key] = breaker  # as the newest
             elif len(self) <= self._maxsize:

@@ -329,8 +329,8 @@ def report(found, environments, seeds, fast):
     yield filled(
         f"Shopify publishes such figures of its Semian, a breaker for Ruby: where one "
         f"call in five fails for 20 s, its classic breaker refuses 79 % of the calls "
-        f"(published with Semian). In the first line, which is about the same trouble but "
-        f"not the same program, this library refuses {in_a_row:.1f} % with five "
+        f"(published with Semian). In the first line, which is about the same trouble "
+        f"but not the same program, this library refuses {in_a_row:.1f} % with five "
         f"failures in a row and {window:.1f} % with 25 of 50."
     )
     yield ""

@@ -3,6 +3,7 @@ makes one for each key."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import threading
@@ -542,3 +543,10 @@ def test_dead_keys_leave_about_as_many_as_their_timeouts_hold(clock):
         clock.advance(1)
         longest = max(longest, len(breakers))
     assert 100 <= longest <= 150
+
+
+def test_a_copy_of_the_mapping_is_the_mapping():
+    """A client session that holds the mapping may be copied, as one with a breaker."""
+    breakers = CircuitBreakers()
+    assert copy.copy(breakers) is copy.deepcopy(breakers) is breakers
+    assert copy.deepcopy({"breakers": breakers})["breakers"] is breakers
