@@ -186,7 +186,7 @@ class FailedResult(Exception):
 
     def __init__(self, result: object) -> None:
         super().__init__(result)
-        self.result = result
+        self.result: object = result
 
 
 class _Watched:
@@ -1422,10 +1422,8 @@ class CircuitBreaker:
         try:
             state = self._shown_state()
             if state._admits_all:
-                is_due = not self.fail_counter
-            else:
-                is_due = state.name == STATE_OPEN and not (self._trial or state._wait())
-            return is_due and self._settings() == self._as_made
+                return not self.fail_counter and self._settings() == self._as_made
+            return state.name == STATE_OPEN and not (self._trial or state._wait())
         finally:
             self._lock.release()
 
@@ -1927,12 +1925,12 @@ class _Admission:
         settles: Any = None,
         rejects: Any = None,
     ) -> None:
-        self.state = state
-        self.trial = trial
-        self.passes = passes or _OPAQUE
-        self.returns = returns or _OPAQUE
-        self.settles = settles or _OPAQUE
-        self.rejects = rejects or _OPAQUE
+        self.state: Any = state
+        self.trial: _Trial | None = trial
+        self.passes: Any = passes or _OPAQUE
+        self.returns: Any = returns or _OPAQUE
+        self.settles: Any = settles or _OPAQUE
+        self.rejects: Any = rejects or _OPAQUE
 
 
 class _Trial:
@@ -1979,13 +1977,13 @@ class _Move:
         seconds: float | None = None,
         failed_trials: int | None = None,
     ) -> None:
-        self.state = state
-        self.reason = reason
-        self.by = by
-        self.seconds = seconds
+        self.state: str = state
+        self.reason: str = reason
+        self.by: str = by
+        self.seconds: float | None = seconds
         self.failed_trials: Any = failed_trials  # None until `follow`
         self.fail_max: float = math.inf
-        self.why_opened = ""
+        self.why_opened: str = ""
 
     @classmethod
     def found(cls, state: str, known: Any, unknown: str = _FOUND) -> _Move:

@@ -2350,11 +2350,16 @@ def test_connections_that_ask_for_nothing_are_let_in_slowly(
         assert client.get("/breakers").status == 200
     for _ in range(5):
         assert "Bad request" in client.send(b"GET")
-    with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
-        link.sendall(b"GET /breakers HTTP/1.0\r\nHost: localhost\r\n\r\n")
-        assert select.select([link], [], [], 0.5)[0] == []
-        monkeypatch.setattr(module, "IDLE_A_SECOND", 1000.0)
-        assert link.recv(12) == b"HTTP/1.0 200"
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
+            link.sendall(b"GET /breakers HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            if select.select([link], [], [], 0.5)[0]:
+                continue  # the server has yet to charge for the last one's end
+            monkeypatch.setattr(module, "IDLE_A_SECOND", 1000.0)
+            assert link.recv(12) == b"HTTP/1.0 200"
+            break
+    else:
+        pytest.fail("connections that asked for nothing cost the next ones no time")
 
 
 def test_accept_that_fails_pauses(weather, monkeypatch):

@@ -205,7 +205,7 @@ def test_a_child_waits_no_longer_than_its_patience(run, proxies, server):
         child.start()
         began = time.monotonic()
         child.join()
-        print(time.monotonic() - began)
+        print(time.monotonic() - began, flush=True)
         os._exit(0)  # some clients wait for ever
         """,
         port=proxy.port,

@@ -1487,12 +1487,13 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(name=states)
     def write_state(self, name):
-        """Others move the circuit. (Where time forgets failures, they write how many
-        are left, and are found out at once: a look writes nothing.)"""
+        """Others move the circuit. In memory the breaker looks at once, as a quiet call
+        leaves the look to the next call. Where time forgets failures, the others write
+        how many are left, as a look writes nothing."""
         if self.model.window_seconds is not None:
             self.storage.counter = self.model.fail_counter
         self.storage.state = self.model.stored = name
-        if self.model.window_seconds is not None:
+        if self.kind == "memory":
             self.look()
 
     def write_counter(self, count):

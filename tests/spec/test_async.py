@@ -1,4 +1,5 @@
-"""Coroutines, tasks and event loops: SPEC section 5, and 3 for trials."""
+"""Coroutines, tasks and event loops: "Ways to guard" in the
+specification, and "What happens to a call" for trials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to a call: SPEC sections 1 and 3."""
+"""What happens to a call: the specification's section of that name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What holds whatever the number of threads: SPEC section 4."""
+"""What holds whatever the number of threads: "Concurrency" in the
+specification."""
 
 from __future__ import annotations
 

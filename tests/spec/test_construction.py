@@ -1,4 +1,5 @@
-"""How a breaker is made, and what it refuses: SPEC section 2."""
+"""How a breaker is made, and what it refuses: "Construction" in the
+specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Generators, async generators and blocks: SPEC section 5, and 3 for trials."""
+"""Generators, async generators and blocks: "Ways to guard" in the
+specification, and "What happens to a call" for trials."""
 
 from __future__ import annotations
 

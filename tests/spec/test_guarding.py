@@ -1,4 +1,5 @@
-"""Ways to guard, and what all of them have in common: SPEC section 5."""
+"""Ways to guard, and what all of them have in common: the
+specification's section of that name."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from pybreaker import (
 def collect():
     """A breaker that nobody holds is gone after this."""
     gc.collect()
-    let_go()
+    for _ in range(3):
+        let_go()
 
 
 # breakers()
@@ -35,7 +36,7 @@ def collect():
 
 def test_all_breakers_that_are_alive_come_by_name_and_unnamed_ones_last():
     kept = [CircuitBreaker(name=name) for name in ("zz-b", None, "zz-a", "")]
-    found = [each for each in pybreaker.breakers() if each in kept]
+    found = [each for each in pybreaker.breakers() if any(each is one for one in kept)]
     assert isinstance(pybreaker.breakers(), tuple)
     assert [each.name for each in found] == ["", "zz-a", "zz-b", None]
 

@@ -11,7 +11,7 @@ import pickle
 import weakref
 
 import pytest
-from support import Boom, boom, fail
+from support import Boom, boom, fail, let_go
 
 from pybreaker import (
     CircuitBreaker,
@@ -349,6 +349,7 @@ def test_the_breaker_keeps_no_exception_alive(throw, trial, settings):
             del exc
         assert breaker.current_state == "open"
         assert type(breaker.state.reason) is str
+        let_go()
         assert [ref() for ref in refs] == len(refs) * [None]
     finally:
         gc.enable()
@@ -393,7 +394,7 @@ def test_the_snapshot_has_all_settings_by_name():
 
 
 def test_infinity_is_told_from_off_in_the_snapshot(clock):
-    """It is a word among the settings of section 9, and None elsewhere."""
+    """It is a word among the settings that can be off, and None elsewhere."""
     breaker = CircuitBreaker(
         fail_max=math.inf,
         reset_timeout=math.inf,

@@ -12,7 +12,7 @@ import weakref
 
 import guards
 import pytest
-from support import PATIENCE, drive, fail, name_of, while_locked
+from support import PATIENCE, drive, fail, let_go, name_of, while_locked
 
 from pybreaker import (
     CircuitBreaker,
@@ -478,6 +478,7 @@ def test_nothing_keeps_a_failed_result_alive(
     response = way(breaker, get(500))
     ref = weakref.ref(response)
     del response
+    let_go()
     assert ref() is None
     assert breaker.fail_counter == 1
 
@@ -495,6 +496,7 @@ def test_nor_does_a_predicate_that_raises(without_collector):
         logger.removeHandler(disabled)
     ref = weakref.ref(response)
     del response
+    let_go()
     assert ref() is None
 
 

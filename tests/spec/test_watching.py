@@ -1,4 +1,4 @@
-"""Watching and steering a breaker: SPEC section 6."""
+"""Watching and steering a breaker: the specification's section of that name."""
 
 from __future__ import annotations
 

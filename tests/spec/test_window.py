@@ -6,7 +6,6 @@ import gc
 import math
 import threading
 import time
-import tracemalloc
 
 import guards
 import pytest
@@ -909,6 +908,7 @@ def test_reading_the_count_takes_no_lock(clock, seconds):
 
 def kept_by_the_library(grow):
     """Bytes that the library's code has allocated in `grow()` and that are kept."""
+    tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
     mine = tracemalloc.Filter(True, pybreaker.__file__)
     tracemalloc.start()
     try:
