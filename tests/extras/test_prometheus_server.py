@@ -116,9 +116,10 @@ class Prometheus:
         try:
             result = self.get("query", query=expression)["result"]
         except urllib.error.HTTPError as error:
-            if error.code == 503:  # the server is not ready
-                return {}
-            pytest.fail(f"{expression}: {error.read().decode()}")
+            with error:
+                if error.code == 503:  # the server is not ready
+                    return {}
+                pytest.fail(f"{expression}: {error.read().decode()}")
         except OSError:  # the server does not listen yet
             return {}
         return {tuple(each["metric"].values()): each["value"][1] for each in result}
