@@ -211,6 +211,14 @@ class _Watched:
         delattr(breaker, self._attribute)
 
 
+class _WatchedState(_Watched):
+    """The same for the state, where an asynchronous subclass finds its coroutine."""
+
+    def __get__(self, breaker: Any, owner: Any) -> Any:
+        state = super().__get__(breaker, owner)
+        return getattr(state, "__dict__", {}).get("_made", state)
+
+
 class _WatchedList(_Watched):
     """The same for a tuple, which code outside the library finds as a list and
     may change in place. As the breaker does not hear of such a change, it then
@@ -270,7 +278,7 @@ class CircuitBreaker:
     call runs outside it.
     """
 
-    _state = _Watched("_era")
+    _state = _WatchedState("_era")
     _state_storage = _Watched("_storage")
     _listeners = _WatchedList("_told")
     _excluded_exceptions = _WatchedList("_exclude")
@@ -1318,12 +1326,15 @@ class CircuitBreaker:
             self._tell("state_change", (self, old, new))
 
     def _make_state(self, move: _Move, **options: Any) -> CircuitBreakerState:
-        state = self._create_new_state(move.state, **options)
-        try:
-            state.name, state._move = move.state, move  # a mock in its place has none
-            state._known_move = self._storage.last_move()
-        except AttributeError:
-            pass  # an asynchronous subclass makes a coroutine here, and awaits it
+        made = state = self._create_new_state(move.state, **options)
+        if not hasattr(made, "_admits_all"):
+            # An asynchronous subclass finds its coroutine in `_state`, awaits the
+            # coroutine and writes the state there. A state of the library's stands in
+            # until then.
+            state = CircuitBreaker._create_new_state(self, move.state)
+            state._made = made
+        state.name, state._move = move.state, move  # a mock in its place has none
+        state._known_move = self._storage.last_move()
         return state
 
     def _create_new_state(
@@ -1449,6 +1460,7 @@ class CircuitBreakerState:
     """
 
     _admits_all = False
+    _made: Any  # the coroutine that a state stands in for
     _hint = ""  # what a rejected call is told beside the reason
 
     def __init__(self, cb: CircuitBreaker, name: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -200,6 +201,37 @@ def test_settings_of_an_asynchronous_subclass_can_be_read_before_it_is_driven():
     assert (breaker.name, breaker.fail_max, breaker.reset_timeout) == ("db", 3, 60)
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
     drive_all(breaker._state)
+
+
+def test_an_asynchronous_subclass_can_be_shown_and_moved_before_it_is_driven():
+    """A scrape shows the breaker, and an operator opens it, before its first call."""
+    breaker = AsyncioBreaker(fail_max=3, reset_timeout=60, name="db", window_size=9)
+    drive_all(breaker._state)
+    assert repr(breaker).startswith("<AsyncioBreaker 'db': closed, 0 of 3 failures")
+    assert (breaker.snapshot()["state"], breaker.retry_after) == ("closed", 0.0)
+    breaker.open(math.inf, "maintenance")
+    assert breaker.snapshot()["reason"] == "maintenance"
+    assert breaker.retry_after == math.inf
+
+    async def story():
+        assert (await breaker.state).name == "open"
+        with pytest.raises(CircuitBreakerError):
+            await breaker.call(fetch)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("made", [None, "closed", 42])
+def test_a_breaker_whose_state_is_none_can_be_made_and_shown(made):
+    """As long as nothing is driven, what the subclass made may be anything."""
+
+    class Strange(CircuitBreaker):
+        def _create_new_state(self, new_state, prev_state=None, notify=False):
+            return made
+
+    breaker = Strange(name="strange")
+    assert breaker._state == made
+    assert repr(breaker).startswith("<Strange 'strange': closed")
 
 
 def drive_all(awaitable):
