@@ -1165,6 +1165,9 @@ class CircuitBreaker:
             else:
                 outcome = _FAILURE
             if outcome is _ABANDONED:
+                if self._hearers["abandoned"]:
+                    with self._lock:
+                        self._tell("abandoned", (self,))
                 return
             if outcome is _SUCCESS:
                 seen = admission.settles
@@ -2344,6 +2347,10 @@ class CircuitBreakerListener:
     ) -> None:
         """A call was rejected; `func` is not called."""
 
+    def abandoned(self, cb: CircuitBreaker) -> None:
+        """An admitted call was abandoned: cancelled, say, or ended by an exception
+        that `ignore` matches. It has neither succeeded nor failed."""
+
     def state_change(
         self,
         cb: CircuitBreaker,
@@ -2353,7 +2360,14 @@ class CircuitBreakerListener:
         """The circuit moved; the change is complete."""
 
 
-_EVENTS = ("before_call", "failure", "success", "rejected", "state_change")
+_EVENTS = (
+    "before_call",
+    "failure",
+    "success",
+    "rejected",
+    "abandoned",
+    "state_change",
+)
 _NO_HEARERS: dict[str, tuple[Any, ...]] = dict.fromkeys(_EVENTS, ())
 
 

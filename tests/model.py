@@ -167,6 +167,7 @@ class Model:
         """A late outcome, and one within a trial, changes nothing and is heard of;
         that of a trial that lost its place counts."""
         if outcome == ABANDONED:
+            self.tell("abandoned")
             return
         self.look()
         if outcome == SUCCESS:

@@ -597,7 +597,14 @@ def test_a_storage_that_fails_every_time_is_never_the_services_failure(
 
 # Listeners that raise, at every position.
 
-EVENTS = ["before_call", "failure", "success", "rejected", "state_change"]
+EVENTS = [
+    "before_call",
+    "failure",
+    "success",
+    "rejected",
+    "abandoned",
+    "state_change",
+]
 NUMBER = 3  # of listeners
 
 if sys.version_info >= (3, 11):
@@ -646,6 +653,9 @@ class Witness(CircuitBreakerListener):
     def rejected(self, cb, func, *args, **kwargs):
         self.hear("rejected", cb)
 
+    def abandoned(self, cb):
+        self.hear("abandoned", cb)
+
     def state_change(self, cb, old_state, new_state):
         self.hear("state_change", cb, old_state.name, new_state.name)
 
@@ -657,6 +667,10 @@ def witnesses(event, place, do):
         Witness(book, number, event if number == place else None, do)
         for number in range(NUMBER)
     ]
+
+
+# With these, no trial of `live` but the last closes the circuit.
+TO_THE_END = {"exclude": [NotFound], "success_threshold": 2}
 
 
 def live(breaker, clock, guard):
@@ -692,13 +706,12 @@ def test_a_listener_that_raises_at_any_position_is_only_logged(
 ):
     """No caller, no count and no other listener can tell the difference."""
     expected_book, listeners = witnesses(None, None, None)
-    options = {"exclude": [NotFound], "success_threshold": 2}
     expected = live(
-        CircuitBreaker(2, TIMEOUT, listeners=listeners, **options), clock, guard
+        CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard
     )
     book, listeners = witnesses(event, place, lambda self, cb: raising(error)())
     caplog.clear()
-    breaker = CircuitBreaker(2, TIMEOUT, listeners=listeners, **options)
+    breaker = CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END)
     assert live(breaker, clock, guard) == expected
     assert book == expected_book
     logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
@@ -842,9 +855,9 @@ def test_a_listener_may_use_the_breaker_at_any_position(
 def test_a_listener_may_remove_itself_at_any_event(event, place, guard, clock):
     """It hears no more; the others hear everything, once, in their order."""
     everything, listeners = witnesses(None, None, None)
-    live(CircuitBreaker(2, TIMEOUT, listeners=listeners), clock, guard)
+    live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
     book, listeners = witnesses(event, place, lambda self, cb: cb.remove_listener(self))
-    breaker = CircuitBreaker(2, TIMEOUT, listeners=listeners)
+    breaker = CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END)
     live(breaker, clock, guard)
     assert breaker.listeners == (*listeners[:place], *listeners[place + 1 :])
     gone = [entry[:2] for entry in book].index((place, event))
@@ -856,13 +869,13 @@ def test_a_listener_may_remove_itself_at_any_event(event, place, guard, clock):
 def test_a_listener_may_add_another_at_any_event(event, place, guard, clock):
     """The new one hears what happens from then on, and not what is being told."""
     everything, listeners = witnesses(None, None, None)
-    live(CircuitBreaker(2, TIMEOUT, listeners=listeners), clock, guard)
+    live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
     book, new = [], []
     add = once(lambda self, cb: cb.add_listener(Witness(new, 0)))
     _, listeners = witnesses(event, place, add)
     for listener in listeners:
         listener.book = book
-    live(CircuitBreaker(2, TIMEOUT, listeners=listeners), clock, guard)
+    live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
     assert book == everything
     of_the_last = [entry[1:] for entry in everything if entry[0] == NUMBER - 1]
     missed = [entry[0] for entry in of_the_last].index(event) + 1
@@ -873,14 +886,14 @@ def test_a_listener_may_add_another_at_any_event(event, place, guard, clock):
 def test_a_listener_may_remove_the_next_one_at_any_event(event, guard, clock):
     """Who was there when the telling began is still told of that."""
     everything, listeners = witnesses(None, None, None)
-    live(CircuitBreaker(2, TIMEOUT, listeners=listeners), clock, guard)
+    live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
 
     @once
     def remove_the_next(self, cb):
         cb.remove_listener(listeners[1])
 
     book, listeners = witnesses(event, 0, remove_the_next)
-    live(CircuitBreaker(2, TIMEOUT, listeners=listeners), clock, guard)
+    live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
     last = [entry[:2] for entry in everything].index((1, event))
     assert [e for e in book if e[0] == 1] == [e for e in everything if e[0] == 1][
         : [e[:2] for e in everything[: last + 1] if e[0] == 1].index((1, event)) + 1
@@ -902,7 +915,7 @@ def test_a_listener_that_blocks_holds_others_up_and_loses_nothing(event, guard):
     def call(work):
         try:
             guard(breaker, work)
-        except (ServiceDown, CircuitBreakerError) as exc:
+        except (ServiceDown, CircuitBreakerError, SystemExit) as exc:
             book.append(type(exc))
 
     breaker = CircuitBreaker(2, TIMEOUT)
@@ -912,7 +925,7 @@ def test_a_listener_that_blocks_holds_others_up_and_loses_nothing(event, guard):
         breaker.open()
     state = "open" if event == "rejected" else "closed"
     breaker.add_listener(Witness(book, 0, event, block))
-    first = Work(ServiceDown if event == "failure" else None)
+    first = Work({"failure": ServiceDown, "abandoned": SystemExit}.get(event))
     threads = [
         threading.Thread(target=call, args=[work], daemon=True)
         for work in (first, lambda: book.append("runs"))
@@ -935,7 +948,8 @@ def test_a_listener_that_blocks_holds_others_up_and_loses_nothing(event, guard):
     else:
         assert book.count("runs") == 1
         assert names.count("before_call") == 2
-        assert names.count("success") == (1 if event == "failure" else 2)
+        succeeded = 1 if event in ("failure", "abandoned") else 2
+        assert names.count("success") == succeeded
     assert breaker.current_state == state
     assert breaker.fail_counter == 0
 

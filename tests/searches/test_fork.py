@@ -94,6 +94,8 @@ def use(breaker):
     assert breaker.retry_after == 0.0
     assert breaker.call(int) == 0
     assert breaker.current_state == "closed"
+    with contextlib.suppress(SystemExit):
+        breaker.call(sys.exit)
 """
 
 
@@ -199,7 +201,8 @@ def test_a_child_logs_only_what_it_does_itself():
 
 
 @pytest.mark.parametrize(
-    "event", ["before_call", "failure", "success", "rejected", "state_change"]
+    "event",
+    ["before_call", "failure", "success", "rejected", "abandoned", "state_change"],
 )
 def test_a_child_may_be_forked_while_a_listener_is_told(event):
     """Of a call or a move in another thread, which the child never sees end."""
@@ -223,8 +226,9 @@ def test_a_child_may_be_forked_while_a_listener_is_told(event):
 
         def call(reached, leave):
             listener.reached, listener.leave = reached, leave
-            with contextlib.suppress(CircuitBreakerError):
-                breaker.call(boom if {event!r} in ("failure", "state_change") else int)
+            func = dict(failure=boom, state_change=boom, abandoned=sys.exit)
+            with contextlib.suppress(CircuitBreakerError, SystemExit):
+                breaker.call(func.get({event!r}, int))
 
         def child():
             told.clear()

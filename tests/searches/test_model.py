@@ -426,7 +426,14 @@ class Interrupt(KeyboardInterrupt):
     """What a listener raises for Ctrl-C."""
 
 
-EVENTS = ["before_call", "failure", "success", "rejected", "state_change"]
+EVENTS = [
+    "before_call",
+    "failure",
+    "success",
+    "rejected",
+    "abandoned",
+    "state_change",
+]
 REACTIONS = [OPEN, HALF_OPEN, CLOSED, "open for a time", "forget", "interrupt"]
 BY_HAND = {OPEN: "open", HALF_OPEN: "half_open", CLOSED: "close"}
 

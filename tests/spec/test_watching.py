@@ -800,6 +800,72 @@ def test_an_abandoned_call_is_told_to_begin_only(recorder):
     assert recorder.names == ["before_call"]
 
 
+class AbandonedCalls:
+    """Hears of abandoned calls, and notes what could be seen then."""
+
+    def __init__(self):
+        self.heard = []
+
+    def abandoned(self, cb):
+        self.heard.append((cb.name, cb.current_state, is_locked(cb)))
+
+
+def test_a_listener_may_hear_of_abandoned_calls(run):
+    """Once for each, under the lock, whichever way the call is guarded."""
+    listener = AbandonedCalls()
+    breaker = CircuitBreaker(1, name="db", ignore=[LookupError], listeners=[listener])
+    for exc in (KeyboardInterrupt(), KeyError(), SystemExit()):
+        with pytest.raises(type(exc)):
+            run(breaker, raising(exc))
+    assert listener.heard == [("db", "closed", True)] * 3
+    with pytest.raises(CircuitBreakerError):
+        run(breaker, raising(ValueError()))
+    with pytest.raises(CircuitBreakerError):
+        run(breaker, int)
+    breaker.close()
+    run(breaker, int)
+    assert len(listener.heard) == 3
+
+
+def test_abandoned_calls_that_are_late_are_told_and_a_trial_is_when_it_gives_up():
+    """The trial gives its place back when the listener has heard."""
+    waits = []
+
+    class Listener(AbandonedCalls):
+        def abandoned(self, cb):
+            super().abandoned(cb)
+            waits.append(cb.retry_after)
+
+    listener = Listener()
+    breaker = CircuitBreaker(listeners=[listener])
+
+    def moved(move):
+        move()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(moved, breaker.half_open)
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(raising(KeyboardInterrupt()))
+    assert [state for _, state, _ in listener.heard] == ["half-open", "half-open"]
+    assert waits[0] == 0.0
+    assert 0.0 < waits[1] <= 60.0
+    assert breaker.retry_after == 0.0
+
+
+def test_a_listener_that_raises_when_it_hears_of_an_abandoned_call_is_logged(caplog):
+    """And the caller gets what the function raised."""
+
+    class Listener:
+        def abandoned(self, cb):
+            raise LookupError
+
+    breaker = CircuitBreaker(listeners=[Listener()])
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(raising(KeyboardInterrupt()))
+    assert [record.exc_info[0] for record in caplog.records] == [LookupError]
+
+
 def test_a_rejected_call_is_told_as_rejected_only():
     """With the function that was not called and its arguments, once."""
     heard = []
@@ -929,6 +995,8 @@ def test_the_base_listener_hears_everything_and_does_nothing(clock, fail, caplog
     failures(breaker, 1, fail)
     clock.advance(10)
     assert breaker.call(int) == 0
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(raising(KeyboardInterrupt()))
     assert not any(record.exc_info for record in caplog.records)
 
 

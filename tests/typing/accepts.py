@@ -375,6 +375,9 @@ class Log(CircuitBreakerListener):
     def success(self, cb: CircuitBreaker) -> None:
         print(cb.name)
 
+    def abandoned(self, cb: CircuitBreaker) -> None:
+        print(cb.name)
+
     def state_change(
         self,
         cb: CircuitBreaker,
