@@ -1635,15 +1635,16 @@ class CircuitClosedState(CircuitBreakerState):
             self._forget(number or next(self._numbers))
 
     def _count_failure(self) -> None:
-        storage = self._breaker._storage
+        breaker = self._breaker
+        if breaker._storage.counter == breaker._fail_max:
+            # A listener that was told of the failure that brought the count to the
+            # limit has caused another failure, unless the window has moved on.
+            self._forget()
+            if breaker._storage.counter == breaker._fail_max:
+                return
+        breaker._inc_counter()
         if self._marks is not None:
-            self._catch_up()
-        # The count is at the limit already where a listener that was told of
-        # the failure that brought it there has caused another failure.
-        if storage.counter != self._breaker._fail_max:
-            self._breaker._inc_counter()
-            if self._marks is not None:
-                self._forget()
+            self._forget()
 
     def _failed(self, exc: BaseException) -> BaseException | None:
         if self._marks is not None:
@@ -1697,14 +1698,11 @@ class CircuitClosedState(CircuitBreakerState):
             marks.append((number, now))
         size, seconds = breaker._window_size, breaker._window_seconds
         far = -math.inf if size is None or number is None else number - size
-        # A clock that stands before the moment of a mark is another clock.
-        since, until = (
-            (-math.inf, math.inf) if seconds is None else (now - seconds, now)
-        )
         gone = len(marks) - count
         while gone < len(marks):
             failed, moment = marks[gone]
-            if failed > far and since < moment <= until:
+            # A clock that stands before the moment of a mark is another clock.
+            if failed > far and (seconds is None or 0.0 <= now - moment < seconds):
                 break
             gone += 1
         if gone:
