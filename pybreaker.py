@@ -1,4 +1,4 @@
-"""A circuit breaker: calls to something that can fail, refused while it does.
+"""A circuit breaker: rejects calls to a service while the service keeps failing.
 
     import pybreaker
 
@@ -8,49 +8,52 @@
     def update_customer(customer):
         ...
 
-While calls succeed the circuit is *closed* and stays out of the way. After
-``fail_max`` failures in a row it *opens*: calls raise `CircuitBreakerError` at
-once and the function is not run. The first call made ``reset_timeout`` seconds
-later makes the circuit *half-open* and is its trial: if that succeeds, the
-circuit closes, and if it fails, the circuit opens again.
+While calls succeed the circuit is *closed* and every call runs. After
+``fail_max`` failures in a row the circuit *opens*: calls raise
+`CircuitBreakerError` at once and the function is not run. The first call made
+``reset_timeout`` seconds later or after that makes the circuit *half-open* and
+is the trial: a trial that succeeds closes the circuit, and one that fails
+opens the circuit again.
 
-A breaker is made once for each thing that can fail, lives as long as the
-program, and is shared by all its threads and tasks.
+A program makes one breaker for each service, keeps the breaker as long as the
+program runs, and shares it among all threads and tasks.
 
-The pattern is Michael T. Nygard's ("Release It!"). The API is that of Daniel
-Fernandes Martins' PyBreaker, for whose releases up to 1.4.1 this module stands
-in. It needs nothing but the standard library.
+The pattern is from Michael T. Nygard's book "Release It!" (2007). The API is
+that of Daniel Fernandes Martins' PyBreaker, whose releases up to 1.4.1 this
+module replaces. The module imports only the standard library.
 """
 
 # How it works
 #
 # A state object is an era: the circuit's stay in one state. Every transition,
-# closed to closed included, puts a new object in the place of the old one. A
-# call keeps the state that admitted it, and is late if that object is no longer
-# the breaker's when the call ends. A late outcome is told and changes nothing.
+# closed to closed included, gives the breaker a new state object. A call keeps
+# the state object that admitted the call, and is late if the breaker has another
+# one when the call ends. Listeners are told of a late outcome, which changes
+# nothing.
 #
-# Each call takes three steps, whichever way it is guarded:
+# Every kind of guarded call takes three steps:
 #
 #   admit    The lock is held, except where a quiet call sees that it passes or
 #            is rejected. Gives an _Admission, or raises CircuitBreakerError.
 #   run      The lock is not held: calls never wait for each other.
 #   settle   The lock is held, except for a success that changes nothing.
 #
-# The trial is the one call that a half-open circuit admits. It takes the place
-# under the lock, asks the storage for leave without the lock, as that may take
-# time, and begins under the lock again. It gives the place back however it
-# ends, and loses the place to another call when it is overdue. Calls in the
-# trial's context belong to it: they run, and decide nothing.
+# The trial is the one call that a half-open circuit admits. The trial takes the
+# place under the lock, asks the storage without the lock, because the storage
+# may take time to answer, and begins under the lock again. A trial gives the
+# place back however it ends; an overdue trial loses the place to another call.
+# Calls in the trial's context belong to the trial: they run, and decide nothing.
 #
-# open(), half_open() and close() are the only ways to another era, for operators
-# and for the states alike, because subclasses override them. A _Move says why
-# the circuit moves. What the states decide differently, they answer themselves
-# (_wait, _count_failure, _succeeded, _failed); nobody asks which state it is.
+# Operators and states begin a new era only by open(), half_open() or close(),
+# because subclasses override these methods; only a move that is found in the
+# storage begins an era without them. A _Move says why the circuit moves. What
+# differs between the states, each state answers in methods of its own (_wait,
+# _count_failure, _succeeded, _failed).
 #
 # A quiet call is one that the storage alone decides, because no listener hears
-# of it and the state and the storage are the library's own. _Admission holds
-# what such a call may look at. _find_admission works that out when an era
-# begins and when listeners, storage or settings change.
+# of the call and the state and the storage are the library's own. An _Admission
+# holds what a quiet call may read without the lock. _find_admission makes one
+# when an era begins and when listeners, storage or settings change.
 #
 # "Lock held." in a docstring says that the caller holds the breaker's lock. Log
 # records are made under the lock and reach handlers after its release.
@@ -71,9 +74,9 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from datetime import datetime, timezone
-from datetime import timedelta as timedelta  # for code that imports it from here
+from datetime import timedelta as timedelta  # programs import timedelta from here
 
-TYPE_CHECKING = False  # importing typing would take longer than all the rest
+TYPE_CHECKING = False  # importing typing takes as long as this module itself
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from typing import Any, Final, NoReturn, TypeVar, Union, overload
@@ -116,17 +119,17 @@ STATE_CLOSED: Final = "closed"
 STATE_OPEN: Final = "open"
 STATE_HALF_OPEN: Final = "half-open"
 
-# Names that code for older releases imports from here.
+# Programs written for releases up to 1.4.1 import these two names from here.
 UTC = timezone.utc
 HAS_TORNADO_SUPPORT = True  # coroutines of Tornado are guarded like all others
 
-# The three phrases that code in the field compares errors with.
+# Programs written for releases up to 1.4.1 compare errors with these phrases.
 _REJECTED = "Timeout not elapsed yet, circuit breaker still open"
 _TRIPPED = "Failures threshold reached, circuit breaker opened"
 _TRIAL_FAILED = "Trial call failed, circuit breaker opened"
 
 _FOUND = "found so in the storage"
-_NOTHING: Any = object()  # the result of a call that has none
+_NOTHING: Any = object()  # stands for a result or a move that there is not
 
 # How a guarded call can end.
 _SUCCESS, _FAILURE, _ABANDONED = "success", "failure", "abandoned"
@@ -138,24 +141,24 @@ logger.addHandler(logging.NullHandler())  # quiet, unless logging is configured
 class CircuitBreakerError(Exception):
     """The call was rejected, or its failure opened the circuit.
 
-    In the second case ``__cause__`` is what the function raised. ``args`` holds
-    one phrase that says which of these happened; the text adds the breaker's
-    name, the reason and the time. The breaker is left behind when the error is
-    pickled; the text stays the same.
+    Where the failure opened the circuit, ``__cause__`` is what the function
+    raised. ``args[0]`` is a phrase that says what happened; ``str(error)`` adds
+    the breaker's name, the reason and the seconds to the next trial. Pickling
+    drops the breaker and keeps the text.
     """
 
     breaker: CircuitBreaker | None = None
-    """The breaker that raised the error."""
+    """The breaker that raised the error; None after unpickling."""
 
     retry_after: float = 0.0
-    """Seconds until a call may be admitted, as known when the error was
-    raised; `math.inf` where the circuit has to be moved by hand."""
+    """Seconds from the raising of the error until a call may be admitted;
+    `math.inf` where only a move by hand ends the rejections."""
 
     reason: str = ""
     """Why the circuit opened, in words."""
 
-    _hint: str = ""  # what else an operator should know
-    _name: str | None = None  # the breaker's, where the breaker was left behind
+    _hint: str = ""  # added to the text, such as that a trial is running
+    _name: str | None = None  # the breaker's name, where pickling dropped the breaker
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -176,13 +179,14 @@ class CircuitBreakerError(Exception):
 
 
 def _title(breaker: CircuitBreaker | None) -> str | None:
-    """What texts call the breaker."""
+    """The name of the breaker in texts; None if there is no breaker."""
     return None if breaker is None else breaker._name or "unnamed breaker"
 
 
 class FailedResult(Exception):
-    """What a listener is told where `failure_result` made a call that returned
-    `result` a failure. It is never raised."""
+    """What listeners receive as the exception of a call that failed because
+    `failure_result` matches `result`, which the call returned. The breaker never
+    raises a `FailedResult`."""
 
     def __init__(self, result: object) -> None:
         super().__init__(result)
@@ -190,14 +194,14 @@ class FailedResult(Exception):
 
 
 class _Watched:
-    """An attribute of a breaker that code outside the library may write: the
-    breaker then works out anew what calls may decide without the lock."""
+    """A private attribute that programs write, such as ``breaker._state``: a write
+    makes the breaker work out anew what calls may decide without the lock."""
 
     def __init__(self, attribute: str) -> None:
         self._attribute = attribute
 
     def __get__(self, breaker: Any, owner: Any) -> Any:
-        if breaker is None:  # the class was asked
+        if breaker is None:  # the attribute was read on the class
             return self
         return getattr(breaker, self._attribute)
 
@@ -207,12 +211,13 @@ class _Watched:
             breaker._find_admission()
 
     def __delete__(self, breaker: Any) -> None:
-        # mock.patch deletes the attribute before it puts the old value back.
+        # mock.patch deletes the attribute before restoring the old value.
         delattr(breaker, self._attribute)
 
 
 class _WatchedState(_Watched):
-    """The same for the state, where an asynchronous subclass finds its coroutine."""
+    """The attribute ``breaker._state``, in which an asynchronous subclass finds the
+    coroutine that its `_create_new_state` returned."""
 
     def __get__(self, breaker: Any, owner: Any) -> Any:
         state = super().__get__(breaker, owner)
@@ -220,9 +225,9 @@ class _WatchedState(_Watched):
 
 
 class _WatchedList(_Watched):
-    """The same for a tuple, which code outside the library finds as a list and
-    may change in place. As the breaker does not hear of such a change, it then
-    looks at the list each time, until it is given another tuple."""
+    """A tuple that programs read as a list, which they may change in place. The
+    breaker does not notice such a change, so once a program has read the list,
+    the breaker reads the list at each use, until a tuple is assigned."""
 
     def __get__(self, breaker: Any, owner: Any) -> Any:
         if breaker is None:
@@ -236,8 +241,8 @@ class _WatchedList(_Watched):
 
 
 def _logging(method: Any) -> Any:
-    """Let a method of a breaker or a state hand on, when it has released the
-    lock, the log records that were made meanwhile."""
+    """Decorate a method of a breaker or a state: after `method` has released the
+    lock, handlers get the log records that `method` made under the lock."""
 
     @functools.wraps(method)
     def logged(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -250,13 +255,13 @@ def _logging(method: Any) -> Any:
 
 
 class CircuitBreaker:
-    """Guards calls to one thing that can fail.
+    """Guards the calls to one service.
 
-    Failures in a row open the circuit when there are `fail_max` of them (a
-    whole number from 1; `math.inf` for a breaker that only observes). An open
-    circuit waits `reset_timeout` seconds for its trial (a number from 0;
-    `math.inf` to stay open until it is moved by hand). `success_threshold`
-    trials have to succeed to close it (a whole number from 1).
+    `fail_max` failures in a row open the circuit (a whole number from 1;
+    `math.inf` for a breaker that only observes). `reset_timeout` seconds after
+    the opening the trial may run (a number from 0; `math.inf` for a circuit
+    that stays open until moved by hand). `success_threshold` successful trials
+    close the circuit (a whole number from 1).
 
     `exclude` is an iterable of what is not a failure: classes, which match by
     `isinstance`, and predicates, which are called with the exception.
@@ -266,16 +271,14 @@ class CircuitBreaker:
     `throw_new_error_on_trip` says what the failure that opens the circuit
     raises: `CircuitBreakerError`, or if False what the function raised.
 
-    The other settings, which are off unless they are given, are properties
-    with the same names, and are explained there.
+    The settings that are given by name only are off by default; the properties
+    of the same names explain them. The constructor, setters and methods raise
+    `TypeError` for a value of the wrong kind and `ValueError` for one out of
+    range; a setter that raises one of these changes nothing.
 
-    An argument of the wrong kind is a `TypeError`, one out of range a
-    `ValueError`; so it is in every setter, and a setter that refuses changes
-    nothing.
-
-    All of it may be used from any thread and from any number of tasks. The
-    lock guards transitions, counters and the telling of listeners; the guarded
-    call runs outside it.
+    Any number of threads and tasks may use a breaker at once. The breaker's
+    lock, a `threading.RLock`, is held for transitions, counting and the telling
+    of listeners; guarded calls run without the lock.
     """
 
     _state = _WatchedState("_era")
@@ -291,11 +294,11 @@ class CircuitBreaker:
     _failure_result: Any = None
     _dry_run = False
 
-    _factor: tuple[Any, float] = (None, 1.0)  # the last opening's
-    _as_made: tuple[Any, ...] | None = None  # the settings, if CircuitBreakers made it
+    _factor: tuple[Any, float] = (None, 1.0)  # an opening, and its random factor
+    _as_made: tuple[Any, ...] | None = None  # settings that CircuitBreakers gave
     _due: _Move | None = None  # the move that the library is about to make
-    _trial: _Trial | None = None  # the one that holds the place
-    _records: tuple[Any, ...] = ()  # for the log, made under the lock
+    _trial: _Trial | None = None  # the trial that holds the place
+    _records: tuple[Any, ...] = ()  # log records that no handler has got yet
 
     def __init__(
         self,
@@ -340,7 +343,7 @@ class CircuitBreaker:
         move = _Move.found(state_storage.state, known, "new").follow(_NEW)
         self._era = self._make_state(move)
         self._find_admission()
-        # What is not given stays as the class has it, so that a breaker is small.
+        # A setting that is off stays a class attribute, so that breakers are small.
         for setting, value, unset in (
             ("window_seconds", window_seconds, None),
             ("window_size", window_size, None),
@@ -354,7 +357,7 @@ class CircuitBreaker:
                 setattr(self, setting, value)
         _breakers[id(self)] = self
 
-    # A breaker is one shared thing, as a function is.
+    # A breaker is one shared object, so a copy is the breaker itself.
 
     def __copy__(self: _T) -> _T:
         return self
@@ -381,12 +384,12 @@ class CircuitBreaker:
 
     def __call__(self, *functions: Any, **options: Any) -> Any:
         """Decorate a function, coroutine function, generator function or async
-        generator function; it stays what it is. Of a `staticmethod` or
-        `classmethod` object the function inside is guarded.
+        generator function: returns a guarded function of the same kind. Of a
+        `staticmethod` or `classmethod` object the function inside is guarded.
 
-        `TypeError` if it is not callable. ``@breaker()`` and, for a function
-        that returns something to await,
-        ``@breaker(__pybreaker_call_async=True)`` are older spellings.
+        Guarded calls raise what `call` raises. `TypeError` if the decorated object
+        is not callable. ``@breaker()`` and, for a function that returns an awaitable,
+        ``@breaker(__pybreaker_call_async=True)`` are spellings of older releases.
         """
         call_async = options.pop("__pybreaker_call_async", False)
         if options or len(functions) > 1:
@@ -402,26 +405,26 @@ class CircuitBreaker:
             raise TypeError(f"a breaker guards what can be called, not {func!r}")
         guard = _guard_coroutine if call_async else _guard_for(func)
         if call_async or self._has_own_call():
-            # A subclass's own call() sees these calls too, and guards them.
+            # call() or call_async(), which a subclass may override, guards each call.
             through = self.call_async if call_async else self.call
             guarded = guard(_UNGUARDED, functools.partial(through, func))
         else:
             guarded = guard(self, func)
         try:
             return functools.update_wrapper(guarded, func)
-        except TypeError:  # its name is no string, as an object can have any
+        except TypeError:  # the __name__ of an object need not be a string
             return functools.update_wrapper(guarded, func, assigned=())
 
     def _has_own_call(self) -> bool:
         return getattr(self.call, "__func__", None) is not _PLAIN_CALL
 
     def call(self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call `func` with the other arguments and return what it returns.
+        """Call `func` with the other arguments and return what `func` returns.
 
-        Raises `CircuitBreakerError` without calling it where the circuit does
-        not admit the call, and from its exception where that opens the circuit;
-        else what `func` raises. If `func` makes a coroutine, a generator or an
-        async generator, that is what is guarded, from its first step to its end.
+        Raises `CircuitBreakerError` without calling `func` where the call is
+        rejected, and `CircuitBreakerError` from the exception of `func` where
+        that failure opens the circuit; else what `func` raises. A coroutine, a
+        generator or an async generator that `func` makes is guarded to its end.
         """
         try:
             may_be_lazy = func.__code__.co_flags & _LAZY_FLAGS
@@ -433,8 +436,8 @@ class CircuitBreaker:
                 guarded = _called_like(guard(self, func), func)
                 lazy: _T = guarded(*args, **kwargs)
                 return lazy
-        # From here on a copy of _guard_function: to make and call a guard here
-        # takes twice as long.
+        # The rest is a copy of _guard_function: making and calling a guard here
+        # would take twice as long.
         admission = self._admission
         if admission.passes._state != STATE_CLOSED:
             admission = self._admit(func, args, kwargs)
@@ -448,7 +451,7 @@ class CircuitBreaker:
                 rest: _T = _guard_result(self, result, admission)
                 return rest
         except TypeError:
-            pass  # a class that cannot be hashed is none of these
+            pass  # a class that cannot be hashed is not in _CODES_OF_RESULTS
         if admission.returns._fail_counter:
             self._settle(admission, None, result)
         return result
@@ -464,15 +467,18 @@ class CircuitBreaker:
     ) -> _T: ...
 
     async def call_async(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `func`, await what it returns if that can be awaited, and return
-        the result. Admitted when awaited; raises as `call` does."""
+        """Call `func` with the other arguments, await what `func` returns if that
+        is awaitable, and return the result. The call is admitted when this
+        coroutine is awaited. Raises what `call` raises."""
         return await _guard_coroutine(self, func)(*args, **kwargs)
 
     def calling(self) -> _Block:
         """A context manager, for ``with`` and ``async with``, that guards one
-        block. It may span ``await`` and ``yield``, and be entered and left in
-        different threads. Entering and leaving raise as `call` does. In a
-        subclass that overrides `call`, the block goes through that method."""
+        block, which may contain ``await`` and ``yield`` and be left in another
+        thread than entered. A rejected block raises `CircuitBreakerError` when
+        entered; a block whose failure opens the circuit raises what `call` would.
+        Entering a second time is a `RuntimeError`. If a subclass overrides `call`,
+        the block goes through that method, as in releases 1.1 to 1.4.1."""
         return _Block(self)
 
     # Steering: any time, from any thread, effective at once.
@@ -480,28 +486,31 @@ class CircuitBreaker:
     def open(self, seconds: float | None = None, reason: str | None = None) -> bool:
         """Open the circuit: calls are rejected for `reset_timeout` seconds, or
         for `seconds` (a number from 0; `math.inf` until the circuit is moved by
-        hand), whatever `reset_timeout` becomes. `reason` takes the place of "by
-        hand" in what is shown and logged.
+        hand), whatever `reset_timeout` becomes. `reason`, a string, is shown and
+        logged instead of "by hand".
 
-        An open circuit starts its timeout again. Returns whether a failure that
-        opened the circuit should raise `CircuitBreakerError`: never in a dry run.
+        On an open circuit the timeout starts again. Returns whether a failure that
+        opens the circuit is to raise `CircuitBreakerError`:
+        `throw_new_error_on_trip`, but False in a dry run.
         """
         self._move_to(STATE_OPEN, seconds, reason)
         return self._throw_new_error_on_trip and not self._dry_run
 
     def half_open(self, reason: str | None = None) -> None:
-        """Half-open the circuit: the next call is a trial. `reason` as in `open`."""
+        """Half-open the circuit: the next call is a trial. `reason`, a string, is
+        shown and logged instead of "by hand"."""
         self._move_to(STATE_HALF_OPEN, None, reason)
 
     def close(self, reason: str | None = None) -> None:
-        """Close the circuit: calls pass, and failures are counted from 0.
-        `reason` as in `open`."""
+        """Close the circuit: calls are admitted, and failures are counted from 0.
+        `reason`, a string, is shown and logged instead of "by hand"."""
         self._move_to(STATE_CLOSED, None, reason)
 
     @property
     def state(self) -> CircuitBreakerState:
-        """The state, after a look at the storage. Set it to ``'closed'``,
-        ``'open'`` or ``'half-open'`` to move the circuit."""
+        """The state object of the present era; if the storage was moved, reading
+        begins the new era first. Assigning ``'closed'``, ``'open'`` or
+        ``'half-open'`` calls `close`, `open` or `half_open`."""
         state: CircuitBreakerState = self._present_state()
         return state
 
@@ -516,8 +525,8 @@ class CircuitBreaker:
 
     @property
     def fail_max(self) -> float:
-        """Failures in a row, or in the window, that open the circuit. Lowering it
-        below the present count opens nothing: the next failure does."""
+        """How many failures, in a row or in the window, open the circuit. If
+        `fail_max` is lowered below `fail_counter`, the next failure opens it."""
         return self._fail_max
 
     @fail_max.setter
@@ -531,10 +540,10 @@ class CircuitBreaker:
     def window_size(self) -> float | None:
         """How many calls a failure is remembered for: a whole number, at least
         `fail_max`, or `math.inf`. With 50, `fail_max` failures among the last 50
-        counted calls open the circuit, and a success forgets no failure by itself.
-        None (the default): a success forgets all failures.
+        successes and failures open the circuit, and a success does not set
+        `fail_counter` to 0. None (the default): a success forgets all failures.
 
-        `ValueError` with a storage that is no `CircuitMemoryStorage`.
+        `ValueError` on a storage that does not count as `CircuitMemoryStorage`.
         """
         return self._window_size
 
@@ -546,11 +555,11 @@ class CircuitBreaker:
 
     @property
     def window_seconds(self) -> float | None:
-        """How many seconds a failure is remembered for, by the monotonic clock; more
-        than 0. None (the default): until a success. With `window_size` too, a failure
-        is forgotten by whichever comes first.
+        """How many seconds a failure is remembered for, by the monotonic clock: more
+        than 0 and finite. None (the default): time forgets no failure. With
+        `window_size`, too, a failure is forgotten by whichever comes first.
 
-        `ValueError` with a storage that is no `CircuitMemoryStorage`.
+        `ValueError` on a storage that does not count as `CircuitMemoryStorage`.
         """
         return self._window_seconds
 
@@ -566,8 +575,8 @@ class CircuitBreaker:
         with self._lock:
             if (size, seconds) != (None, None) and not _counts_in_memory(self._storage):
                 raise ValueError(
-                    f"{parameter} needs a CircuitMemoryStorage that counts as the "
-                    f"library's does, not {self._storage!r}"
+                    f"{parameter} needs a CircuitMemoryStorage with no counting method "
+                    f"overridden, not {self._storage!r}"
                 )
             _check_window(self._fail_max, size, seconds)
             was_on = self._has_window()
@@ -575,7 +584,8 @@ class CircuitBreaker:
                 self._era._end()  # what the old window has forgotten stays forgotten
             is_on = (size, seconds) != (None, None)
             if is_on and not was_on:
-                # The failures have marks before calls draw numbers in the window.
+                # Failures get marks before calls in other threads see window_size,
+                # and so draw numbers without the lock.
                 self._era._change_window(was_on, is_on)
             self._window_size, self._window_seconds = size, seconds
             self._era._change_window(True, is_on)
@@ -585,8 +595,8 @@ class CircuitBreaker:
 
     @property
     def reset_timeout(self) -> float:
-        """Seconds from the opening to the trial, and that a trial may hold its
-        place. A change holds for a circuit that is already open."""
+        """Seconds from an opening to the trial, and for which a trial may hold the
+        place. A change takes effect on a circuit that is open already."""
         return self._reset_timeout
 
     @reset_timeout.setter
@@ -598,10 +608,10 @@ class CircuitBreaker:
 
     @property
     def max_reset_timeout(self) -> float | None:
-        """Seconds up to which each failed trial doubles `reset_timeout`, at least
-        that; `math.inf` for no end. An opening is then also up to a tenth shorter,
-        by chance, so that processes do not come back in step. None (the default):
-        all openings last `reset_timeout`."""
+        """The most seconds that an opening lasts, where each failed trial doubles
+        `reset_timeout`: at least `reset_timeout`; `math.inf` for no limit. Each
+        opening is also up to a tenth shorter, at random, so that processes do not
+        send their trials together. None (the default): `reset_timeout` never grows."""
         return self._max_reset_timeout
 
     @max_reset_timeout.setter
@@ -613,7 +623,7 @@ class CircuitBreaker:
             self._max_reset_timeout = longest
 
     def _grown_timeout(self, failed_trials: int) -> float:
-        """`reset_timeout`, doubled by each trial that has failed."""
+        """`reset_timeout`, doubled for each failed trial, up to `max_reset_timeout`."""
         longest = self._max_reset_timeout
         if longest is None:
             return self._reset_timeout
@@ -625,7 +635,7 @@ class CircuitBreaker:
 
     @property
     def success_threshold(self) -> float:
-        """Successful trials that close the circuit."""
+        """How many successful trials close the circuit."""
         return self._success_threshold
 
     @success_threshold.setter
@@ -636,8 +646,8 @@ class CircuitBreaker:
 
     @property
     def throw_new_error_on_trip(self) -> bool:
-        """Whether the failure that opens the circuit raises
-        `CircuitBreakerError`, or what the function raised."""
+        """What the failure that opens the circuit raises: `CircuitBreakerError` if
+        True (the default), what the function raised if False."""
         return self._throw_new_error_on_trip
 
     @throw_new_error_on_trip.setter
@@ -649,10 +659,10 @@ class CircuitBreaker:
     @property
     def failure_result(self) -> _Exclusion | None:
         """A predicate, or a class: a call whose result matches is a failure, though
-        its caller gets the result. Listeners are told a `FailedResult`. Asked without
-        the lock, once for each call that returns; of coroutines about the awaited
-        result, of generators and blocks not at all. None (the default): no result is a
-        failure."""
+        the caller gets the result. Listeners receive a `FailedResult`. The predicate
+        is called without the lock, once for each call that returns, with the awaited
+        result of a coroutine; never for generators and blocks. None (the default): no
+        result is a failure."""
         predicate: _Exclusion | None = self._failure_result
         return predicate
 
@@ -667,9 +677,10 @@ class CircuitBreaker:
 
     @property
     def dry_run(self) -> bool:
-        """Whether nothing is refused: a call that would be rejected is told as
-        ``rejected``, runs, and decides nothing; the failure that opens the circuit
-        raises what the function raised. Switching it off enforces at once."""
+        """If True, a call that would be rejected is told to listeners as
+        ``rejected``, runs all the same, and decides nothing; the failure that opens
+        the circuit raises what the function raised. Setting False (the default)
+        takes effect on the next call."""
         return self._dry_run
 
     @dry_run.setter
@@ -677,16 +688,16 @@ class CircuitBreaker:
         self._set("_dry_run", _true_or_false("dry_run", dry_run))
 
     def _set(self, attribute: str, value: Any) -> None:
-        """Change a setting that each call is asked about."""
+        """Write a setting that decides what calls may skip the lock."""
         with self._lock:
             setattr(self, attribute, value)
             self._find_admission()
 
     @property
     def fail_counter(self) -> int:
-        """The failures that are remembered: in a row, or in the window. Setting it
-        opens nothing by itself; with a window it makes so many failures that were
-        counted just now, at most `fail_max`. Reading takes no lock."""
+        """How many failures are remembered, in a row or in the window; reading takes
+        no lock. Setting the counter never opens the circuit. With a window, setting n
+        stands for n failures counted just now; n is then at most `fail_max`."""
         if self._window_seconds is None:
             return self._storage.counter
         return self._era._remembered()
@@ -695,7 +706,7 @@ class CircuitBreaker:
     def fail_counter(self, value: float) -> None:
         count: int = _whole_number("fail_counter", value, 0)
         with self._lock:
-            storage: Any = self._storage  # its counter may be settable
+            storage: Any = self._storage  # of a class whose counter may be settable
             if self._has_window() and count > self._fail_max:
                 raise ValueError(
                     f"fail_counter must be at most fail_max, {self._fail_max}, "
@@ -703,7 +714,7 @@ class CircuitBreaker:
                 )
             try:
                 storage.counter = count
-            except AttributeError:  # this storage can only count
+            except AttributeError:  # this storage's counter cannot be set
                 if count > self._fail_max:
                     raise ValueError(
                         f"fail_counter must be at most fail_max, {self._fail_max}, "
@@ -717,7 +728,7 @@ class CircuitBreaker:
 
     @property
     def name(self) -> str | None:
-        """What messages call the breaker."""
+        """The breaker's name in messages and for listeners, or None."""
         return self._name
 
     @name.setter
@@ -730,28 +741,32 @@ class CircuitBreaker:
 
     @property
     def current_state(self) -> str:
-        """The state's name: ``'closed'``, ``'open'`` or ``'half-open'``. An open
-        circuit whose timeout has passed stays open until the next call."""
+        """The name of the state in the storage: ``'closed'``, ``'open'`` or
+        ``'half-open'``. An open circuit whose timeout has passed stays ``'open'``
+        until the next call."""
         return self._storage.state
 
     @property
     def success_counter(self) -> int:
-        """Successful trials since the circuit was opened or moved by hand."""
+        """How many trials have succeeded since the circuit opened, closed or was
+        moved by hand."""
         return self._storage.success_counter
 
     @property
     def retry_after(self) -> float:
-        """Seconds until a call may be admitted, 0.0 where one may now. While a
-        trial runs, until it would lose its place. It can be `math.inf`."""
+        """Seconds until a call may be admitted: 0.0 where one may be admitted now,
+        `math.inf` where only a move by hand helps. While a trial runs, seconds until
+        the trial would lose the place."""
         with self._lock:
             return self._shown_state()._wait()
 
     def snapshot(self) -> dict[str, Any]:
-        """All there is to know, taken at one moment, as a dict for `json.dumps`.
+        """State, counters and settings, all read under one hold of the lock, as a
+        dict for `json.dumps`.
 
         Times are in seconds; ``opened_at`` is the last opening, in UTC by ISO
-        8601, or None. `math.inf` is None, as JSON has no word for it; where None
-        means that a setting is off, it is ``"inf"``.
+        8601, or None. `math.inf` becomes None, because JSON has no infinity, but
+        ``"inf"`` in the settings whose None means off.
         """
         with self._lock:
             state = self._shown_state()
@@ -805,32 +820,35 @@ class CircuitBreaker:
 
     @property
     def listeners(self) -> tuple[Any, ...]:
-        """The listeners, in the order in which they are told."""
+        """The listeners, in the order in which the breaker tells them."""
         return tuple(self._told)
 
     def add_listener(self, listener: object) -> None:
-        """Add a listener. `TypeError` if it has none of a listener's methods."""
+        """Add a listener. `TypeError` if the object has none of the methods of
+        `CircuitBreakerListener`, is a class, or has a coroutine function for one."""
         self.add_listeners(listener)
 
     def add_listeners(self, *listeners: object) -> None:
-        """Add all these listeners, or none of them: see `add_listener`."""
+        """Add all `listeners`, or none if `add_listener` refuses one (`TypeError`)."""
         added = [_checked_listener(listener) for listener in listeners]
         with self._lock:
             self._listeners = (*self._told, *added)
 
     def remove_listener(self, listener: object) -> None:
-        """Remove a listener. `ValueError` if it is not there."""
+        """Remove a listener. `ValueError` if the breaker does not have it."""
         with self._lock:
             self._listeners = _without(self._told, listener, "listener")
 
     @property
     def excluded_exceptions(self) -> tuple[_Exclusion, ...]:
-        """The classes and predicates that say what is not a failure."""
+        """The classes and predicates of `exclude`, under the name that older
+        releases have."""
         return tuple(self._exclude)
 
     @property
     def exclude(self) -> tuple[_Exclusion, ...]:
-        """The same; an iterable or None can be assigned."""
+        """Classes and predicates: a call whose exception one of them matches is a
+        success. An iterable or None can be assigned."""
         return tuple(self._exclude)
 
     @exclude.setter
@@ -839,8 +857,8 @@ class CircuitBreaker:
 
     @property
     def include(self) -> tuple[_Exclusion, ...]:
-        """Classes and predicates: if there are any, an exception that none of them
-        matches is no failure but a success. `exclude` comes before."""
+        """Classes and predicates: if there are any, a call whose exception none of
+        them matches is a success. `exclude` is asked before `include`."""
         return self._include
 
     @include.setter
@@ -849,8 +867,8 @@ class CircuitBreaker:
 
     @property
     def ignore(self) -> tuple[_Exclusion, ...]:
-        """Classes and predicates: an exception that one of them matches says nothing,
-        so that the call is abandoned. `ignore` comes before `exclude`."""
+        """Classes and predicates: a call whose exception one of them matches is
+        abandoned, neither counted nor told. `ignore` is asked before `exclude`."""
         return self._ignore
 
     @ignore.setter
@@ -858,31 +876,34 @@ class CircuitBreaker:
         self._set("_ignore", _checked_exclusions("ignore", ignore))
 
     def add_excluded_exception(self, exception: _Exclusion) -> None:
-        """Add a class or a predicate. `TypeError` if it is neither."""
+        """Add a class or a predicate to `exclude`. `TypeError` for anything else, or
+        for a predicate that is a coroutine or generator function."""
         self.add_excluded_exceptions(exception)
 
     def add_excluded_exceptions(self, *exceptions: _Exclusion) -> None:
-        """Add all of these, or none: see `add_excluded_exception`."""
+        """Add all `exceptions` to `exclude`, or none if `add_excluded_exception`
+        refuses one (`TypeError`)."""
         added = [_checked_exclusion("exclude", exception) for exception in exceptions]
         with self._lock:
             self._excluded_exceptions = (*self._exclude, *added)
 
     def remove_excluded_exception(self, exception: _Exclusion) -> None:
-        """Remove a class or a predicate. `ValueError` if it is not there."""
+        """Remove a class or a predicate from `exclude`. `ValueError` if `exclude`
+        does not hold it."""
         with self._lock:
             remaining = _without(self._exclude, exception, "exclusion")
             self._excluded_exceptions = remaining
 
     def is_system_error(self, exception: BaseException) -> bool:
-        """Whether the exception counts as a failure by `exclude` and `include`. An
-        exception group does if an exception in it does.
+        """Whether the exception is a failure by `exclude` and `include`. A group that
+        `exclude` does not match is a failure if an exception in the group is one.
 
-        Called outside the lock, and not for what abandons a call, such as
-        `KeyboardInterrupt`. A subclass may decide otherwise.
+        The breaker calls this method without the lock, and never for exceptions that
+        abandon a call, such as `KeyboardInterrupt`. A subclass may override it.
         """
         return self._judge_by_kind(exception, ()) is _FAILURE
 
-    # What an exception says. The lock is not held: predicates are strangers' code.
+    # Judging an exception. The lock is not held, because predicates are user code.
 
     def _judge(self, exc: BaseException) -> str:
         """The outcome of a call that raised `exc`."""
@@ -916,7 +937,7 @@ class CircuitBreaker:
         return _FAILURE
 
     def _is_ignored(self, exc: BaseException) -> bool:
-        """Whether `ignore` matches the exception, or all that is in a group of them."""
+        """Whether `ignore` matches an exception, or every exception in a group."""
         leaves = _leaves_of(exc)
         return self._matches(self._ignore, exc) or (
             len(leaves) > 0
@@ -928,8 +949,9 @@ class CircuitBreaker:
         return judge is not CircuitBreaker.is_system_error
 
     def _matches(self, kinds: Any, told: object) -> bool:
-        """Whether a class or a predicate matches an exception or a result."""
-        for kind in tuple(kinds):  # a predicate may change a list
+        """Whether one of the classes and predicates in `kinds` matches `told`, an
+        exception or a result. A predicate that raises is logged and does not match."""
+        for kind in tuple(kinds):  # kinds may be a list that a predicate changes
             try:
                 if isinstance(told, kind) if isinstance(kind, type) else kind(told):
                     return True
@@ -943,7 +965,7 @@ class CircuitBreaker:
     # Admission: may this call run, and is it a trial?
 
     def _admit(self, func: Any, args: Any, kwargs: Any) -> _Admission:
-        """Let a call in, or raise `CircuitBreakerError`."""
+        """Admit a call, or raise `CircuitBreakerError`."""
         admission = self._admission
         if admission.passes._state == STATE_CLOSED:
             return admission
@@ -966,10 +988,10 @@ class CircuitBreaker:
                 self._vacate(trial)
                 raise
             if begun is not None:
-                return begun  # else the circuit has moved meanwhile
+                return begun  # else the call has lost the place, and asks again
 
     async def _admit_async(self, func: Any, args: Any, kwargs: Any) -> _Admission:
-        """The same, while other tasks may run."""
+        """Admit a call as `_admit` does, letting other tasks run during the claim."""
         admission = self._admission
         if admission.passes._state == STATE_CLOSED:
             return admission
@@ -994,9 +1016,9 @@ class CircuitBreaker:
                 return begun
 
     def _enter(self, func: Any, args: Any, kwargs: Any) -> _Admission:
-        """Decide on a call: let it in, give it the place, or raise
-        `CircuitBreakerError`. A trial has taken the place when this returns, but
-        begins only when the storage has granted it."""
+        """Admit a call, give the call the place, or raise `CircuitBreakerError`. A
+        trial holds the place when this method returns, but begins only when the
+        storage has granted the trial."""
         trial = None
         try:
             with self._lock:
@@ -1010,9 +1032,9 @@ class CircuitBreaker:
                     admission = _WITHIN
                 elif not state._admits_all:
                     wait = state._wait()
-                    # A trial that has held the place too long may be hanging, so
-                    # it loses it to a call in its own context as well; but a
-                    # timeout of 0 is too short to say so of a trial.
+                    # An overdue trial (wait is 0) may hang, and so loses the place
+                    # even to a call in its own context. With a timeout of 0 every
+                    # trial is overdue, and such a call belongs to the trial.
                     if self._is_within_trial() and (wait or not self._reset_timeout):
                         admission = _WITHIN
                     elif wait:
@@ -1026,14 +1048,16 @@ class CircuitBreaker:
                 self._tell("before_call", (self, func, *args), kwargs)
                 return admission
         finally:
-            # An interrupted handler must not cost a trial its place, so what a
-            # trial's admission has to log, _begin_trial hands on.
+            # If a log handler were interrupted here, the trial would not give the
+            # place back: the try in _admit begins later. So for a trial, records
+            # stay until _begin_trial.
             if self._records and trial is None:
                 self._hand_on_records()
 
     def _is_refused_by_gate(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Ask the gate of a state of the user's own, which raises where it refuses. In
-        a dry run the call is let in all the same. Lock held."""
+        """Call the `before_call` of a user's state class, which raises
+        `CircuitBreakerError` to reject the call. Returns whether a dry run lets a
+        rejected call run. Lock held."""
         try:
             self._era.before_call(func, *args, **kwargs)
         except CircuitBreakerError:
@@ -1046,14 +1070,15 @@ class CircuitBreaker:
     def _begin_trial(
         self, trial: _Trial, granted: bool, func: Any, args: Any, kwargs: Any
     ) -> _Admission | None:
-        """Begin a trial when the storage has answered, or raise
-        `CircuitBreakerError` if the storage has refused it. None means that the
-        circuit has moved on, so that admission starts again."""
+        """Begin a trial after the storage has answered, or raise
+        `CircuitBreakerError` if the storage has not `granted` the trial. None means
+        that the trial has lost the place, so that admission starts again."""
         try:
             with self._lock:
                 holder = self._trial
                 if granted and holder:
-                    holder.claimed = True  # even if another call has the place now
+                    # The holder, even if not this trial, will release the claim.
+                    holder.claimed = True
                 elif granted:
                     self._storage.release_trial()
                 self._look()
@@ -1065,7 +1090,7 @@ class CircuitBreaker:
                     return None
                 admission = _Admission(self._era, trial)
                 if not is_let_in:
-                    move = self._era._move  # before a listener makes another
+                    move = self._era._move  # read before a listener moves the circuit
                     self._tell("rejected", (self, func, *args), kwargs)
                     if not self._dry_run:
                         hint = "" if granted else "another breaker runs the trial"
@@ -1078,9 +1103,9 @@ class CircuitBreaker:
             self._hand_on_records()
 
     def _factor_of(self, opening: Any) -> float:
-        """A factor between 0.9 and 1, by chance and the same for the whole opening."""
+        """A random factor between 0.9 and 1, drawn once for each opening."""
         if self._factor[0] is not opening:
-            from random import uniform  # which takes long to load
+            from random import uniform  # imported here, as few breakers need it
 
             self._factor = opening, uniform(0.9, 1.0)
         return self._factor[1]
@@ -1090,7 +1115,7 @@ class CircuitBreaker:
         return self._grown_timeout(self._era._move.failed_trials)
 
     def _take_place(self) -> _Trial:
-        """Give the place to the call that asks. Lock held."""
+        """Make the running call a trial, which gets the place. Lock held."""
         if self._trial is not None:
             self._trial.over = True
         trial = self._trial = _Trial(self)
@@ -1104,16 +1129,17 @@ class CircuitBreaker:
             return 0.0
         held = time.monotonic() - trial.since
         left = self._longest_trial() - held
-        return left if held >= 0.0 < left else 0.0  # a clock that went back is another
+        # held is below 0 only if the clock was exchanged, as tests do.
+        return left if held >= 0.0 < left else 0.0
 
     def _is_within_trial(self) -> bool:
-        """Whether the code that asks runs in the trial's context."""
+        """Whether the running code is in the context of the trial with the place."""
         trial = self._trial
         return trial is not None and trial.begun and trial in _trials.get()
 
     def _vacate(self, trial: _Trial) -> None:
-        """End a trial: it gives the place back, if it still has it."""
-        trial.over = True  # so that the next trial in this context forgets it
+        """End a trial, which gives the place back if the trial still holds it."""
+        trial.over = True  # so that _take_place drops the trial from the context
         with self._lock:
             if self._trial is trial:
                 self._trial = None
@@ -1123,7 +1149,8 @@ class CircuitBreaker:
     def _error(
         self, move: _Move, wait: float, hint: str, phrase: str = _REJECTED
     ) -> CircuitBreakerError:
-        """An error that says why the circuit opened, in an era that `move` began."""
+        """An error that says why the circuit opened, for a call in the era that `move`
+        began; `wait` is the seconds for `retry_after`."""
         error = CircuitBreakerError(phrase)
         # One dictionary is made in half the time that four assignments take.
         error.__dict__ = {
@@ -1143,17 +1170,16 @@ class CircuitBreaker:
         result: object = _NOTHING,
         by: str = "",
     ) -> None:
-        """Take in how a call ended that was admitted: with `exc`, which it raised, or
-        with `result`. Raises what is to be raised instead of `exc`, if a failure
-        opens the circuit.
+        """Settle an admitted call, which raised `exc` or returned `result`. If the
+        failure opens the circuit, raises what the caller is to get instead of `exc`.
 
         Late outcomes, and those of calls within a trial, are told and change
-        nothing. A state of the user's own is asked first, unless this was called
-        `by` that state's method.
+        nothing. `by` names the method of a state that calls this one, if one does,
+        so that a method that a user's state class overrides is not called again.
         """
         state, number = admission.state, 0
         error: Any = None
-        told: Any = exc  # what listeners are told; what may be raised is exc
+        told: Any = exc  # what listeners receive; what may be raised is exc
         try:
             if exc is None:
                 outcome = _SUCCESS
@@ -1205,7 +1231,7 @@ class CircuitBreaker:
             if error is not None and exc is not None:
                 _raise(error, exc)
         finally:
-            # Or error, its traceback, this frame and error are a cycle.
+            # Else error, its traceback and this frame are a cycle.
             exc = told = error = None
             if admission.trial is not None:
                 self._vacate(admission.trial)
@@ -1215,8 +1241,8 @@ class CircuitBreaker:
     def _ask_own_state(
         self, state: Any, outcome: str, told: Any, exc: Any, by: str
     ) -> bool:
-        """Let a state of the user's own settle, if that overrides what settles, and say
-        whether it did. Lock held."""
+        """Let a user's state class settle the call, if that class overrides
+        `_handle_error` or `_handle_success`. Returns whether it settled. Lock held."""
         if state is not self._era:
             return False
         if told is not None and "_handle_error" in self._hooks and not by:
@@ -1229,26 +1255,27 @@ class CircuitBreaker:
         return False
 
     def _ask(self, method: Any, told: Any, exc: Any, **options: Any) -> None:
-        """Ask a method of a state of the user's own about a failure. It may raise, but
-        a call that failed by its result returns that all the same. Lock held."""
+        """Call a method of a user's state class about a failure. What `method` raises
+        reaches the caller, but no `CircuitBreakerError` or `FailedResult` does where
+        the call returned a result: the caller gets the result. Lock held."""
         try:
             method(told, **options)
         except (CircuitBreakerError, FailedResult):
             if exc is not None:
                 raise
-            told.__traceback__ = None  # or told, that and its frames are a cycle
+            told.__traceback__ = None  # else told and its frames are a cycle
         finally:
-            del told, exc  # for the same reason
+            del told, exc  # else an exception and this frame are a cycle
 
     def _inc_counter(self) -> None:
-        """Count a failure. Lock held. Code in the field overrides this."""
+        """Count a failure. Lock held. Subclasses in the field override this method."""
         self._storage.increment_counter()
 
-    # Moves. The lock is held in all but _move_to and _present_state.
+    # Moves. All methods but _move_to and _present_state are called with the lock held.
 
     @_logging
     def _move_to(self, name: str, seconds: float | None, reason: str | None) -> None:
-        """Move the circuit, as the library was about to, or else by hand."""
+        """Make the move that `_carry_out` has put into `_due`, or one by hand."""
         if seconds is not None:
             seconds = _seconds("seconds", seconds)
         reason = _checked_reason(reason)
@@ -1270,13 +1297,13 @@ class CircuitBreaker:
             self._begin_era(move)
 
     def _carry_out(self, move: _Move, method: Callable[[], _T]) -> _T:
-        """Make a move that nobody makes by hand, by the method for it, as a
-        subclass may have its own."""
+        """Make a move of the library's own by `method`, which is `open`, `half_open`
+        or `close`: a subclass may override it. Returns what `method` returns."""
         self._due = move
         try:
             return method()
         finally:
-            self._due = None  # if the subclass has not moved at all
+            self._due = None  # a subclass's method may not have moved the circuit
 
     @_logging
     def _present_state(self) -> CircuitBreakerState:
@@ -1285,33 +1312,33 @@ class CircuitBreaker:
             return self._era
 
     def _look(self) -> None:
-        """Follow the storage, if something else has moved it."""
+        """Begin a new era if something other than this breaker moved the storage."""
         move = self._found_move()
         if move is not None:
             self._begin_era(move)
 
     def _shown_state(self) -> CircuitBreakerState:
-        """The state as the storage has it. Listeners are not told of a look."""
+        """The state as the storage has it, for readers: begins no era, tells nobody."""
         move = self._found_move()
         return self._era if move is None else self._make_state(move)
 
     def _found_move(self) -> _Move | None:
-        """The move that something else has made in the storage since this era began,
-        or None. The storage may know more of it than the new state's name."""
+        """The move that something other than this breaker has made in the storage
+        since this era began, or None."""
         state, known, era = self._storage.state, self._storage.last_move(), self._era
         if known is era._known_move or (known is not None and known.state != state):
-            known = None  # what the storage knows is older than the move
+            known = None  # last_move() is older than the move to this state
         if state == era.name and (known is None or not era._differs_from(known)):
             return None
         return _Move.found(state, known).follow(era._move)
 
     def _begin_era(self, move: _Move) -> None:
-        """Put a new state in the place of the old one, and tell of it."""
+        """Give the breaker a new state object, log the move and tell the listeners."""
         old, trial = self._era, self._trial
         new = self._make_state(move, prev_state=old, notify=True)
         if move.by == "found":
             new._was_found()
-        # A storage that fails here will be found moved at the next look.
+        # If the storage raises here, the next _look finds the storage moved.
         count = self._storage.counter
         self._era = new
         self._find_admission()
@@ -1319,7 +1346,7 @@ class CircuitBreaker:
             # variant: overtaken trial
             if trial is not None and not (move.by == "trial" and trial.begun):
                 self._vacate(trial)
-        finally:  # the circuit has moved even if the storage fails to take a claim back
+        finally:  # the circuit has moved, even if the storage's release_trial() raises
             level = logging.WARNING if move.state == STATE_OPEN else logging.INFO
             if logger.isEnabledFor(level):
                 message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
@@ -1331,12 +1358,12 @@ class CircuitBreaker:
     def _make_state(self, move: _Move, **options: Any) -> CircuitBreakerState:
         made = state = self._create_new_state(move.state, **options)
         if not hasattr(made, "_admits_all"):
-            # An asynchronous subclass finds its coroutine in `_state`, awaits the
-            # coroutine and writes the state there. A state of the library's stands in
-            # until then.
+            # _create_new_state of an asynchronous subclass returns a coroutine, which
+            # the subclass finds in _state, awaits, and replaces there by the state. A
+            # state of the library's stands in until then.
             state = CircuitBreaker._create_new_state(self, move.state)
             state._made = made
-        state.name, state._move = move.state, move  # a mock in its place has none
+        state.name, state._move = move.state, move  # which a mock would not have
         state._known_move = self._storage.last_move()
         return state
 
@@ -1346,7 +1373,7 @@ class CircuitBreaker:
         prev_state: CircuitBreakerState | None = None,
         notify: bool = False,
     ) -> CircuitBreakerState:
-        # By the names that the module has for them now: tests replace these.
+        # The classes are looked up at each call, as tests replace the module's names.
         classes: dict[str, Any] = {
             STATE_CLOSED: CircuitClosedState,
             STATE_OPEN: CircuitOpenState,
@@ -1357,11 +1384,11 @@ class CircuitBreaker:
         return state
 
     def _find_admission(self) -> None:
-        """Work out what the present era asks of each call: who is told of what,
-        and what a call may decide without the lock. Lock held."""
+        """Work out for this era which listeners hear of what, what a user's state
+        class overrides, and what a call may decide without the lock. Lock held."""
         state, storage = self._era, self._storage
         self._judges = (
-            self._exclude != ()  # a list, too, which may be changed in place
+            self._exclude != ()  # an empty list, too, as a program may add to it
             or self._include != ()
             or self._ignore != ()
             or self._has_own_judgement()
@@ -1374,7 +1401,7 @@ class CircuitBreaker:
         )
         is_quiet = _is_plain(state) and _is_plain(storage) and type(self._told) is tuple
         seen = storage if is_quiet else _OPAQUE
-        if getattr(state, "_known_move", None) is _NOTHING:  # of the user's own
+        if getattr(state, "_known_move", None) is _NOTHING:  # not by _make_state
             state._known_move = storage.last_move()
         passes = returns = settles = rejects = _OPAQUE
         if not getattr(state, "_admits_all", False):
@@ -1384,13 +1411,13 @@ class CircuitBreaker:
             passes = _OPAQUE if self._hearers["before_call"] else seen
             settles = _OPAQUE if self._hearers["success"] else seen
             returns = settles if self._failure_result is None else _OPAQUE
-        # Calls that are under way settle under the lock: thread A is admitted,
-        # thread B moves the circuit, A ends and must find that it is late.
+        # Calls that are running now must settle under the lock: thread A's call is
+        # admitted, thread B moves the circuit, and A's call ends, which is late.
         # variant: quiet calls
         self._admission.returns = self._admission.settles = _OPAQUE
         self._admission = _Admission(state, None, passes, returns, settles, rejects)
 
-    # Telling and logging. The lock is held in all but _hand_on_records.
+    # Telling and logging. The lock is held in _tell and _log.
 
     def _tell(self, event: str, args: Any, kwargs: Any = None) -> None:
         for hear in self._hearers[event]:
@@ -1401,20 +1428,21 @@ class CircuitBreaker:
                     hear(*args)
             except Exception as exc:
                 listener = getattr(hear, "__self__", hear)
-                message = "%r failed to hear of %s"
+                message = "listener %r raised an exception when told of %s"
                 self._log(logging.ERROR, message, listener, event, exc_info=exc)
 
     def _log(self, *args: Any, **kwargs: Any) -> None:
-        # A handler has locks of its own. Thread A, which holds one of them, may be
-        # about to ask for this breaker's lock, to format the breaker; thread B must
-        # not hold that lock and ask for the handler's.
+        # A log handler has a lock. Thread A may hold the handler's lock and wait for
+        # the breaker's, to format the breaker. So that thread B never holds the
+        # breaker's lock and waits for the handler's, a record waits for its release.
         self._records = (*self._records, (args, kwargs))
 
     def _hand_on_records(self) -> None:
-        """Log what was recorded under the lock, if this thread has released it."""
+        """Log the records that were made under the lock, unless the running thread
+        still holds the lock."""
         if not self._records:
             return
-        is_owned = getattr(self._lock, "_is_owned", None)  # threading.Condition's way
+        is_owned = getattr(self._lock, "_is_owned", None)  # as threading.Condition asks
         if is_owned is None or not is_owned():
             with self._lock:
                 records, self._records = self._records, ()
@@ -1422,15 +1450,16 @@ class CircuitBreaker:
                 try:
                     logger.log(*args, **kwargs)
                 except Exception:
-                    continue  # a broken filter or handler is not the caller's
+                    continue  # the caller gets no exception of a filter or handler
 
     def _settings(self) -> tuple[Any, ...]:
-        """What an operator may have changed since the breaker was made."""
+        """All that an operator may have changed since the breaker was made."""
         return tuple(getattr(self, name) for name in _SETTINGS)
 
     def _is_dispensable(self) -> bool:
-        """Whether the breaker is as good as the new one that it was, or open and due
-        for a trial. A look never waits: a breaker whose lock is held is neither."""
+        """Whether `CircuitBreakers` may drop the breaker: closed, without failures and
+        with its first settings, or open and due for a trial. Never waits: False while
+        another thread holds the lock."""
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -1442,8 +1471,8 @@ class CircuitBreaker:
             self._lock.release()
 
     def _after_fork(self) -> None:
-        # A thread that held the lock, ran the trial or moved the circuit stayed
-        # with the parent, which logs what was recorded.
+        # Called in the child. A thread that held the lock, ran the trial or moved the
+        # circuit is in the parent alone, and the parent logs the records.
         self._lock = threading.RLock()
         self._trial = self._due = None
         self._factor = None, 1.0
@@ -1453,29 +1482,29 @@ class CircuitBreaker:
 class CircuitBreakerState:
     """One era of a circuit: from one transition to the next.
 
-    A call remembers the state that admitted it, and its outcome counts only
-    while that very object is the breaker's state.
+    A call keeps the state object that admitted the call, and its outcome counts
+    only while the breaker still has that object.
 
-    `before_call`, `on_success` and `on_failure` are for code that drives a
-    circuit by hand; older releases left no other way to guard a coroutine. A
-    subclass that overrides one of these, `_handle_success` or `_handle_error` is
-    asked by every guarded call.
+    `before_call`, `on_success` and `on_failure` are for programs that drive a
+    circuit by hand: up to release 1.4.1 asyncio programs had to. Every guarded
+    call asks a subclass that overrides one of these methods, `_handle_success`
+    or `_handle_error`.
     """
 
     _admits_all = False
     _made: Any  # the coroutine that a state stands in for
-    _hint = ""  # what a rejected call is told beside the reason
+    _hint = ""  # what the error of a rejected call says beside the reason
 
     def __init__(self, cb: CircuitBreaker, name: str) -> None:
         self._breaker: CircuitBreaker = cb
         self.name: str = name
 
         self._move = _NEW  # the move that began this era
-        self._known_move: Any = _NOTHING  # what the storage knew then
+        self._known_move: Any = _NOTHING  # the storage's last_move() at its beginning
 
     @property
     def reason(self) -> str:
-        """Why the era began, in words: ``'by hand'``, or what happened."""
+        """Why the era began, in words, such as ``'by hand'``."""
         return self._move.reason
 
     def __str__(self) -> str:
@@ -1485,18 +1514,18 @@ class CircuitBreakerState:
         return f"<{type(self).__name__} {self.name}>"
 
     def call(self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """The same as `CircuitBreaker.call`."""
+        """Guard a call by `CircuitBreaker.call`, even if a subclass overrides that."""
         return _PLAIN_CALL(self._breaker, func, *args, **kwargs)
 
     async def call_async(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same as `CircuitBreaker.call_async`."""
+        """Guard a call by `CircuitBreaker.call_async`, even if that is overridden."""
         return await CircuitBreaker.call_async(self._breaker, func, *args, **kwargs)
 
     @_logging
     def before_call(self, func: Any, *args: Any, **kwargs: Any) -> None:
-        """The gate: raises `CircuitBreakerError` where a call would be rejected
-        now. Half-opens an open circuit whose timeout has passed. Neither calls
-        `func` nor takes the place of the trial."""
+        """Raise `CircuitBreakerError` where the breaker would reject a call now.
+        Half-opens an open circuit whose timeout has passed. Does not take the place,
+        and does not call `func`, which release 1.4.1 called when half-opening."""
         breaker = self._breaker
         with breaker._lock:
             breaker._look()
@@ -1510,15 +1539,16 @@ class CircuitBreakerState:
 
     @_logging
     def on_success(self) -> None:
-        """Decide what a success changes, if this era lasts."""
+        """Take in a success, unless this era has ended: it counts towards closing a
+        half-open circuit, and leaves the `fail_counter` of a closed one alone."""
         with self._breaker._lock:
             if self is self._breaker._era:
                 self._succeeded()
 
     def on_failure(self, exc: BaseException) -> None:
-        """Decide what a failure changes that has been counted, if this era
-        lasts. Raises if it opens the circuit: `CircuitBreakerError` from `exc`,
-        or `exc` where `throw_new_error_on_trip` is False."""
+        """Take in a failure that `_inc_counter` has counted, unless this era has
+        ended. Where the failure opens the circuit, raises `CircuitBreakerError` from
+        `exc`, or `exc` in a dry run or if `throw_new_error_on_trip` is False."""
         error = None
         try:
             with self._breaker._lock:
@@ -1527,7 +1557,7 @@ class CircuitBreakerState:
             if error is not None:
                 _raise(error, exc)
         finally:
-            del exc, error  # or error, its traceback, this frame and error are a cycle
+            del exc, error  # else error, its traceback and this frame are a cycle
             self._breaker._hand_on_records()
 
     def _handle_success(self) -> None:
@@ -1539,7 +1569,7 @@ class CircuitBreakerState:
             if reraise:
                 raise exc
         finally:
-            del exc  # or exc, its traceback, this frame and exc are a cycle
+            del exc  # else exc, its traceback and this frame are a cycle
 
     # What each state answers in its own way. Lock held.
 
@@ -1549,16 +1579,17 @@ class CircuitBreakerState:
         return 0.0
 
     def _differs_from(self, move: Any) -> bool:
-        """Whether a later move to the same state changes what this state answers."""
+        """Whether `move`, a later one to the same state, begins a new era."""
         return False
 
     def _start_trial(self) -> bool:
-        """Make way for a trial, and say whether that was possible."""
+        """Half-open an open circuit for a trial. Returns whether that may begin."""
         return True
 
     def _count_success(self, number: int) -> None:
         """Count the success of a call that this state admitted: as in every
-        release, a success that counts forgets the failures."""
+        release, the success sets `fail_counter` to 0. `number` is from
+        `_draw_number`, or 0."""
         if self._breaker._storage.counter:
             self._breaker._storage.reset_counter()
 
@@ -1567,12 +1598,12 @@ class CircuitBreakerState:
         self._breaker._inc_counter()
 
     def _draw_number(self) -> int:
-        """The number of a success among the counted calls. Needs no lock."""
+        """Draw the number of a success among the counted calls. Needs no lock."""
         return 0
 
     def _forgets(self, number: int) -> bool:
-        """Whether the success with that number makes a failure be forgotten. Needs no
-        lock."""
+        """Whether the success with that number may make the window forget a failure.
+        Needs no lock."""
         return True
 
     def _remembered(self) -> int:
@@ -1580,32 +1611,33 @@ class CircuitBreakerState:
         return self._breaker._storage.counter
 
     def _change_window(self, was_on: bool, is_on: bool) -> None:
-        """Take in that the window, or the number of failures, was set."""
+        """Give marks to failures, or drop the marks, after the window was set;
+        `was_on` and `is_on` say whether there was and is one."""
 
     def _end(self) -> None:
-        """This breaker is about to move the circuit."""
+        """Forget what time has forgotten, before the circuit or the window changes."""
 
     def _succeeded(self) -> None:
-        """Draw the conclusion from a success that has been counted."""
+        """Decide what follows from a success that has been counted."""
 
     def _failed(self, exc: BaseException) -> BaseException | None:
-        """Draw the conclusion from a failure that has been counted: returns what
-        is to be raised, if the failure opens the circuit."""
+        """Decide what follows from a failure that has been counted. Returns what is
+        to be raised, if the failure opens the circuit, else None."""
         return None
 
     def _was_found(self) -> None:
-        """Begin an era that began in the storage, where something else moved."""
+        """Begin an era whose move something other than this breaker made."""
 
     def _trip(self, phrase: str, move: _Move, exc: BaseException) -> BaseException:
         breaker = self._breaker
-        # An open() of an older subclass returns nothing, and means True.
+        # None, from a subclass whose open() returns nothing, means True.
         if breaker._carry_out(move, breaker.open) is False or breaker._dry_run:
             return exc
         return breaker._error(move, breaker._era._wait(), "", phrase)
 
 
 class CircuitClosedState(CircuitBreakerState):
-    """Calls pass, and failures in a row are counted."""
+    """Calls are admitted, and failures counted, in a row or in the window."""
 
     _admits_all = True
     _is_plain = True
@@ -1617,15 +1649,14 @@ class CircuitClosedState(CircuitBreakerState):
         notify: bool = False,
     ) -> None:
         super().__init__(cb, STATE_CLOSED)
-        # The window. A mark stands for a failure that is remembered: it is the number
-        # of the failed call among those counted in this era, and the moment when it
-        # was counted. The marks are gone with the era: closing forgets all failures.
-        # There are none without a window.
+        # A mark stands for a remembered failure: the number of the failed call among
+        # the calls counted in this era, and the monotonic moment of counting. Marks go
+        # with the era, so closing forgets all failures. None if there is no window.
         self._marks: deque[tuple[int, float]] | None = (
             deque() if cb._has_window() else None
         )
         self._numbers = itertools.count(1)
-        self._oldest = math.inf  # the number of the oldest mark
+        self._oldest = math.inf  # the number in the oldest mark
 
     def _count_success(self, number: int) -> None:
         storage = self._breaker._storage
@@ -1637,8 +1668,8 @@ class CircuitClosedState(CircuitBreakerState):
     def _count_failure(self) -> None:
         breaker = self._breaker
         if breaker._storage.counter == breaker._fail_max:
-            # A listener that was told of the failure that brought the count to the
-            # limit has caused another failure, unless the window has moved on.
+            # A listener, told of the failure that made the counter reach fail_max,
+            # has caused another failure, unless time has passed in the window.
             self._forget()
             if breaker._storage.counter == breaker._fail_max:
                 return
@@ -1680,14 +1711,14 @@ class CircuitClosedState(CircuitBreakerState):
 
     def _forgets(self, number: int) -> bool:
         breaker = self._breaker
-        marks = self._marks  # which a setter may take away
+        marks = self._marks  # which a setter in another thread may make None
         is_in_step = marks and len(marks) == breaker._storage.counter
         return not is_in_step or number - self._oldest >= (breaker._window_size or 0)
 
     def _forget(self, number: int | None = None) -> None:
-        """Bring marks and counter together: failures that were counted since get a
-        mark of now, and marks that are too old, too far back from the call with
-        `number`, or too many, go. Lock held."""
+        """Make the counter and the number of marks equal: counted failures without a
+        mark get one with the present moment; marks go that are too old, too many, or
+        `window_size` calls or more before the call with `number`. Lock held."""
         marks, breaker = self._marks, self._breaker
         storage: Any = breaker._storage
         if marks is None:
@@ -1701,19 +1732,20 @@ class CircuitClosedState(CircuitBreakerState):
         gone = len(marks) - count
         while gone < len(marks):
             failed, moment = marks[gone]
-            # A clock that stands before the moment of a mark is another clock.
+            # A mark later than now was made by another clock, as in tests, and goes.
             if failed > far and (seconds is None or 0.0 <= now - moment < seconds):
                 break
             gone += 1
         if gone:
-            # A reader without the lock takes the marks first and the counter after.
+            # The counter is written before marks go: _remembered takes no lock, reads
+            # the marks first, and leaves out the oldest of too many.
             storage.counter = len(marks) - gone
             for _ in range(gone):
                 marks.popleft()
         self._oldest = marks[0][0] if marks else math.inf
 
     def _catch_up(self) -> None:
-        """The same where time may have passed or other code has counted."""
+        """Call `_forget` where time forgets failures or other code has counted."""
         breaker, marks = self._breaker, self._marks or ()
         if (
             breaker._window_seconds is not None
@@ -1728,7 +1760,7 @@ class CircuitClosedState(CircuitBreakerState):
         now = time.monotonic()
         moments = [moment for _, moment in _copy_of(marks)]
         count = self._breaker._storage.counter
-        # Of too many marks, the oldest stand for failures that have been reset.
+        # If there are more marks than failures, the oldest marks are out of date.
         standing = moments[max(0, len(moments) - count) :]
         return count - sum(not 0.0 <= now - moment < seconds for moment in standing)
 
@@ -1738,7 +1770,7 @@ class CircuitClosedState(CircuitBreakerState):
             return
         if not was_on or self._marks is None:
             self._marks = deque()
-        # The number drawn here is no call's, so the marks move on by one with it.
+        # No call has the number drawn here, so each mark's number grows by one as well.
         number = next(self._numbers)
         self._marks = deque((failed + 1, moment) for failed, moment in self._marks)
         self._forget(number)
@@ -1748,13 +1780,13 @@ def _copy_of(marks: deque[Any]) -> tuple[Any, ...]:
     while True:
         try:
             return tuple(marks)
-        except RuntimeError:  # another thread changed them, on a Python without the GIL
+        except RuntimeError:  # another thread changed marks, on a Python without a GIL
             continue
 
 
 class CircuitOpenState(CircuitBreakerState):
-    """Calls are rejected until the timeout has passed. No call that ends now
-    was admitted in this era, so none counts."""
+    """Calls are rejected until the timeout has passed. An open circuit admits no
+    call, so no outcome counts in this era."""
 
     _is_plain = True
 
@@ -1774,7 +1806,8 @@ class CircuitOpenState(CircuitBreakerState):
                 grown = breaker._grown_timeout(self._move.failed_trials)
                 length = grown * breaker._factor_of(self._known_move or self._move)
         left = length - breaker._storage.open_for()
-        return left if left > 0.0 else breaker._place_wait()  # inf - inf is not
+        # If opened_at is None, left may be inf - inf, a NaN, which is not above 0.
+        return left if left > 0.0 else breaker._place_wait()
 
     def _differs_from(self, move: Any) -> bool:
         mine = self._move
@@ -1788,17 +1821,17 @@ class CircuitOpenState(CircuitBreakerState):
         breaker = self._breaker
         move = _Move(STATE_HALF_OPEN, "the timeout has passed", "trial")
         breaker._carry_out(move, breaker.half_open)
-        return breaker._era is not self  # else a subclass's half_open() did nothing
+        return breaker._era is not self  # if so, a subclass's half_open() did nothing
 
     def _count_success(self, number: int) -> None:
-        """Nothing: an open circuit admits no call."""
+        """Count nothing: an open circuit admits no call."""
 
     def _count_failure(self) -> None:
-        """Nothing: an open circuit admits no call."""
+        """Count nothing: an open circuit admits no call."""
 
 
 class CircuitHalfOpenState(CircuitBreakerState):
-    """One call at a time, the trial, finds out whether the trouble is over."""
+    """One call at a time, the trial, is admitted; all other calls are rejected."""
 
     _is_plain = True
     _hint = "a trial call is running"
@@ -1827,26 +1860,28 @@ class CircuitHalfOpenState(CircuitBreakerState):
 
 
 def breakers() -> tuple[CircuitBreaker, ...]:
-    """All breakers that are alive in this process, by name, unnamed ones last."""
+    """All breakers that are alive in this process, in the order of their names,
+    unnamed breakers last."""
     alive = [breaker for ref in _breakers.valuerefs() if (breaker := ref()) is not None]
     return tuple(sorted(alive, key=lambda each: (each._name is None, each._name or "")))
 
 
 class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
-    """A mapping that makes a breaker for each key when it is first asked for.
+    """A mapping that makes a breaker for each key when the key is first looked up.
 
         breakers = CircuitBreakers(fail_max=25, window_size=50)
         breakers["api.example.org"].call(fetch, url)
 
-    `breakers[key]` is ``CircuitBreaker(name=str(key), **settings)``, one however many
-    threads ask at once; the look-up of one that is there takes no lock. A subclass
-    overrides `make` for anything else. ``in``, ``len``, iteration and `get` make none.
+    `breakers[key]` is ``CircuitBreaker(name=str(key), **settings)``, made once however
+    many threads ask; looking up a breaker that is there takes no lock. A subclass may
+    override `make`. ``in``, ``len``, iteration and `get` make no breaker. The settings
+    are checked at once; `name` and `state_storage` among them are a `TypeError`.
 
-    When there are more than `maxsize` (a whole number from 1; `math.inf`: never), a new
-    one makes room. Of the oldest a few are looked at, and those go that are as good as
-    new (closed, nothing remembered, settings and listeners as they were made), or open
-    and due for a trial. A breaker that has gone stays the one for its key as long as
-    anything holds it, as a running call does.
+    Beyond `maxsize` breakers (a whole number from 1; `math.inf` for no limit), a new
+    breaker makes the mapping drop old ones: those among a few of the oldest that are
+    closed, without failures and with their first settings, or open and due for a
+    trial. A dropped breaker is still found by its key as long as anything, such as a
+    running call, refers to the breaker.
     """
 
     def __init__(self, maxsize: float = 1024, **settings: Any) -> None:
@@ -1859,13 +1894,14 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
         super().__init__()
         self._maxsize = _whole_number("maxsize", maxsize, 1, math.inf)
         for name in ("exclude", "include", "ignore", "listeners"):
-            # An iterator is read once, for all breakers, if it is one that may be.
+            # An iterator can be read only once, and all breakers need the items. What
+            # is not iterable or is a class, the constructor of `checked` refuses.
             if _is_iterable(settings.get(name)) and not isinstance(
                 settings[name], type
             ):
                 settings[name] = tuple(settings[name])
         self._settings = settings
-        checked = CircuitBreaker(**settings)  # which raises if they are wrong
+        checked = CircuitBreaker(**settings)  # raises if a setting is wrong
         del _breakers[id(checked)]
         self._lock = threading.RLock()
         self._gone: weakref.WeakValueDictionary[Any, CircuitBreaker] = (
@@ -1874,13 +1910,13 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
         _registries[id(self)] = self
 
     def __copy__(self: _T) -> _T:
-        return self  # one shared thing, as each breaker is
+        return self  # a mapping is one shared object, as each breaker is
 
     def __deepcopy__(self: _T, memo: object) -> _T:
         return self
 
     def make(self, key: Any) -> CircuitBreaker:
-        """A new breaker for a key. Called with this mapping's lock held."""
+        """Return a new breaker for `key`. The lock of the mapping is held."""
         return CircuitBreaker(name=str(key), **self._settings)
 
     def __missing__(self, key: Any) -> CircuitBreaker:
@@ -1903,13 +1939,13 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
         return f"<{type(self).__name__} of {len(self)}, maxsize {self._maxsize}>"
 
     def _make_room(self) -> None:
-        for _ in range(min(_LOOKED_AT, len(self) - 1)):  # not at the new one
-            # The oldest is taken out first, so that a look-up in another thread meets
-            # the lock, and finds it again in the weak table.
+        for _ in range(min(_LOOKED_AT, len(self) - 1)):  # never at the new breaker
+            # The oldest breaker is taken out before it is judged, so that another
+            # thread's look-up waits for the lock, and finds the breaker in _gone.
             key, breaker = self.popitem(last=False)
             self._gone[key] = breaker
             if not breaker._is_dispensable():
-                self[key] = breaker  # as the newest
+                self[key] = breaker  # which is the newest now
             elif len(self) <= self._maxsize:
                 return
 
@@ -1918,13 +1954,14 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
 
 
 class _Admission:
-    """What a call was let in by. One serves all ordinary calls of an era; a trial
-    has its own; that of calls within a trial has a state that is no breaker's.
+    """What a call keeps from admission to settlement: the state that admitted the
+    call and, for a trial, its _Trial. One object serves all ordinary calls of an era;
+    a trial has its own; calls within a trial have `_WITHIN`, whose state is None.
 
-    The others are the storage, where a call may see in it without the lock that it
-    passes (`passes`), that there is nothing to settle when it returns (`returns`),
-    that its success changes nothing (`settles`), or that it is rejected (`rejects`);
-    elsewhere they are `_OPAQUE`, which shows none of this.
+    A quiet call reads the other four, which are the storage, without the lock to find
+    that it passes (`passes`), that there is nothing to settle when it returns
+    (`returns`), that its success changes nothing (`settles`), or that it is rejected
+    (`rejects`). Each is `_OPAQUE` where the call has to take the lock to find out.
     """
 
     __slots__ = ("state", "trial", "passes", "returns", "settles", "rejects")
@@ -1947,16 +1984,16 @@ class _Admission:
 
 
 class _Trial:
-    """A call that took the place. It keeps nothing alive, as the context of a
-    generator or a block that is never finished does not forget it."""
+    """A call that took the place. A trial does not keep the breaker alive, because
+    the context of a generator that is never finished keeps the trial."""
 
     __slots__ = ("since", "claimed", "begun", "over", "_breaker")
 
     def __init__(self, breaker: CircuitBreaker) -> None:
         self.since: float = time.monotonic()
-        self.claimed: bool = False  # from the storage, which has granted it
-        self.begun: bool = False
-        self.over: bool = False
+        self.claimed: bool = False  # whether the storage's claim must be released
+        self.begun: bool = False  # whether the storage has granted the trial
+        self.over: bool = False  # whether no call can be within the trial any more
         self._breaker = weakref.ref(breaker)
 
     def may_matter(self) -> bool:
@@ -1967,9 +2004,10 @@ class _Move:
     """A transition: where to, why in words, and what caused it.
 
     `by` is ``'count'`` (the failures have reached `fail_max`), ``'trial'`` (a
-    call half-opens the circuit to be its trial), ``'outcome'`` (of a trial),
-    ``'hand'``, or ``'found'`` for a move that something else made in the storage.
-    `seconds` is the length of an opening that has one of its own, else None.
+    call half-opens the circuit to be the trial), ``'outcome'`` (of a trial),
+    ``'hand'``, or ``'found'`` for a move that something other than the breaker made
+    in the storage. `seconds` is how long an opening by ``open(seconds)`` lasts,
+    else None. `why_opened` is the reason of the last opening until a closing.
     """
 
     __slots__ = (
@@ -2000,15 +2038,16 @@ class _Move:
 
     @classmethod
     def found(cls, state: str, known: Any, unknown: str = _FOUND) -> _Move:
-        """A move that something else has made in a storage, which knows `known` of it,
-        an object with attributes like these, or None."""
+        """A move to `state` that something other than the breaker made in a storage.
+        `known` is the storage's last_move(); `unknown` is the reason where `known` is
+        None or a move to another state."""
         if known is None or known.state != state:
             return cls(state, unknown, "found")
         return cls(state, known.reason, "found", known.seconds, known.failed_trials)
 
     def follow(self, before: _Move) -> _Move:
-        """Take over what lasts from the move before: why the circuit opened, and how
-        many trials have failed since it was last closed or opened by hand."""
+        """Take over from the move `before` why the circuit opened, and how many trials
+        have failed since the circuit was closed or opened by hand. Returns self."""
         if self.state == STATE_HALF_OPEN:
             self.why_opened = before.why_opened
         elif self.state == STATE_OPEN:
@@ -2023,17 +2062,17 @@ class _Move:
 
 
 def _raise(error: BaseException, cause: BaseException | None) -> NoReturn:
-    """Raise what a failure raises that opens the circuit."""
+    """Raise `error` from `cause`, or `cause` itself if `error` is the same object."""
     try:
         if error is cause:
             raise error
         raise error from cause
     finally:
-        del error, cause  # or error, its traceback, this frame and error are a cycle
+        del error, cause  # else error, its traceback and this frame are a cycle
 
 
-# Guards, one for each kind of callable: admit, run, settle. `admitted` is given
-# where a plain function made something lazy, and its call was admitted before.
+# Guards, one for each kind of callable: admit, run, settle. `admitted` is the
+# admission of a plain function's call that has returned a coroutine or a generator.
 
 
 def _guard_function(breaker: Any, func: Any, admitted: Any = None) -> Any:
@@ -2046,12 +2085,12 @@ def _guard_function(breaker: Any, func: Any, admitted: Any = None) -> Any:
         except BaseException as exc:
             breaker._settle(admission, exc)
             raise
-        # To look the class up is faster than to compare it with each of the three.
+        # Looking the class up once is faster than comparing it with three classes.
         try:
             if type(result) in _CODES_OF_RESULTS:
                 return _guard_result(breaker, result, admission)
         except TypeError:
-            pass  # a class that cannot be hashed is none of these
+            pass  # a class that cannot be hashed is not in _CODES_OF_RESULTS
         if admission.returns._fail_counter:
             breaker._settle(admission, None, result)
         return result
@@ -2124,7 +2163,7 @@ def _guard_async_generator(breaker: Any, func: Any, admitted: Any = None) -> Any
                 except BaseException as exc:
                     closed = isinstance(exc, GeneratorExit)
                     item = await generator.athrow(exc)
-                    closed = False  # the generator swallowed it and yielded again
+                    closed = False  # the generator swallowed exc and yielded again
                 else:
                     item = await generator.asend(sent)
         except StopAsyncIteration:
@@ -2140,14 +2179,14 @@ def _guard_async_generator(breaker: Any, func: Any, admitted: Any = None) -> Any
 
 
 def _guard_result(breaker: Any, result: Any, admission: _Admission) -> Any:
-    """Guard what a plain function has made, to the end: it is lazy."""
+    """Guard to its end the coroutine or generator that a plain function returned."""
     code = getattr(result, _CODES_OF_RESULTS[type(result)])
     guard = _GUARDS_BY_FLAGS[code.co_flags & _LAZY_FLAGS]
     return _called_like(guard(breaker, lambda: result, admission), result)()
 
 
 # What inspect calls CO_GENERATOR, CO_COROUTINE, CO_ITERABLE_COROUTINE and
-# CO_ASYNC_GENERATOR; importing it would take longer than importing this module.
+# CO_ASYNC_GENERATOR; importing inspect takes longer than this module itself.
 _GENERATOR, _COROUTINE, _ITERABLE_COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x100, 0x200
 _LAZY_FLAGS = _GENERATOR | _COROUTINE | _ITERABLE_COROUTINE | _ASYNC_GENERATOR
 _GUARDS_BY_FLAGS = {
@@ -2166,17 +2205,18 @@ _CODES_OF_RESULTS = {
 
 
 def _guard_for(func: Any) -> Any:
-    """The guard for what calling `func` makes, as far as its code tells."""
+    """The guard for calls of `func`, as far as the code of `func` tells its kind."""
     return _GUARDS_BY_FLAGS.get(_lazy_flags(func), _guard_function)
 
 
 def _lazy_flags(func: Any) -> int:
-    """Those flags of the code behind `func` that say that a call of it runs later."""
+    """Those flags of the code behind `func` that say that a call makes a coroutine or
+    a generator, which runs later."""
     while isinstance(func, (functools.partial, types.MethodType)):
         func = func.func if isinstance(func, functools.partial) else func.__func__
-    # An AsyncMock has code too, and a method of a remote object has any attribute.
-    # Of an object that can be called it is the code of its class's __call__ that
-    # matters.
+    # An AsyncMock has a __code__ of its own, and a proxy of a remote object has any
+    # attribute, so that only an int counts. Any other callable object runs the code
+    # of the __call__ of its class.
     for called in (func, getattr(type(func), "__call__", None)):
         flags = getattr(getattr(called, "__code__", None), "co_flags", None)
         if isinstance(flags, int):
@@ -2185,7 +2225,8 @@ def _lazy_flags(func: Any) -> int:
 
 
 def _called_like(guarded: Any, original: Any) -> Any:
-    """Give what `guarded` makes the name that tracebacks and tasks show."""
+    """Give `guarded`, and so the generators and coroutines that it makes, the name of
+    `original`, which tracebacks and tasks show."""
     for attribute in ("__name__", "__qualname__"):
         name = getattr(original, attribute, None)
         if isinstance(name, str):
@@ -2200,9 +2241,9 @@ def _is_awaitable(result: Any) -> bool:
 
 
 def _unless_closed(exc: BaseException, generator: Any) -> BaseException | None:
-    """None for a GeneratorExit that came to the guard from outside: closing a
-    generator at one of its yields is a success. One that the generator raised
-    itself came through the generator's own frame."""
+    """What a call that raised `exc` is settled with: None for the GeneratorExit of a
+    close() at a yield, which is a success, else `exc`. A GeneratorExit that the
+    generator itself raised has the generator's frame in the traceback."""
     if not isinstance(exc, GeneratorExit):
         return exc
     below = exc.__traceback__ and exc.__traceback__.tb_next
@@ -2212,9 +2253,10 @@ def _unless_closed(exc: BaseException, generator: Any) -> BaseException | None:
 
 
 def _first_step(generator: Any) -> Any:
-    # Unseen by the event loop. The loop closes, at its end, each generator that it
-    # has seen, and this one is closed by the guard around it: two at a time cannot.
-    # Nor must the collector, which may come to this generator before the guard.
+    # Without the hooks the event loop does not see the generator. At its end the loop
+    # closes each async generator that it has seen, the guard closes this one, and only
+    # one of them may. The garbage collector, which may come to the generator before
+    # the guard does, must leave the closing to the guard as well.
     hooks = sys.get_asyncgen_hooks()
     sys.set_asyncgen_hooks(None, _leave_it)
     try:
@@ -2224,27 +2266,28 @@ def _first_step(generator: Any) -> Any:
 
 
 def _leave_it(generator: Any) -> None:
-    """Let the guard around the generator close it, and not the collector."""
+    """Do nothing about a generator that the guard will close."""
 
 
 class _Block:
-    """What `CircuitBreaker.calling` returns: good for one use."""
+    """The context manager that `CircuitBreaker.calling` returns, for one use."""
 
     def __init__(self, breaker: CircuitBreaker) -> None:
         self._breaker = breaker
         self._uses = [breaker]
         self._admission: _Admission | None = None
-        self._through: Any = None  # a subclass's own call()
+        self._through: Any = None  # the block as call() of a subclass guards it
 
     def _enter(self) -> bool:
-        """Whether the library guards the block, or a subclass's own `call`."""
+        """True if this object is to guard the block; False if a subclass's `call`
+        guards the block and has been entered."""
         try:
-            breaker = self._uses.pop()  # in one step, whatever other threads do
+            breaker = self._uses.pop()  # atomic: of several threads, one gets it
         except IndexError:
             raise RuntimeError("each breaker.calling() guards one block") from None
         if not breaker._has_own_call() or _lazy_flags(breaker.call) & _COROUTINE:
             return True
-        from contextlib import contextmanager  # which takes long, and is rare
+        from contextlib import contextmanager  # imported here, as few blocks need it
 
         call: Any = breaker.call
         self._through = contextmanager(call)(_block)
@@ -2277,7 +2320,7 @@ class _Block:
             else:
                 self._breaker._settle(admission, exc)
         finally:
-            del exc, traceback  # they may hold this very frame
+            del exc, traceback  # they may refer to this frame, which is a cycle
 
     async def __aexit__(
         self,
@@ -2291,18 +2334,18 @@ class _Block:
             del exc, traceback
 
     def __call__(self, func: _F) -> _F:
-        """``@breaker.calling()`` decorates, as it did in older releases."""
+        """Decorate `func`, as ``@breaker.calling()`` did in older releases."""
         return self._breaker(func)
 
 
 def _block() -> Any:
-    """Stands for a block where a subclass's own `call` guards it."""
+    """What `call` of a subclass receives as `func` in place of a block."""
     yield
 
 
 class _Unguarded:
-    """Takes the breaker's place in a decorated function where a subclass's own
-    call() is what guards it: admits everything, settles nothing."""
+    """Stands in for the breaker in a decorated function whose calls go through the
+    call() of a subclass, which guards them: admits every call, settles none."""
 
     def __init__(self) -> None:
         quiet = CircuitMemoryStorage(STATE_CLOSED)
@@ -2315,35 +2358,37 @@ class _Unguarded:
         return self._admission
 
     def _settle(self, admission: Any, exc: Any = None, result: Any = None) -> None:
-        """Nothing is left to do: the call inside was settled."""
+        """Do nothing: the call() of the subclass has settled the call."""
 
 
 class CircuitBreakerListener:
-    """Told what happens to a breaker. Override what you want to hear of.
+    """Is told what happens to a breaker. Override the methods for the events that
+    you want to hear of; `cb` is the breaker.
 
     The methods are called with the breaker's lock held, one at a time, in the
-    thread of the call. They may use the breaker; they must not wait for another
-    thread that does, nor use a breaker whose listeners use this one: both
-    deadlock. What they raise is logged on the logger ``pybreaker`` and changes
-    nothing, unless it is no `Exception`.
+    thread of the call. The methods may use the breaker; they must not wait for
+    another thread that uses the breaker, nor use a breaker whose listeners use
+    this one: both deadlock. An `Exception` in a method is logged on the logger
+    ``pybreaker`` and changes nothing; any other `BaseException` reaches the caller.
     """
 
     def before_call(
         self, cb: CircuitBreaker, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> None:
-        """A call was admitted; `func` is called next."""
+        """A call was admitted; `func` is called next, with `args` and `kwargs`."""
 
     def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
-        """A call failed with `exc`. It is counted; whether it opens the
-        circuit is decided after this."""
+        """A call failed with `exc`, a `FailedResult` if `failure_result` matched. A
+        failure that counts is counted already; whether the failure opens the circuit
+        is decided after this method returns."""
 
     def success(self, cb: CircuitBreaker) -> None:
-        """A call succeeded."""
+        """A call succeeded. `state_change` comes before, if the circuit closed."""
 
     def rejected(
         self, cb: CircuitBreaker, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> None:
-        """A call was rejected; `func` is not called."""
+        """A call was rejected; `func` is not called, except in a dry run."""
 
     def abandoned(self, cb: CircuitBreaker) -> None:
         """An admitted call was abandoned: cancelled, say, or ended by an exception
@@ -2355,7 +2400,8 @@ class CircuitBreakerListener:
         old_state: CircuitBreakerState,
         new_state: CircuitBreakerState,
     ) -> None:
-        """The circuit moved; the change is complete."""
+        """The circuit has moved: `cb.state` is `new_state` already, and the counters
+        are the new ones. The states have a `name`."""
 
 
 _EVENTS = (
@@ -2381,17 +2427,18 @@ def _hearers_of(listeners: Iterable[Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def _hearer(listener: Any, event: str) -> Any:
-    """A listener's method, or None where calling it would do nothing."""
+    """A listener's own method for an event; not callable if the listener has none."""
     try:
         method = getattr(listener, event, None)
         unheard = getattr(CircuitBreakerListener, event)
         return None if getattr(method, "__func__", None) is unheard else method
-    except Exception:  # of a property; told and logged when there is an event
+    except Exception:  # a property raised; at an event it raises again and is logged
         return lambda *args, **kwargs: getattr(listener, event)(*args, **kwargs)
 
 
 class _HearersInList:
-    """The same of a list of listeners, which may have changed at each event."""
+    """`_hearers_of` a list of listeners, asked anew at each event, because a program
+    may have changed the list."""
 
     def __init__(self, listeners: Any) -> None:
         self._listeners = listeners
@@ -2401,20 +2448,21 @@ class _HearersInList:
 
 
 class CircuitBreakerStorage:
-    """Where a circuit's state and counters are kept. Subclass it.
+    """Base class for where a circuit's state and counters are kept.
 
     A subclass has at least `state`, `counter` and `opened_at` and the methods
-    `increment_counter` and `reset_counter`. In calls and transitions it is used
-    with the breaker's lock held and should not block, except for a claim.
+    `increment_counter` and `reset_counter`. In calls and transitions the breaker
+    uses a storage with the breaker's lock held, so a storage should not block;
+    only `claim_trial` and `claim_trial_async` are called without the lock.
 
-    What it raises reaches the caller, chained to what the guarded function raised or
-    instead of what that returned. It never counts as a failure of what is
-    guarded, and leaves no trial its place.
+    What a storage raises reaches the caller, chained to what the guarded function
+    raised or instead of the result. It never counts as a failure of the function, and
+    a trial gives the place back.
 
-    A class that sets ``_is_plain = True`` in its own body, which its subclasses do
-    not inherit, promises that it may be read without the lock: its attributes
-    ``_state`` and ``_fail_counter`` always hold what `state` and `counter` say,
-    and `open_for` and `last_move` may be called at any time from any thread.
+    A class that sets ``_is_plain = True`` in its own body (subclasses do not inherit
+    the promise) promises that the breaker may read a storage of exactly that class
+    without the lock: the attributes ``_state`` and ``_fail_counter`` always hold what
+    `state` and `counter` say, and any thread may call `open_for` and `last_move`.
     """
 
     __slots__ = ("__dict__", "__weakref__")
@@ -2427,12 +2475,13 @@ class CircuitBreakerStorage:
 
     @property
     def name(self) -> str:
-        """What kind of storage it is."""
+        """The kind of the storage, such as ``'memory'``."""
         return self._name
 
     @property
     def state(self) -> str:
-        """The state's name. Settable."""
+        """The name of the circuit's state: ``'closed'``, ``'open'`` or
+        ``'half-open'``. Settable."""
         raise NotImplementedError
 
     @state.setter
@@ -2441,7 +2490,7 @@ class CircuitBreakerStorage:
 
     @property
     def counter(self) -> int:
-        """Failures in a row."""
+        """How many failures are remembered."""
         raise NotImplementedError
 
     def increment_counter(self) -> None:
@@ -2454,7 +2503,8 @@ class CircuitBreakerStorage:
 
     @property
     def success_counter(self) -> int:
-        """Successful trials. Kept here for storages that do not keep it."""
+        """How many trials have succeeded. The base class counts for storages that
+        do not, such as those written for releases without `success_threshold`."""
         return self._successes
 
     def increment_success_counter(self) -> None:
@@ -2467,7 +2517,7 @@ class CircuitBreakerStorage:
 
     @property
     def opened_at(self) -> datetime | None:
-        """The moment of the last opening. Settable. A naive one is UTC; None
+        """The moment of the last opening. Settable. A naive datetime is in UTC; None
         means that the timeout has passed."""
         raise NotImplementedError
 
@@ -2476,55 +2526,56 @@ class CircuitBreakerStorage:
         raise NotImplementedError
 
     def open_for(self) -> float:
-        """Seconds since the opening; by default from `opened_at`."""
+        """Seconds since the opening; by default by the wall clock, from `opened_at`."""
         return _age(self.opened_at)
 
     def move(self, move: Any) -> None:
-        """The circuit moves to `move.state`.
+        """Write that the circuit moves to `move.state`; by default an opening sets
+        `opened_at`, then `state` is set.
 
         `move.reason` says why in words, and `move.by` what caused it: ``'count'``,
         ``'trial'`` (the half-opening that a trial makes), ``'outcome'`` (of a
         trial) or ``'hand'``. `move.seconds` is the length of an opening that has
         one of its own, else None; `move.failed_trials` the number of failed trials
         since the circuit was last closed or opened by hand; `move.fail_max` the
-        breaker's. The counters have been written before.
+        breaker's `fail_max`. The breaker has written the counters before. Lock held.
         """
         if move.state == STATE_OPEN:
             self.opened_at = datetime.now(UTC)
         self.state = move.state
 
     def last_move(self) -> Any:
-        """What the storage knows of the move that brought it to its state, with the
-        attributes that `move` is given, or None. It is the same object until the
-        circuit moves: by that a breaker notices an opening of an open circuit."""
+        """What the storage knows of the last move, as an object with the attributes
+        that `move` receives, or None. The storage returns the same object until the
+        circuit moves: a new one tells a breaker that an open circuit opened again."""
         return None
 
     def claim_trial(self, timeout: float) -> bool:
-        """Whether this breaker may run the trial that is due; for at least
-        `timeout` seconds no other breaker may. Called without the lock."""
+        """Whether the breaker may run the trial that is due. If True, no other
+        breaker may for `timeout` seconds. Called without the lock; may block."""
         return True
 
     async def claim_trial_async(self, timeout: float) -> bool:
-        """The same for coroutines, on whichever event loop they run."""
+        """Answer as `claim_trial` does, to a coroutine on any event loop."""
         return self.claim_trial(timeout)
 
     def release_trial(self) -> None:
-        """The trial that was claimed is over."""
+        """Take in that the trial which the breaker claimed is over. Lock held."""
 
 
 class CircuitMemoryStorage(CircuitBreakerStorage):
-    """Keeps the state in memory, and time by the monotonic clock.
+    """Keeps the state in memory, and measures time by the monotonic clock.
 
-    When unpickled, it has been open for as long as the wall clock says.
+    An unpickled storage has been open for as long as the wall clock says.
     """
 
-    # Plain attributes under both names, as a call reads them without the lock
-    # to see that it has nothing to do. Tests in the field use the private ones.
+    # `state`, `counter` and `success_counter` are the slots themselves, so that quiet
+    # calls read them fast. Tests in the field use the private names.
     __slots__ = (
         "_state",
         "_fail_counter",
         "_success_counter",
-        "_opening",  # its moment, and by the monotonic clock when that was written
+        "_opening",  # opened_at; when that was written (monotonic), and its age then
         "_last_move",
     )
 
@@ -2560,7 +2611,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
 
     @property
     def opened_at(self) -> datetime | None:
-        """The moment of the last opening. Setting it moves the opening."""
+        """The moment of the last opening; setting another moves the opening there."""
         return self._opening[0]
 
     @opened_at.setter
@@ -2569,35 +2620,35 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
 
     @opened_at.deleter
     def opened_at(self) -> None:
-        del self._opening  # mock.patch does so before it puts the old value back
+        del self._opening  # mock.patch deletes before restoring the old value
 
     _opened_at = opened_at
 
     def open_for(self) -> float:
-        """Seconds since the opening."""
+        """Seconds since the opening, by the monotonic clock."""
         moment, written, age = self._opening
         elapsed = time.monotonic() - written
         if 0.0 <= elapsed < _DECADES:
             return age + elapsed
-        # A clock that went back, or on by decades, is another one, such as
-        # freezegun's. Then the wall clock decides, and there is no future.
+        # A monotonic clock that went back, or on by decades, is another clock, such as
+        # freezegun's. The wall clock decides then, and an opening in its future is now.
         age = _age(moment)
         if age < 0.0:
             self.opened_at = datetime.now(UTC)
         return max(0.0, age)
 
     def move(self, move: Any) -> None:
-        """The circuit moves: see `CircuitBreakerStorage.move`."""
+        """Write a move as `CircuitBreakerStorage.move` does, and keep `move`."""
         self._last_move = move
         if move.state == STATE_OPEN:
             now = datetime.now(UTC)
             if not _is_plain(self):
-                self.opened_at = now  # a subclass may have its own
+                self.opened_at = now  # which a subclass may have overridden
             self._opening = now, time.monotonic(), 0.0
         self.state = move.state
 
     def last_move(self) -> Any:
-        """The move that brought the storage to its state, if it was told of one."""
+        """The last move that a breaker wrote, or None."""
         return self._last_move
 
     def __getstate__(self) -> dict[str, Any]:
@@ -2619,7 +2670,7 @@ for _public, _slot in (
 
 
 def __getattr__(name: str) -> Any:
-    # What takes long to load, and few ask for.
+    # Finding out takes long, and few programs ask for these two names.
     if name == "HAS_REDIS_SUPPORT":
         from importlib.util import find_spec
 
@@ -2642,13 +2693,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), "CircuitRedisStorage", "HAS_REDIS_SUPPORT"})
 
 
-# What says nothing about the service.
+# Exceptions that say nothing about the service, and exception groups.
 
 
 def _is_abandonment(exc: BaseException) -> bool:
-    """Whether `exc` says that the call was given up, not how it went."""
+    """Whether `exc` says that the call was given up, and not how the service did."""
     if isinstance(exc, Exception):
-        return False  # none of these are, which spares most calls the search
+        return False  # no Exception does, which spares most calls the search
     leaves = _leaves_of(exc)
     if leaves:
         return all(map(_is_abandonment, leaves))
@@ -2656,7 +2707,7 @@ def _is_abandonment(exc: BaseException) -> bool:
 
 
 def _leaves_of(exc: BaseException) -> tuple[BaseException, ...]:
-    """What is in an exception group. None is empty."""
+    """The exceptions in an exception group, at least one; () if `exc` is no group."""
     group: Any = exc
     return group.exceptions if isinstance(exc, _imported(_GROUPS)) else ()
 
@@ -2676,7 +2727,7 @@ _ABANDONING = (
 
 
 def _imported(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
-    """Those of the classes that were imported; the others were never raised."""
+    """Those of the named classes that were imported; no other was ever raised."""
     found = []
     for module, attribute in names:
         cls = getattr(sys.modules.get(module), attribute, None)
@@ -2689,7 +2740,7 @@ def _imported(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
 
 
 def _age(moment: datetime | None) -> float:
-    """Seconds since a moment, by the wall clock."""
+    """Seconds since `moment`, by the wall clock; `math.inf` for None."""
     if not moment:
         return math.inf
     return (datetime.now(UTC) - _utc(moment)).total_seconds()
@@ -2713,10 +2764,10 @@ def _in(seconds: float) -> str:
 
 
 def _text_of(exc: BaseException) -> str:
-    """The `repr` of an exception, on one line and not too long, as it is kept."""
+    """The `repr` of an exception, on one line and cut, because reasons keep it."""
     try:
         text = repr(exc)
-    except Exception:  # the one that repr() raised
+    except Exception:  # a __repr__ that raises
         text = type(exc).__name__
     return _line(text)
 
@@ -2752,7 +2803,7 @@ def _true_or_false(parameter: str, value: Any) -> bool:
 def _whole_number(
     parameter: str, value: Any, minimum: int, unlimited: float | None = None
 ) -> Any:
-    """`value` as an int, or `unlimited` where it is that."""
+    """`value` as an int, or as it is if it equals `unlimited`."""
     if isinstance(value, float):
         if value == unlimited:
             return value
@@ -2769,7 +2820,7 @@ def _whole_number(
 def _seconds(parameter: str, value: Any) -> Any:
     if not isinstance(value, float):
         value = _integer(parameter, value, "a number of seconds")
-    if not 0 <= value:  # nor NaN
+    if not 0 <= value:  # which is so for NaN, too
         raise ValueError(f"{parameter} must be at least 0 seconds, not {value!r}")
     if value > sys.float_info.max and value != math.inf:
         raise ValueError(f"{parameter} is too long; use math.inf for no end: {value!r}")
@@ -2805,7 +2856,7 @@ def _check_timeouts(reset_timeout: float, longest: float | None) -> None:
 
 
 def _counts_in_memory(storage: Any) -> bool:
-    """Whether a storage counts as a `CircuitMemoryStorage` does."""
+    """Whether a storage counts by the very methods of `CircuitMemoryStorage`."""
     names = ("counter", "_fail_counter", "increment_counter", "reset_counter")
     return isinstance(storage, CircuitMemoryStorage) and all(
         getattr(type(storage), name) is getattr(CircuitMemoryStorage, name)
@@ -2871,7 +2922,9 @@ def _checked_listeners(listeners: Any) -> tuple[Any, ...]:
 
 def _checked_listener(listener: Any) -> Any:
     if isinstance(listener, type):
-        raise TypeError(f"listeners takes objects, not the class {listener!r}: add ()")
+        raise TypeError(
+            f"listeners takes objects, not the class {listener!r}: call the class"
+        )
     methods = [getattr(listener, event, None) for event in _EVENTS]
     if not any(map(callable, methods)):
         raise TypeError(
@@ -2904,22 +2957,22 @@ def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
         del remaining[same[0] if same else remaining.index(item)]
     except ValueError:
         raise ValueError(
-            f"{item!r} is not there: no such {what} of the breaker"
+            f"{item!r} cannot be removed: the breaker has no such {what}"
         ) from None
     return tuple(remaining)
 
 
-# What the parts share.
+# Shared by the parts above.
 
 
 def _is_plain(thing: Any) -> bool:
-    """Whether the class of a state or a storage is one that may be trusted without
-    the lock: a subclass, or a mock, may do more."""
+    """Whether the very class of a state or a storage promises that a call may decide
+    without the lock. A subclass or a mock may do more, so neither inherits that."""
     return bool(vars(type(thing)).get("_is_plain", False))
 
 
 def _own_hooks(state: Any) -> frozenset[str]:
-    """Those methods that a state class of the user's own overrides."""
+    """Those of the methods in _HOOKS that the user's class of `state` overrides."""
     return frozenset(
         hook
         for hook in _HOOKS
@@ -2945,28 +2998,30 @@ _SETTINGS = (
     "_failure_result",
     "_dry_run",
 )
-_LOOKED_AT = 4  # old breakers, for each new one
+_LOOKED_AT = 4  # old breakers that CircuitBreakers judges for each new one
 _DECADES = 6e8  # seconds
-_LONGEST_TEXT = 300  # characters
+_LONGEST_TEXT = 300  # characters of a reason
 _NEW = _Move("", "new", "", failed_trials=0)
 _PLAIN_CALL = CircuitBreaker.call
 
-# Shows no call that it may pass by: in no state, and with failures to forget.
+# The storage that makes every call take the lock: in none of the three states, and
+# with a failure for a success to forget.
 _OPAQUE: Any = CircuitMemoryStorage(STATE_CLOSED)
 _OPAQUE._state = "hidden"
 _OPAQUE._fail_counter = 1
 
 _UNGUARDED: Any = _Unguarded()
 
-# Of calls within a trial, whose outcome belongs to no era.
+# The admission of calls whose outcome belongs to no era: those within a trial, and
+# those that a dry run does not reject.
 _WITHIN = _Admission()
 
-# The trials that the running code is within.
+# The trials in whose context the code runs.
 _trials: contextvars.ContextVar[tuple[_Trial, ...]] = contextvars.ContextVar(
     "pybreaker_trials", default=()
 )
 
-# All breakers that are alive. A subclass's need not be hashable.
+# All breakers that are alive, by id(), as a subclass's need not be hashable.
 _breakers: weakref.WeakValueDictionary[int, CircuitBreaker] = (
     weakref.WeakValueDictionary()
 )
