@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 from internals import lock_of
-from support import PATIENCE, Boom, boom, fail, let_go
+from support import DEEP, PATIENCE, Boom, boom, fail, let_go
 
 import pybreaker
 from pybreaker import (
@@ -165,7 +165,7 @@ def test_threads_that_ask_while_others_make_room_lose_no_breaker():
     held.append(breakers["held"])
 
     def make_room():
-        for number in range(3000):
+        for number in range(3000 if DEEP else 300):
             breakers[number]
         is_over.set()
 
@@ -546,7 +546,7 @@ def test_keys_that_are_asked_for_once_leave_at_most_maxsize_in_memory():
 def test_dead_keys_leave_about_as_many_as_their_timeouts_hold(clock):
     breakers = CircuitBreakers(maxsize=50, fail_max=1, reset_timeout=100)
     longest = 0
-    for key in range(3000):
+    for key in range(1000):
         fail(breakers[key])
         clock.advance(1)
         longest = max(longest, len(breakers))

@@ -11,7 +11,7 @@ import guards
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PATIENCE, at_once, boom, fail, locks_taken, while_locked
+from support import DEEP, PATIENCE, at_once, boom, fail, locks_taken, while_locked
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitMemoryStorage
@@ -1046,7 +1046,7 @@ def test_a_window_may_be_changed_while_calls_settle():
 
     def changes():
         try:
-            for _ in range(150):
+            for _ in range(150 if DEEP else 10):
                 for size, seconds in [(5, None), (None, 9), (None, None), (7, 9)]:
                     breaker.window_size, breaker.window_seconds = size, seconds
                     assert 0 <= breaker.fail_counter <= 5
