@@ -46,21 +46,21 @@ class _AiohttpLayer(Layer):
     def is_failure(self, request: Any, exc: Exception) -> bool:
         if isinstance(exc, _FAILURES):
             return not self._is_retried(request, exc)
-        # What came was no HTTP.
+        # The host answered with something else than HTTP.
         return isinstance(exc, aiohttp.ClientResponseError) and isinstance(
             exc.__cause__, HttpProcessingError
         )
 
     def _is_retried(self, request: Any, exc: Exception) -> bool:
-        """Whether aiohttp sends the request again, once, because the connection that
-        was kept may have been closed meanwhile. Only how that ends is counted, so
-        that connections which the host closes while they are idle open no circuit."""
+        """Whether aiohttp sends the request once more, because the host may have closed
+        the kept connection while it was idle. Only the outcome of the second sending
+        is counted, so that closed idle connections open no circuit."""
         task = asyncio.current_task()
         if task in self._retrying or not (
             isinstance(exc, _RETRIED)
             and not isinstance(exc, aiohttp.ClientConnectorError)
             and request.method in _IDEMPOTENT
-            # A body may be gone with the first attempt, and then there is no second.
+            # A body may be used up after the first sending; there is no second then.
             and "Transfer-Encoding" not in request.headers
             and request.headers.get("Content-Length", "0") == "0"
             and getattr(request.session, "_retry_connection", False)
@@ -99,15 +99,16 @@ def breaker_middleware(
     """A client middleware that sends each request through a breaker, for
     ``aiohttp.ClientSession(middlewares=[...])``.
 
-    `breakers` is a `pybreaker.CircuitBreakers`, which has one for each host and port,
-    or for what `key` returns of an `aiohttp.ClientRequest`.
+    `breakers` is a `pybreaker.CircuitBreakers`. Its keys are host and port, or what
+    `key` returns when called with the `aiohttp.ClientRequest`.
 
     A connection error, a timeout and a response whose status is in `failure_statuses`
-    are failures. A Retry-After in a response whose status is in
-    `retry_after_statuses` opens the circuit for so long, at most for
+    are failures. A response with a status in `retry_after_statuses` and a Retry-After
+    opens the circuit for as long as the Retry-After says, at most for
     `retry_after_max` seconds (0: never). A rejected request raises an error that is a
     `pybreaker.CircuitBreakerError` and an `aiohttp.ClientError`. The guarded call ends
-    when the head of the response has come.
+    when the head of the response has come. An argument of the wrong kind is a
+    `TypeError`, one out of range a `ValueError`.
     """
     layer = _AiohttpLayer(
         breakers, key, failure_statuses, retry_after_statuses, retry_after_max

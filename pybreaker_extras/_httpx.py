@@ -14,7 +14,7 @@ from pybreaker_extras.http import FAILURE_STATUSES, RETRY_AFTER_STATUSES, Layer
 _NOT_THE_HOST = (
     httpx.UnsupportedProtocol,
     httpx.LocalProtocolError,
-    httpx.PoolTimeout,  # all connections are in use
+    httpx.PoolTimeout,  # the pool of the client has no connection to spare
 )
 _FAILURES = (httpx.TransportError, ConnectionError, TimeoutError)
 
@@ -22,7 +22,7 @@ _FAILURES = (httpx.TransportError, ConnectionError, TimeoutError)
 class Rejected(CircuitBreakerError, httpx.TransportError):
     """A request that its breaker did not admit, so that it was not sent."""
 
-    # httpx keeps the request here. Pickling leaves it behind, as it does the breaker.
+    # httpx keeps the request here. Pickling drops the request, and the breaker.
     _request: httpx.Request | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -47,16 +47,17 @@ class _HttpxLayer(Layer):
 class BreakerTransport(httpx.BaseTransport):
     """A transport of `httpx.Client` that sends each request through a breaker.
 
-    `breakers` is a `pybreaker.CircuitBreakers`, which has one for each host and port,
-    or for what `key` returns of an `httpx.Request`. `transport` is the one that sends;
+    `breakers` is a `pybreaker.CircuitBreakers`. Its keys are host and port, or what
+    `key` returns when called with the `httpx.Request`. `transport` sends the requests;
     by default an `httpx.HTTPTransport`.
 
     A connection error, a timeout and a response whose status is in `failure_statuses`
-    are failures. A Retry-After in a response whose status is in
-    `retry_after_statuses` opens the circuit for so long, at most for
+    are failures. A response with a status in `retry_after_statuses` and a Retry-After
+    opens the circuit for as long as the Retry-After says, at most for
     `retry_after_max` seconds (0: never). A rejected request raises an error that is a
     `pybreaker.CircuitBreakerError` and an `httpx.TransportError`. The guarded call
-    ends when the head of the response has come.
+    ends when the head of the response has come. An argument of the wrong kind is a
+    `TypeError`, one out of range a `ValueError`.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class BreakerTransport(httpx.BaseTransport):
 
 
 class AsyncBreakerTransport(httpx.AsyncBaseTransport):
-    """The same for `httpx.AsyncClient`: see `BreakerTransport`. `transport` is by
-    default an `httpx.AsyncHTTPTransport`."""
+    """A transport of `httpx.AsyncClient` that sends each request through a breaker,
+    with the arguments and errors of `BreakerTransport`. `transport` is by default an
+    `httpx.AsyncHTTPTransport`."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ class Rejected(CircuitBreakerError, requests.RequestException):
     """A request that its breaker did not admit, so that it was not sent."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling leaves the request behind, as it does the breaker.
+        # Pickling drops the request, and the breaker.
         cls, args, attributes = super().__reduce__()
         attributes["request"] = None
         return cls, args, attributes
@@ -36,8 +36,8 @@ class _RequestsLayer(Layer):
     def is_failure(self, request: Any, exc: Exception) -> bool:
         if not isinstance(exc, _FAILURES):
             return False
-        # What urllib3 raised is the argument, or the reason of the MaxRetryError that
-        # is the argument.
+        # The first argument of exc is what urllib3 raised, or a MaxRetryError that has
+        # what urllib3 raised as its reason.
         cause = exc.args[0] if exc.args else None
         return not isinstance(getattr(cause, "reason", cause), _NOT_THE_HOST)
 
@@ -49,18 +49,19 @@ class BreakerAdapter(BaseAdapter):
     """An adapter for `requests.Session.mount` that sends each request through a
     breaker.
 
-    `breakers` is a `pybreaker.CircuitBreakers`, which has one for each host and port,
-    or for what `key` returns of a `requests.PreparedRequest`. `adapter` is the one
-    that sends, by default a `requests.adapters.HTTPAdapter`; what else it has can be
-    used through this one.
+    `breakers` is a `pybreaker.CircuitBreakers`. Its keys are host and port, or what
+    `key` returns when called with the `requests.PreparedRequest`. `adapter` sends the
+    requests, by default a `requests.adapters.HTTPAdapter`; the other attributes of
+    `adapter` are attributes of the `BreakerAdapter` as well.
 
     A connection error, a timeout and a response whose status is in `failure_statuses`
-    are failures. A Retry-After in a response whose status is in
-    `retry_after_statuses` opens the circuit for so long, at most for
+    are failures. A response with a status in `retry_after_statuses` and a Retry-After
+    opens the circuit for as long as the Retry-After says, at most for
     `retry_after_max` seconds (0: never). A rejected request raises an error that is a
     `pybreaker.CircuitBreakerError` and a `requests.RequestException`. The guarded call
-    ends when the head of the response has come, and the retries of `adapter` are
-    within it.
+    ends when the head of the response has come; the retries of `adapter` are part of
+    the call. An argument of the wrong kind is a `TypeError`, one out of range a
+    `ValueError`.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class BreakerAdapter(BaseAdapter):
             return self._adapter.send(request, *args, **kwargs)
 
         response: Any = self._layer.send(request, send)
-        # HTTPDigestAuth sends its second request by this.
+        # HTTPDigestAuth sends its second request by response.connection.
         response.connection = self
         return cast("requests.Response", response)
 

@@ -9,12 +9,12 @@
 
 `BreakerTransport` and `AsyncBreakerTransport` are transports of httpx,
 `BreakerAdapter` is an adapter of requests, and `breaker_middleware` makes a client
-middleware of aiohttp. Each imports its client when it is first asked for.
+middleware of aiohttp. Each of these names imports its client when first used.
 """
 
 # One request through a breaker: Layer finds the breaker and makes an
-# _Attempt, whose send() or send_async() is what the breaker guards. It translates
-# what the client did into what a breaker understands:
+# _Attempt, whose send() or send_async() is what the breaker guards. The _Attempt
+# translates what the client did into what a breaker understands:
 #
 #   a failure, by the client's exceptions   is raised as it is
 #   a response with a failure status        FailedResult, with the response in it
@@ -85,8 +85,8 @@ def __dir__() -> list[str]:
 
 
 def host_and_port(url: str) -> str | None:
-    """``"api.example.org:443"`` for a URL, which is the key of its breaker unless
-    there is a `key=`; None for a URL that names no host."""
+    """The key of a URL's breaker where no `key` is given, such as
+    ``"api.example.org:443"``; None for a URL that names no host."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme)
@@ -100,8 +100,8 @@ def host_and_port(url: str) -> str | None:
 
 
 def seconds_to_wait(header: str | None) -> float:
-    """The seconds that a Retry-After asks for, which holds a number of them or a
-    date. 0.0 for one that is missing, past or nonsense."""
+    """The seconds that a Retry-After header asks for, by a number of seconds or a
+    date. 0.0 for a missing header, a past date or nonsense."""
     text = (header or "")[: _LONGEST_HEADER + 1].strip()
     if len(text) > _LONGEST_HEADER:
         return 0.0
@@ -113,13 +113,13 @@ def seconds_to_wait(header: str | None) -> float:
 
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except Exception:  # of many kinds, and a server's header must not raise here
+    except Exception:  # of any kind: no header of a server may raise here
         return 0.0
 
 
 class Layer:
-    """What the layers of all clients share: the settings, checked at once, and how a
-    request goes through the breaker that it is for. A subclass knows its client."""
+    """Sends each request through its breaker. A subclass knows one client. The
+    constructor raises `TypeError` or `ValueError` for a setting that is wrong."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Layer:
         )
         self.retry_after_max = _checked_maximum(retry_after_max)
 
-    # What a subclass knows of its client.
+    # What a subclass knows of the client.
 
     def url_of(self, request: Any) -> str:
         return str(request.url)
@@ -160,15 +160,14 @@ class Layer:
         raise NotImplementedError
 
     def rejection(self, request: Any) -> CircuitBreakerError:
-        """An error that is also one of the client's, for a request that was
-        rejected."""
+        """The error for a rejected request, which is also one of the client's."""
         raise NotImplementedError
 
     async def discard(self, response: Any) -> None:
         """Close a response that its caller will never see."""
         response.close()
 
-    # A request through its breaker. The two differ by the word await.
+    # A request through its breaker: send and send_async differ by the word await.
 
     def send(self, request: Any, send: Any) -> Any:
         attempt = self._attempt(request, send)
@@ -206,7 +205,7 @@ class Layer:
 
     def _attempt(self, request: Any, send: Any) -> _Attempt | None:
         """An attempt to send the request through its breaker; None where the URL
-        names no host, which is the client's to complain about."""
+        names no host: the client then raises what it raises for such a URL."""
         if self.key is None:
             key: Hashable = host_and_port(self.url_of(request))
             if key is None:
@@ -234,8 +233,8 @@ def _can_be_hashed(key: object) -> bool:
 
 
 class _Ignored(GeneratorExit):
-    """Abandons a guarded call whose exception says nothing about the host: a breaker
-    counts no call that ends with a `GeneratorExit`, whatever its settings."""
+    """Abandons a guarded call whose exception says nothing about the host: no setting
+    makes a breaker count a call that ends with a `GeneratorExit`."""
 
 
 class _Attempt:
@@ -251,10 +250,10 @@ class _Attempt:
         self._send = send
         self._exc: BaseException | None = None  # what the client raised
         self._has_run = False
-        self._era: Any = None  # the state that admitted the request
-        self._wait = 0.0  # seconds for which the response asks to be spared
-        # A call within a trial, or one that is let through in a dry run, decides
-        # nothing. Such calls run while the breaker says that none may be admitted.
+        self._era: Any = None  # the breaker's state when the request began to run
+        self._wait = 0.0  # seconds for which the response's Retry-After opens
+        # A call within a trial, or one that a dry run does not reject, decides
+        # nothing. Such a call runs while retry_after is above 0.
         is_closed = breaker._state.name == STATE_CLOSED
         self._decides = is_closed or not breaker.retry_after
 
@@ -285,7 +284,7 @@ class _Attempt:
         return self._judged(response)
 
     def _begin(self) -> None:
-        # A subclass of CircuitBreaker may run its guarded calls more than once.
+        # A subclass of CircuitBreaker may run a guarded call again, from the start.
         self.response = self._exc = None
         self._wait = 0.0
         self._has_run = True
@@ -301,8 +300,8 @@ class _Attempt:
         layer, status = self._layer, self._layer.status_of(response)
         if status in layer.retry_after_statuses and layer.retry_after_max:
             asked = seconds_to_wait(response.headers.get("Retry-After"))
-            # An open circuit has admitted no call, so that one which finds the
-            # circuit open is late already.
+            # An open circuit admits no call, so a call that found the circuit open
+            # when the call began to run is late.
             is_of_present_era = (
                 self._decides
                 and self._era is self.breaker._state
@@ -317,27 +316,27 @@ class _Attempt:
     # When the breaker is done.
 
     def answer(self, raised: BaseException | None = None) -> BaseException | None:
-        """What the caller is to get where the breaker has `raised` this: an
-        exception, or None, which means the response."""
-        exc, self._exc = self._exc, None  # or exc, its traceback and self are a cycle
+        """What the caller is to get after the breaker has `raised` an exception, or
+        None: an exception, or None for the response."""
+        exc, self._exc = self._exc, None  # else exc, its traceback and self are a cycle
         self._open_as_asked()
         if not self._has_run:
             if isinstance(raised, CircuitBreakerError):
                 return self._rejection(raised)
             return raised
         if isinstance(raised, (CircuitBreakerError, FailedResult, _Ignored)):
-            return exc  # None where it was the response that failed
+            return exc  # None if the response made the call a failure
         return raised
 
     def give(self, exc: BaseException | None) -> Any:
-        """The response, or `exc`. The traceback of an exception of the client's goes
-        on from here, and nothing is chained to it."""
+        """Return the response, or raise `exc`. Called when no exception is being
+        handled, so that none is chained to `exc`."""
         try:
             if exc is not None:
                 raise exc
             return self.response
         finally:
-            del exc  # or exc, its traceback, this frame and exc are a cycle
+            del exc  # else exc, its traceback and this frame are a cycle
 
     def _rejection(self, error: CircuitBreakerError) -> CircuitBreakerError:
         rejection = self._layer.rejection(self._request)
@@ -347,32 +346,33 @@ class _Attempt:
         return rejection
 
     def _open_as_asked(self) -> None:
-        """Open the circuit for as long as the response asked for, if that is longer
-        than it would be open."""
+        """Open the circuit for as long as the response asked for, unless the circuit
+        stays open for longer anyway."""
         breaker, wait = self.breaker, self._wait
         if not wait:
             return
         with breaker._lock:
             now = breaker._state
-            # This call may have moved the circuit when it was settled. A move that
-            # keeps the name was made by hand meanwhile.
+            # The settlement of this call may have moved the circuit, to a state with
+            # another name. If the name is the same, the move was made by hand.
             if now is not self._era and now.name == self._era.name:
                 return
             if now.name == STATE_OPEN and breaker.retry_after >= wait:
                 return
             status = self._layer.status_of(self.response)
             _open(breaker, wait, f"status {status} with Retry-After: {wait:.0f} s")
-        # A look at the state hands on what was recorded for the log under the lock.
+        # Reading the state hands the log records of open() on, now without the lock.
         str(breaker.state)
 
 
 def _open(breaker: CircuitBreaker, seconds: float, reason: str) -> None:
-    """Open the circuit, by an `open` of a subclass that may take fewer arguments."""
+    """Open the circuit by `breaker.open`, which in a subclass may take fewer
+    arguments."""
     method: Any = breaker.open
     if getattr(method, "__func__", None) is CircuitBreaker.open:
         method(seconds, reason)
         return
-    import inspect  # which takes long, and is rare
+    import inspect  # imported here, as few subclasses override open()
 
     for args, kwargs in (((seconds,), {"reason": reason}), ((seconds,), {})):
         try:
@@ -409,7 +409,7 @@ def _checked_maximum(seconds: Any) -> float:
             f"retry_after_max must be a number of seconds, not {seconds!r}; "
             f"0 leaves Retry-After out of account"
         )
-    if not seconds >= 0:  # nor NaN
+    if not seconds >= 0:  # which is so for NaN, too
         raise ValueError(
             f"retry_after_max must be at least 0 seconds, not {seconds!r}; "
             f"0 leaves Retry-After out of account"

@@ -11,16 +11,16 @@ The metrics are then at the endpoint that the program has already, or at that of
 
 # How it works
 #
-# A scrape asks `collect`, which reads every breaker at that moment, so that no gauge
-# can be out of date: a breaker that was renamed, moved by its storage or thrown away
-# is shown as it is, or no more. What cannot be read afterwards is counted by the
-# listener: calls, transitions, and when these were.
+# A scrape calls `collect`, which reads every breaker at that moment, so that no gauge
+# can be out of date: a breaker that was renamed or moved by its storage is shown as it
+# is, and one that was thrown away is not shown. Calls, transitions and the times of
+# transitions cannot be read afterwards, so the listener counts them.
 #
 # Counters belong to a name, and not to a breaker: when one of two breakers with the
 # same name goes, or a breaker is made anew, no counter goes back.
 #
-# In multiprocess mode a scrape reads files that each process keeps, and no collector.
-# There a thread in each process writes what `collect` would say into these files.
+# In multiprocess mode a scrape reads files that each process keeps, and asks no
+# collector. So a thread in each process writes what `collect` gives into these files.
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ logger = logging.getLogger("pybreaker")
 STATES = (pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN)
 CLOSED, OPEN, HALF_OPEN = STATES
 
-# Why a circuit moved, by what the library calls it.
+# The value of the label `cause`, by what `move.by` says.
 CAUSES = {"count": "failures", "trial": "trial", "outcome": "trial", "hand": "hand"}
 UNKNOWN = "unknown"
+# The values of the labels `to` and `cause` that each breaker has, from 0 on.
 MOVES = (
     (OPEN, "failures"),
     (HALF_OPEN, "trial"),
@@ -76,8 +77,8 @@ MOVES = (
 
 
 class _Family(NamedTuple):
-    """A metric. `mode` is what multiprocess mode does with the processes' gauges:
-    adds them up, or shows each with its process's number."""
+    """A metric. `mode` says how multiprocess mode shows the gauges of the processes:
+    their sum (``"livesum"``), or each with the number of its process."""
 
     name: str
     help: str
@@ -162,13 +163,14 @@ _Series = dict[_Labels, float]
 class PrometheusMetrics:
     """A collector of what breakers are, and a listener that counts what they do.
 
-    A scrape shows every breaker that is alive in this process, or of `breakers` (an
-    iterable that each scrape goes through anew) if that is given. Calls and
-    transitions are counted of those that it watches: see `watch`. A breaker's name is
-    its label.
+    A scrape shows every breaker that is alive in this process, or those in `breakers`
+    (an iterable, no iterator, as each scrape goes through it anew). Calls and
+    transitions are counted for breakers given to `watch`. The label `breaker` is the
+    breaker's name.
 
-    It registers itself in `registry`, by default `prometheus_client.REGISTRY`. One
-    serves any number of breakers; a second one in the same registry is a `ValueError`.
+    The constructor registers the collector in `registry`, by default
+    `prometheus_client.REGISTRY`. One collector serves any number of breakers; a second
+    one in the same registry is a `ValueError`.
     """
 
     def __init__(
@@ -178,7 +180,7 @@ class PrometheusMetrics:
     ) -> None:
         self._chosen = _checked_breakers(breakers)
         # Reentrant, as a signal's handler or a finalizer may make a guarded call while
-        # this thread counts another. Nothing is waited for while it is held.
+        # this thread counts another. A thread that holds this lock waits for nothing.
         self._lock = threading.RLock()
         self._tallies = _Tallies()
         self._stories: dict[int, _Story] = {}
@@ -190,9 +192,9 @@ class PrometheusMetrics:
         _instances.add(self)
 
     def watch(self, *breakers: pybreaker.CircuitBreaker) -> None:
-        """Count the calls and the transitions of these breakers from now on, as is done
-        for those that are made with this object among their `listeners`. To watch a
-        breaker once more changes nothing. The breakers live no longer for it."""
+        """Count the calls and the transitions of these breakers from now on: each gets
+        this object as a listener, unless it has this listener already. Watching keeps
+        no breaker alive. `TypeError` for anything else than a breaker."""
         for breaker in breakers:
             _checked_breaker("watch() takes breakers", breaker)
         for breaker in breakers:
@@ -204,13 +206,14 @@ class PrometheusMetrics:
             self._publisher.publish()
 
     def publish(self) -> None:
-        """In multiprocess mode, write what this process has to say into its files now.
-        A thread does so every five seconds, and Python once more when it ends."""
+        """In multiprocess mode, write the metrics of this process into its files now;
+        else do nothing. A thread writes them every five seconds, and `atexit` once
+        more when the process ends."""
         if self._publisher is not None:
             self._publisher.publish()
 
-    # The listener. The breaker's lock is held. What a guarded function is called with
-    # may have any name, so the parameters have none.
+    # The listener. The breaker's lock is held. The parameters are positional-only,
+    # because keyword arguments of guarded functions may have the same names.
 
     def before_call(
         self, cb: pybreaker.CircuitBreaker, func: Any, /, *args: Any, **kwargs: Any
@@ -253,13 +256,13 @@ class PrometheusMetrics:
                 story.outage = 0.0
             elif old_state.name == CLOSED:
                 story.outage = now
-            # Else the outage goes on.
+            # Between open and half-open the outage goes on.
 
     def _hears(self, breaker: pybreaker.CircuitBreaker) -> bool:
         return any(listener is self for listener in breaker.listeners)
 
     def _story_of(self, breaker: pybreaker.CircuitBreaker) -> _Story:
-        """When the breaker moved. This object's lock is held."""
+        """The story of the breaker, new or known. This object's lock is held."""
         story = self._stories.get(id(breaker))
         if story is None or story.breaker() is not breaker:
             story = self._stories[id(breaker)] = _Story(breaker, self._stories)
@@ -268,17 +271,17 @@ class PrometheusMetrics:
     # The collector.
 
     def describe(self) -> Iterable[Metric]:
-        """The metrics without values: a registry looks for names given twice."""
+        """The metrics without values, so that a registry finds names that it has."""
         return [_metric(family, {}) for family in FAMILIES]
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape finds."""
+        """The metrics with the values of this moment, for a scrape."""
         series = self._read()
         for family in FAMILIES:
             yield _metric(family, series[family])
 
     def _read(self) -> dict[_Family, _Series]:
-        """The values of each metric, by the values of its labels."""
+        """The values of each metric, by the values of the metric's labels."""
         series: dict[_Family, _Series] = {family: {} for family in FAMILIES}
         deadline = time.monotonic() + PATIENCE
         counted = set()
@@ -287,7 +290,7 @@ class PrometheusMetrics:
                 name, label = breaker.name, _label(breaker.name)
                 seen = _look_at(breaker, deadline)
                 heard = self._hears(breaker)
-            except Exception:  # its storage is out of reach, the others' are not
+            except Exception:  # a storage out of reach must not hide other breakers
                 logger.warning("%r could not be read", breaker.name, exc_info=True)
                 continue
             if heard:
@@ -318,8 +321,8 @@ class PrometheusMetrics:
             if seen["state"] == CLOSED:
                 story.outage = 0.0
             elif not story.outage and seen.get("opened_at"):
-                # The circuit was not closed when it was first watched. The outage is as
-                # old as this opening, at least.
+                # The circuit was not closed when it was first watched. The outage is at
+                # least as old as the last opening.
                 story.outage = datetime.fromisoformat(seen["opened_at"]).timestamp()
             return story
 
@@ -334,7 +337,7 @@ class PrometheusMetrics:
             self._publisher.start()
 
     def _after_fork_in_child(self) -> None:
-        """A child counts what it does itself; the parent goes on with its counts."""
+        """The child process counts from 0; the parent goes on with its own counts."""
         self._lock = threading.RLock()
         self._tallies = _Tallies()
         if self._publisher is not None:
@@ -362,16 +365,16 @@ class _Tally:
         self.admitted = self.success = self.failure = 0
         self.rejected = self.would_be_rejected = 0
         self.moves: dict[tuple[str, str], int] = {}
-        self.alive = time.monotonic()  # when there last was a breaker with the name
+        self.alive = time.monotonic()  # when a breaker with the name was last seen
 
 
 class _Tallies(dict[Optional[str], _Tally]):
-    """Those of all names. The lock of `PrometheusMetrics` is held."""
+    """The tally of each name. The lock of `PrometheusMetrics` is held."""
 
     _enough = 1024
 
     def __missing__(self, name: str | None) -> _Tally:
-        if len(self) >= self._enough:  # where nothing scrapes, nothing else tidies up
+        if len(self) >= self._enough:  # without scrapes, nothing else drops tallies
             alive = {breaker.name for breaker in pybreaker.breakers()}
             self.current(self.keys() & alive)
             self._enough = max(1024, 2 * len(self))
@@ -381,8 +384,9 @@ class _Tallies(dict[Optional[str], _Tally]):
     def current(
         self, names: Iterable[str | None]
     ) -> Iterable[tuple[str | None, _Tally]]:
-        """Those of breakers that are there, which have these names, or were there not
-        long ago; the others are forgotten."""
+        """The tallies to show, by name: of the watched breakers, which have these
+        `names`, and of breakers that were alive in the last `KEPT` seconds. Drops all
+        other tallies."""
         now = time.monotonic()
         for name in names:
             self[name].alive = now
@@ -393,7 +397,8 @@ class _Tallies(dict[Optional[str], _Tally]):
 
 
 class _Story:
-    """When a breaker moved, in Unix time; 0 is never. It goes when the breaker goes."""
+    """When a breaker last moved, and since when it has not been closed, in Unix time; 0
+    is never. `stories` loses the story when the breaker goes."""
 
     __slots__ = ("breaker", "moved", "outage")
 
@@ -403,7 +408,7 @@ class _Story:
         key = id(breaker)
 
         def forget(reference: object) -> None:
-            # Where references are not counted, another breaker may have the key now.
+            # Without reference counting, another breaker may have the id by now.
             story = stories.get(key)
             if story is not None and story.breaker is reference:
                 stories.pop(key, None)
@@ -417,7 +422,8 @@ class _Story:
 
 
 def _look_at(breaker: pybreaker.CircuitBreaker, deadline: float) -> dict[str, Any]:
-    """A breaker's snapshot, or of one whose lock is held what takes no lock."""
+    """A breaker's snapshot; if another thread holds the breaker's lock until `deadline`
+    (monotonic), only what can be read without the lock."""
     lock = breaker._lock
     if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
         try:
@@ -433,8 +439,8 @@ def _look_at(breaker: pybreaker.CircuitBreaker, deadline: float) -> dict[str, An
 
 
 def _show(series: dict[_Family, _Series], label: str, seen: dict[str, Any]) -> None:
-    # Of breakers with the same name the circuits are added up, and of what cannot be
-    # added up the one is shown that should worry an operator more.
+    # Of breakers with the same name the numbers of circuits are added up. Of other
+    # values the one is shown that should worry an operator more.
     for state in STATES:
         _put(series[STATE], (label, state), seen["state"] == state, _sum)
     _put(series[DRY_RUN], (label,), seen["dry_run"], _sum)
@@ -462,6 +468,7 @@ def _put(
     value: float,
     both: Callable[[float, float], float],
 ) -> None:
+    """Write a value, by `both` with the value of another breaker of the same name."""
     series[labels] = both(series[labels], value) if labels in series else float(value)
 
 
@@ -470,7 +477,7 @@ def _sum(one: float, other: float) -> float:
 
 
 def _earlier(one: float, other: float) -> float:
-    """The earlier of two times, of which 0 is none."""
+    """The earlier of two times, where 0 stands for no time."""
     return min(one, other) or max(one, other)
 
 
@@ -481,16 +488,16 @@ def _or_infinity(number: float | None) -> float:
 def _cause(
     breaker: pybreaker.CircuitBreaker, state: pybreaker.CircuitBreakerState
 ) -> str:
-    """What caused the move to a state, as far as the storage knows."""
+    """What caused the move to `state`; `UNKNOWN` if the storage does not know."""
     move = breaker._state_storage.last_move()
-    # A listener that was told before may have moved the circuit on.
+    # A listener that was told first may have moved the circuit on.
     if move is None or breaker._state is not state or move.state != state.name:
         return UNKNOWN
     return CAUSES.get(getattr(move, "by", ""), UNKNOWN)
 
 
 def _label(name: str | None) -> str:
-    # A lone surrogate, which no scrape can have, would cost it all the other metrics.
+    # A lone surrogate cannot be encoded, so the scrape would lose all metrics.
     return (name or "unnamed").encode("utf-8", "backslashreplace").decode()
 
 
@@ -511,8 +518,8 @@ def _is_multiprocess() -> bool:
 
 
 class _Publisher:
-    """Writes what this process would say in a scrape into the files of multiprocess
-    mode, by metrics that no registry has."""
+    """Writes what `read` returns into this process's files of multiprocess mode, by
+    metrics that are in no registry."""
 
     def __init__(
         self,
@@ -524,7 +531,7 @@ class _Publisher:
         self._last: dict[_Family, _Series] = {}
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        # Metrics find out themselves that they are in another process now.
+        # After a fork the metrics of prometheus_client open files of the child's own.
         self._metrics: Any = parents._metrics if parents else _metrics_in_files()
 
     def start(self) -> None:
@@ -538,8 +545,8 @@ class _Publisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread before a fork: a child would never see the locks released that
-        the thread holds at that moment."""
+        """End the thread before a fork: locks that the thread held at the fork would
+        never be released in the child."""
         if self._thread is not None:
             self._stopping.set()
             self._thread.join(1.0)
@@ -561,7 +568,7 @@ class _Publisher:
                 for labels in {**last, **now}:
                     child = metric.labels(*labels)
                     if not family.is_counter:
-                        child.set(now.get(labels, 0.0))  # 0 if it is gone
+                        child.set(now.get(labels, 0.0))  # 0 if no breaker has them now
                     elif labels in now:
                         child.inc(now[labels] - last.get(labels, 0.0))
             self._last = series
@@ -592,7 +599,7 @@ def _metrics_in_files() -> dict[_Family, Any]:
 def _checked_breakers(
     breakers: Any,
 ) -> Callable[[], Iterable[pybreaker.CircuitBreaker]]:
-    """A function that gives the breakers to show."""
+    """A function that returns the breakers to show at each scrape."""
     if breakers is None:
         return pybreaker.breakers
     try:

@@ -4,11 +4,11 @@ In the ``conftest.py`` of a test suite for pytest:
 
     pytest_plugins = ["pybreaker_extras.testing"]
 
-and in its ``pytest.ini``, to begin every test with closed circuits:
+and in its ``pytest.ini``, so that no test leaves an open circuit to the next:
 
     usefixtures = fresh_breakers
 
-Elsewhere, `restoring_breakers` is the same as a ``with`` block.
+Without pytest, a ``with`` block of `restoring_breakers` does what the fixture does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pybreaker import (
     breakers,
 )
 
-# In an order in which each may be set: a limit is gone before what it limits changes,
-# and comes back after that.
+# In the order in which _restore sets them: after it has switched off the limits, the
+# settings that the limits bound come first, then the limits.
 _SETTINGS = (
     "name",
     "fail_max",
@@ -50,12 +50,12 @@ _LIMITS = ("window_size", "window_seconds", "max_reset_timeout")
 
 @contextlib.contextmanager
 def restoring_breakers() -> Iterator[None]:
-    """Close, when the block ends, every breaker that is alive and has its state in
-    memory, and forget its failures.
+    """A context manager for a test: when the block ends, every living breaker on a
+    `CircuitMemoryStorage` is closed, without failures.
 
-    Breakers that were there when the block began have again the settings and the
-    listeners that they had then. No listener and no log is told of it. A breaker on a
-    shared storage is left alone.
+    Those that were alive when the block began get back the settings and the listeners
+    of that moment. Neither listeners nor the log are told. Breakers on
+    other storages are left alone.
     """
     before = [(each, _settings_of(each), each.listeners) for each in _in_memory()]
     try:
@@ -100,7 +100,7 @@ def _close_silently(breaker: CircuitBreaker) -> None:
         breaker._listeners = ()
         logger.disabled = True
         try:
-            # Not by a close() of a subclass, which may tell others.
+            # Not by breaker.close(), which in a subclass may tell other code.
             CircuitBreaker.close(breaker)
         finally:
             logger.disabled = was_disabled
@@ -123,23 +123,24 @@ def let_timeout_pass(breaker: CircuitBreaker) -> None:
         try:
             moment = breaker._state_storage.opened_at
             moment = moment and moment - timedelta(seconds=wait + 1)
-        except OverflowError:  # until somebody moves the circuit, or nearly so
-            moment = None  # means that the timeout has passed
+        except OverflowError:  # wait is infinite, or longer than a timedelta can be
+            moment = None  # which says that the timeout has passed
         storage: Any = breaker._state_storage
         storage.opened_at = moment
 
 
 @contextlib.contextmanager
 def refusing(breaker: CircuitBreaker) -> Iterator[CircuitBreaker]:
-    """A block in which the breaker rejects every call, also one in a dry run.
+    """A context manager, which gives the breaker: in the block the breaker rejects
+    every call, even with `dry_run`.
 
-    When the block ends, the circuit is in the state that it was in, with the failures
-    that it had. Listeners are told of both moves, as they are in an outage.
+    When the block ends, the circuit goes back to the state and the failures from
+    before. Listeners are told of both moves, as they are in an outage.
     """
     before, failures = breaker.state, breaker.fail_counter
     wait, is_dry = breaker.retry_after, breaker.dry_run
     breaker.dry_run = False
-    # Not by an open() of a subclass, which may take no arguments.
+    # Not by breaker.open(), which in a subclass may take no arguments.
     CircuitBreaker.open(breaker, math.inf, "refusing() in a test")
     try:
         yield breaker
@@ -162,7 +163,7 @@ except ImportError:  # with unittest alone there is no fixture
         if name == "fresh_breakers":
             raise ImportError(
                 "fresh_breakers is a fixture of pytest, which is not installed; "
-                "restoring_breakers() is the same as a with block"
+                "without pytest, write `with restoring_breakers():`"
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -170,7 +171,7 @@ else:
 
     @pytest.fixture
     def fresh_breakers() -> Iterator[None]:
-        """Circuits are closed, without failures, and breakers have the settings and
-        listeners that they had, when the test ends: see `restoring_breakers`."""
+        """A fixture that runs the test in a block of `restoring_breakers`: when the
+        test ends, circuits are closed and breakers have their former settings."""
         with restoring_breakers():
             yield
