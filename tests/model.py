@@ -1,8 +1,9 @@
-"""A circuit as the specification has it, for one thread, and with nothing to run.
+"""A model of a circuit by the rules of the specification, without locks or threads.
 
-It is asked the same as a breaker and answers what should come of it, by returning
-or by raising `Rejected` or `Tripped`. The names are the specification's. `test_model`
-puts `pybreaker.py` next to it; `test_interleavings` lets other threads in between.
+A model runs no functions: a test tells the model what happens to a breaker, and the
+model says what should come of that, by returning or by raising `Rejected` or `Tripped`.
+The names are the specification's. `test_model` compares breakers with the model;
+`test_interleavings` tries all orders in which the steps of several calls can happen.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ SUCCESS, FAILURE, ABANDONED = "success", "failure", "abandoned"
 
 
 class Rejected(Exception):
-    """The call is refused, and may come back after so many seconds."""
+    """The call is rejected; `retry_after` is in seconds."""
 
     def __init__(self, retry_after, reason):
         self.retry_after, self.reason = retry_after, reason
 
 
 class Tripped(Exception):
-    """The call's failure opened the circuit, and that is what its caller sees."""
+    """The call's failure opened the circuit; the caller sees this, from `cause`."""
 
     def __init__(self, phrase, cause, retry_after, reason):
         self.phrase, self.cause = phrase, cause
@@ -29,7 +30,7 @@ class Tripped(Exception):
 
 
 class FailedResult(Exception):
-    """A result that makes the call that returned it a failure."""
+    """Stands for the exception of a call that its result made a failure."""
 
 
 class Era:
@@ -46,25 +47,28 @@ class Era:
 
 
 class Call:
-    """An admitted call; one that decides nothing belongs to no era, nor does a trial
-    that the storage has yet to grant."""
+    """An admitted call. `era` is None for a call that decides nothing, and for a trial
+    until the storage has granted the trial."""
 
     def __init__(self, era, trial=False, since=math.nan):
         self.era, self.trial, self.since = era, trial, since
-        self.granted = self.claimed = False  # so that it runs; so that it releases
+        # Whether the storage has granted the trial; whether the trial has a claim of
+        # the storage to release.
+        self.granted = self.claimed = False
 
 
 class Model:
-    """`clock` says how late it is, by the monotonic clock (`now`) and by the storage's
-    (`moment`), and `listeners` are functions that are called with an event and its
-    details."""
+    """A circuit. `clock` has the time in seconds, by the monotonic clock (`now`) and by
+    the storage's clock (`moment`); `listeners` are functions that are called with the
+    name of an event and the event's details."""
 
-    is_abandoning = staticmethod(lambda exc: False)  # whatever else is said of it
-    shortening = 1.0  # of an opening, by chance, where openings grow
+    is_abandoning = staticmethod(lambda exc: False)  # whether exc always abandons
+    shortening = 1.0  # the random factor of openings, with `max_reset_timeout`
 
     def __init__(self, clock, state=CLOSED):
         self.clock, self.era, self.stored = clock, Era(state), state
-        self.calls, self.failures = 0, []  # counted in this era; with number and moment
+        # The number of counted calls of this era; (number, moment) of each failure.
+        self.calls, self.failures = 0, []
         self.success_counter = 0
         self.fail_max, self.reset_timeout, self.success_threshold = 5, 60, 1
         self.window_size = self.window_seconds = self.max_reset_timeout = None
@@ -72,17 +76,17 @@ class Model:
         self.ignore, self.exclude, self.include = [], [], []
         self.failure_result = lambda result: False
         self.name = None
-        self.opened = None  # a moment of the storage's clock
-        self.place = None  # the trial that holds it
+        self.opened = None  # the last opening, by the storage's clock
+        self.place = None  # the trial that holds the place
         self.listeners = []
-        self.moves, self.released = [], 0  # what a storage is told
+        self.moves, self.released = [], 0  # the storage's move() and release_trial()
 
     # What happens to a call.
 
     def admission(self, context, what):
-        """The call that is let in. A generator: at its `yield` it asks the storage
-        for the trial, and is sent the answer. `context` holds the trials whose
-        context the call is in; `what` is called."""
+        """A generator that returns the admitted call. At the `yield` it asks the
+        storage for the trial, and is sent the storage's answer. `context` holds the
+        trials whose context the call is in; `what` is the function."""
         call = self.arrive(context, what)
         while call.trial and call.era is None:
             try:
@@ -99,7 +103,7 @@ class Model:
         if self.era.name == CLOSED:
             call = Call(self.era)
         elif self.is_within(context) and (self.retry_after or self.reset_timeout == 0):
-            call = Call(None)  # even a timeout of 0 leaves a trial its own calls
+            call = Call(None)  # within the trial, for a timeout of 0 even if overdue
         elif self.retry_after == 0:
             self.place = Call(None, trial=True, since=self.clock.now)
             context.add(self.place)
@@ -111,16 +115,18 @@ class Model:
         return call
 
     def refuse(self, rejected, what):
-        """In a dry run the call is told as rejected, and runs and decides nothing."""
+        """Reject a call; in a dry run, tell of that and return a call that decides
+        nothing."""
         self.tell("rejected", what)
         if not self.dry_run:
             raise rejected
         return Call(None)
 
     def may_begin(self, trial, granted, what):
-        """The trial, if the era is still the same and the place its own."""
+        """The admitted call, after the storage's answer; None if `trial` has lost the
+        place."""
         if granted and self.place is not None:
-            self.place.claimed = True  # even if another call holds it by now
+            self.place.claimed = True  # even if another trial holds the place by now
         elif granted:
             self.release()
         self.look()
@@ -141,12 +147,12 @@ class Model:
         return call
 
     def judge(self, exc):
-        """The outcome of a call that raised this."""
+        """The outcome of a call that raised `exc`."""
         if self.is_abandoning(exc) or self.matches(self.ignore, exc):
             return ABANDONED
         if self.matches(self.exclude, exc):
             return SUCCESS
-        if hasattr(exc, "exceptions"):  # a group: what is in it decides
+        if hasattr(exc, "exceptions"):  # a group: the exceptions in the group decide
             outcomes = {self.judge(each) for each in exc.exceptions}
             return next(o for o in (FAILURE, SUCCESS, ABANDONED) if o in outcomes)
         if self.include and not self.matches(self.include, exc):
@@ -164,8 +170,8 @@ class Model:
             self.give_back(call)
 
     def conclude(self, call, outcome, exc=None):
-        """A late outcome, and one within a trial, changes nothing and is heard of;
-        that of a trial that lost its place counts."""
+        """Take in an outcome. A late one, or that of a call within a trial, is told and
+        changes nothing; that of a trial that lost the place counts."""
         if outcome == ABANDONED:
             self.tell("abandoned")
             return
@@ -182,7 +188,7 @@ class Model:
                 self.fail(exc)
 
     def succeed(self):
-        """A success that counts forgets the failures, unless a window does."""
+        """Count a success, which forgets all failures unless `window_size` is set."""
         self.calls += 1
         if self.era.name == HALF_OPEN or (
             self.era.name == CLOSED and self.window_size is None
@@ -192,14 +198,15 @@ class Model:
         self.decide_success()
 
     def decide_success(self):
-        """`state.on_success`, which leaves the failures to whoever calls it."""
+        """What `state.on_success` does, which forgets no failures."""
         if self.era.name == HALF_OPEN:
             self.success_counter += 1
             if self.success_counter >= self.success_threshold:
                 self.move(CLOSED, "outcome", "the trial succeeded")
 
     def count(self):
-        """In the closed state no call brings the count above the limit."""
+        """Count a failure; no call brings `fail_counter` above `fail_max` while the
+        circuit is closed."""
         if self.era.name == HALF_OPEN or (
             self.era.name == CLOSED and self.fail_counter != self.fail_max
         ):
@@ -211,7 +218,8 @@ class Model:
         self.forget()
 
     def fail(self, exc):
-        """What is decided after the failure has been told, on what is then true."""
+        """Decide whether a failure opens the circuit. The failure has been told, and a
+        listener may have changed anything meanwhile."""
         if self.era.name == CLOSED and self.fail_counter >= self.fail_max:
             by, reason = "count", self.why_so_many()
             phrase = "Failures threshold reached, circuit breaker opened"
@@ -249,7 +257,7 @@ class Model:
         self.released += 1
 
     def gate(self, context):
-        """`state.before_call`: neither takes the place nor tells of the call."""
+        """What `state.before_call` does: it neither takes the place nor tells."""
         self.look()
         if self.retry_after == 0:
             if self.era.name == OPEN:
@@ -260,7 +268,7 @@ class Model:
     def is_within(self, context):
         return self.place in context and self.place.granted
 
-    # The window: failures are forgotten in the closed state, and for good.
+    # The window. Only a closed circuit forgets failures, and then for good.
 
     def forget(self):
         if self.era.name == CLOSED:
@@ -279,7 +287,7 @@ class Model:
 
     @fail_counter.setter
     def fail_counter(self, count):
-        """So many failures, counted just now."""
+        """Have `count` failures, counted just now."""
         self.failures = []
         for _ in range(int(count)):
             self.count_one()
@@ -295,7 +303,7 @@ class Model:
         self.forget()
 
     def refuses(self, name, value):
-        """Whether a setting does not go with the others."""
+        """Whether a breaker refuses `value` because of the other settings."""
         new = {**vars(self), name: value}
         fail_max, size, longest = (
             new[each] for each in ("fail_max", "window_size", "max_reset_timeout")
@@ -310,7 +318,8 @@ class Model:
     # Moves, by hand and others.
 
     def move(self, name, by="hand", reason="by hand", seconds=None):
-        """All but the half-opening that a trial makes forget the successes."""
+        """Move the circuit. Each move but the half-opening that a trial makes sets
+        `success_counter` to 0."""
         if by != "trial":
             self.success_counter = 0
         failed_trials = self.era.failed_trials + (by == "outcome")
@@ -326,7 +335,7 @@ class Model:
         self.begin_era(era, by)
 
     def look(self):
-        """Whether somebody else has moved the circuit."""
+        """Begin a new era if something else has moved the storage."""
         if self.stored != self.era.name:
             self.begin_era(self.found())
 
@@ -353,12 +362,12 @@ class Model:
         return self.shown().reason
 
     def shown(self):
-        """The era that a look would find."""
+        """The era that `look` would begin, or the present one."""
         return self.era if self.stored == self.era.name else self.found()
 
     @property
     def retry_after(self):
-        """The seconds until a call may be admitted."""
+        """The seconds until a call may be admitted; 0.0 where one may be now."""
         if self.stored == CLOSED:
             return 0.0
         open_for = math.inf if self.opened is None else self.clock.moment - self.opened
@@ -376,7 +385,8 @@ class Model:
         return self.grown(opening) * factor
 
     def grown(self, era):
-        """How long an opening lasts, and a trial may hold its place."""
+        """The seconds that an opening lasts, and that a trial may hold the place, with
+        `reset_timeout` grown by the failed trials before `era`."""
         if self.max_reset_timeout is None:
             return self.reset_timeout
         grown = self.reset_timeout * 2.0**era.failed_trials

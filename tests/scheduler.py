@@ -1,33 +1,33 @@
 """Runs threads one step at a time, in an order that is chosen and can be repeated.
 
-A *step* is a line of one file, or an instruction of it, that reads or writes an
-attribute which somebody writes while threads race: no other can be seen by another
-thread, and between two steps it makes no difference who runs. (But a line happens at
-once, which in a program it need not; that is what instructions are for.)
-`sys.monitoring` (Python 3.12) stops each thread before each of its steps, and lets all
-other code run at full speed. One thread runs at a time; at every step it is decided who
-goes on, and that decision is all there is of chance in a program whose threads share
-memory and nothing else.
+A *step* is a line, or an instruction, of the watched file that reads or writes an
+attribute which some thread writes during the race. No other code changes what another
+thread can see, so between two steps it makes no difference which thread runs. (Steps by
+line are coarse: a real thread may be interrupted within a line. Steps by instruction
+are not.) `sys.monitoring` (Python 3.12) stops each thread before each of its steps, and
+lets all other code run at full speed. One thread runs at a time; before every step the
+scheduler decides which thread goes on. In a program whose threads share memory and
+nothing else, only these decisions differ from run to run.
 
-By default the thread goes on that ran last, and when it has ended or waits for
-a `Lock`, the first that can. A *schedule* says where to decide otherwise:
-``{0: 1, 31: 0}`` begins with thread 1 and leaves it for thread 0 at step 31.
-Leaving a thread that could have gone on is a *preemption*. Most races need only
-one or two of these, so `explore` tries every schedule that has so many; how
-many there are grows with the square of the length and not exponentially.
-(Musuvathi and Qadeer showed this in 2007, and called it context bounding.)
+By default the thread that ran last goes on, and when that thread has ended or waits for
+a `Lock`, the first thread that can. A *schedule* says where to decide otherwise:
+``{0: 1, 31: 0}`` begins with thread 1 and leaves that for thread 0 at step 31.
+Leaving a thread that could have gone on is a *preemption*. Most races need only one
+or two, so `explore` tries every schedule with at most so many. With two, the number of
+schedules grows with the square of the number of steps and not exponentially.
+(Musuvathi and Qadeer called this context bounding in 2007.)
 
     with Scheduler(2, watched.__file__) as scheduler:
         for schedule in explore(run, 2):  # run calls scheduler.run(programs, schedule)
             check(...)
 
-Many of these orders differ only in which came first of two steps that have nothing to
-do with each other. Where that can be told, one of them is run. It can be told if every
-instruction is a step, and if code that is not watched says what it uses: see `touch`.
-(Godefroid, 1996, has called this partial-order reduction.)
+Many of these orders differ only in which came first of two steps that commute, as
+neither writes what the other uses. `explore` then runs one of the orders, if every
+instruction is a step and code that is not watched says what that code uses: see
+`touch`. (Godefroid called this partial-order reduction in 1996.)
 
-The lock of the watched code has to be a `Lock` of the scheduler: a thread that
-waited for any other would never come back to say so.
+The lock of the watched code has to be a `Lock` of the scheduler: if a thread waited for
+any other lock, the scheduler would wait for that thread for ever.
 """
 
 from __future__ import annotations
@@ -50,34 +50,35 @@ needs_monitoring = pytest.mark.skipif(
 
 
 class Stuck(BaseException):
-    """Ends a thread that cannot go on, or that never ends."""
+    """Raised in a thread to end it, because it can never go on or makes no end."""
 
 
 class Use(NamedTuple):
-    """What is read and what is written, each as a number that has a bit for a name."""
+    """The names that a step reads and writes, each set as a number with a bit for each
+    name."""
 
     reads: int = 0
     writes: int = 0
 
     def __or__(self, other):
-        """Both together."""
+        """What two steps use together."""
         return Use(self.reads | other.reads, self.writes | other.writes)
 
     def commutes_with(self, other):
-        """Whether it makes no difference which comes first."""
+        """Whether it makes no difference which of two steps comes first."""
         return not (
             self.writes & (other.reads | other.writes) or self.reads & other.writes
         )
 
 
-# Names of the same attributes.
+# Second names of attributes, which are one attribute to the scheduler.
 ALIASES = {
     "state": "_state",
     "counter": "_fail_counter",
     "success_counter": "_success_counter",
 }
 NOTHING = Use()
-ANYTHING = Use(-1, -1)  # which have all bits
+ANYTHING = Use(-1, -1)  # -1 has all bits
 
 
 @functools.cache
@@ -92,16 +93,17 @@ def _bit(name, _numbers=itertools.count()):  # noqa: B008
 
 
 class Scheduler:
-    """Runs as many programs at once as it has threads: see the module. `shared` are
-    the names of the attributes that make a step, by default all.
+    """Runs up to `threads` programs at once, as the module's docstring says. `filename`
+    is the watched file; with `opcodes`, steps are instructions and not lines. `shared`
+    are the names of the attributes that make a step, by default all. `tells` promises
+    that code which is not watched says by `touch` what it uses. A run of more than
+    `patience` steps is stuck.
 
-    `tells` promises that code which is not watched says what it uses.
-
-    `trail` is the list of the decisions of the last run: who ran, who went on, who
-    could have, the line where it was decided, and the `Use` that was then made of what
-    threads share, up to the next decision. `current` is the number of the thread that
-    runs, `waiting` says which lock a thread waits for, and `stuck` why a run could not
-    go on, or is None.
+    `trail` is the list of the decisions of the last run: the number of the thread that
+    ran, of the one that went on, of those that could have, the line of the decision,
+    and the `Use` made of shared attributes up to the next decision. `current` is the
+    number of the running thread, `waiting` has the lock that each waiting thread waits
+    for, and `stuck` says why a run could not go on, or is None.
     """
 
     def __init__(
@@ -120,13 +122,13 @@ class Scheduler:
         self._patience = patience  # steps
         self._schedule = {}
         self._ready = ()
-        # What each thread uses in the step that it is about to make.
+        # What each thread uses in the step that the thread is about to make.
         self._unknown = NOTHING if tells and opcodes else ANYTHING
         self._next = [self._unknown] * threads
         self._programs = [None] * threads
         self._results = [None] * threads
         self._steps = _Steps(filename, opcodes, shared, self.step)
-        # A thread that does not run waits for its baton; the caller, for its own.
+        # A thread that does not run waits for its baton; run() waits for _over.
         self._batons = [_taken() for _ in range(threads)]
         self._over = _taken()
         self._threads = [
@@ -151,8 +153,8 @@ class Scheduler:
         self._steps.leave()
 
     def run(self, programs, schedule):
-        """Run each program in a thread and a context of its own. Returns what
-        they returned, or the exceptions that they raised."""
+        """Run each program in a thread and a context of its own. Returns a list of what
+        the programs returned, or of the exceptions that they raised."""
         self._programs = programs
         self._results = [None] * len(programs)
         self._schedule = schedule
@@ -167,8 +169,8 @@ class Scheduler:
         return self._results
 
     def step(self, line=None, use=NOTHING):
-        """Let other threads in, if the schedule says so. Code that is not
-        watched calls this where it wants to be interrupted."""
+        """Make a step of the running thread, after another thread has gone on if the
+        schedule says so. Code that is not watched calls this to be interrupted."""
         me = self.current
         if me is None:  # nothing is being run
             return
@@ -186,8 +188,8 @@ class Scheduler:
             self._batons[me].acquire()
 
     def touch(self, *names, reads=()):
-        """Code that is not watched writes what has these names, and reads the others;
-        without a name, it may do anything."""
+        """Say that code which is not watched writes the attributes in `names` and reads
+        those in `reads`; without any name, that it may use anything."""
         if self.current is not None:
             *decision, use = self.trail[-1]
             more = Use(bits(*reads), bits(*names)) if names or reads else ANYTHING
@@ -211,7 +213,7 @@ class Scheduler:
             self._retire()
 
     def _go_on(self, line=None):
-        """Decide who goes on, and set that thread off."""
+        """Decide which thread goes on, and hand that thread its baton."""
         me, ready = self.current, self._ready
         chosen = self._schedule.get(len(self.trail))
         if chosen not in ready:
@@ -247,7 +249,8 @@ class Scheduler:
         self._ready = tuple(sorted({*self._ready, *numbers}))
 
     def _rescue(self):
-        """Nobody is ready: if somebody waits, that is a deadlock, and it ends."""
+        """No thread is ready. If threads wait, end the deadlock by waking them all.
+        Returns whether it was one."""
         if not self.waiting:
             return False
         self.stuck = f"deadlock: {len(self.waiting)} of the threads wait for ever"
@@ -257,7 +260,7 @@ class Scheduler:
 
 class Lock:
     """Stands in for `threading.RLock`. `owner` is the number of the thread that
-    holds it, `uses` is how often it was taken."""
+    holds the lock, `uses` counts how often the lock was taken."""
 
     def __init__(self, scheduler):
         self._scheduler = scheduler
@@ -294,21 +297,22 @@ class Lock:
         self.release()
 
     def is_mine(self):
-        """Whether the running thread, or the caller between runs, holds it."""
+        """Whether the running thread, or the caller between runs, holds the lock."""
         return self._depth > 0 and self.owner == self._scheduler.current
 
-    _is_owned = is_mine  # as that of threading.RLock, which Condition uses
+    _is_owned = is_mine  # threading.RLock has this method, and the library asks it
 
 
 def explore(run, preemptions, alike=()):
-    """Call `run(schedule)`, which returns a trail, with each schedule that has at
-    most so many preemptions, and with each of them once. Yields the schedules.
+    """Call `run(schedule)`, which returns a trail, once with each schedule that has at
+    most `preemptions` of them. Yields the schedules.
 
-    `alike` has a label for each thread. Where equal labels say that threads do the
-    same, it is always the first of them that begins first.
+    `alike` has a label for each thread; threads with equal labels run equal programs.
+    Of such threads the first always begins first.
 
-    A thread is left before a step only if the step, and what others do in its absence,
-    do not commute. If they do, leaving it after the step comes to the same.
+    A thread is left before a step only if the step does not commute with what other
+    threads do in the thread's absence. If it does, leaving the thread after the step
+    has the same effect.
     """
 
     def begin_with(schedule, spent, absences):
@@ -316,7 +320,7 @@ def explore(run, preemptions, alike=()):
         yield schedule
         for absence in absences:
             absence.see(trail)
-        later = {}  # the absences, where another thread gets in one decision later
+        later = {}  # absences if another thread goes on one decision later, by thread
         for number in reversed(range(max(schedule, default=-1) + 1, len(trail))):
             before, chosen, ready, _, use = trail[number]
             cost = spent + (before in ready)
@@ -324,7 +328,7 @@ def explore(run, preemptions, alike=()):
             for other in ready:
                 absence = _Absence(before, number)
                 if other == chosen:
-                    # Among three threads, others might have been chosen here as well.
+                    # Of three threads, a third might have been chosen here as well.
                     if other != before and len(trail[0][2]) == 2:
                         absence.see(trail)
                         sooner[other] = absence
@@ -346,8 +350,8 @@ def explore(run, preemptions, alike=()):
 
 
 class _Absence:
-    """A thread is left at this decision. `use` is what all others use until it goes on,
-    in all of the trails that were seen."""
+    """That `thread` is left at decision `number`. `use` is what all other threads use
+    until it goes on, in all trails that were seen."""
 
     def __init__(self, thread, number):
         self.thread, self.number, self.use = thread, number, NOTHING
@@ -365,16 +369,17 @@ class _Absence:
 
 
 def _is_like_an_earlier(thread, trail, alike):
-    """Whether neither this thread has begun nor an earlier one that does the same."""
+    """Whether `thread` has not begun, and an earlier one with an equal label has not
+    begun either."""
     same = {earlier for earlier in range(thread) if alike[earlier] == alike[thread]}
     begun = {chosen for _, chosen, *_ in trail} if same else {thread}
     return thread not in begun and not same <= begun
 
 
 def sample(run, rng, known, count):
-    """Call `run(schedule)` with up to `count` random schedules, each of which has one
-    preemption more than the last one, or than one of `known`, which is a list of
-    schedules with their trails. Yields the schedules."""
+    """Call `run(schedule)` with up to `count` random schedules. Each has one preemption
+    more than the schedule before, or than one in `known`, a list of pairs of schedule
+    and trail. Yields the schedules."""
     trail = ()
     for _ in range(count if known else 0):
         if not trail or rng.random() < 0.25:
@@ -396,7 +401,7 @@ def sample(run, rng, known, count):
 
 
 def preemptions_in(trail):
-    """How many times a thread was left that could have gone on."""
+    """How many times in the trail a thread was left that could have gone on."""
     return sum(
         before in ready and before != chosen for before, chosen, ready, *_ in trail
     )
@@ -406,20 +411,21 @@ NAMES = "abc"  # of the threads, in what is printed
 
 
 def written(schedule):
-    """It as text, such as "0:b 31:a"."""
+    """The schedule as text, such as "0:b 31:a"."""
     return " ".join(f"{step}:{NAMES[schedule[step]]}" for step in sorted(schedule))
 
 
 def parsed(text):
-    """The schedule that was written so."""
+    """The schedule that `written` made this text of."""
     switches = (switch.split(":") for switch in text.split())
     return {int(step): NAMES.index(name) for step, name in switches}
 
 
 def _move_to_one_core():
-    """The calling thread, and those that it will start, as handing over to another core
-    takes ten times as long. Only where each worker of pytest-xdist has one, so that no
-    two meet there. Returns the cores that it ran on, or None if it may still move."""
+    """Keep the calling thread, and those that it will start, on one core, as handing
+    over to another core takes ten times as long. Only where each worker of pytest-xdist
+    can have a core of its own. Returns the cores that the thread could run on before,
+    or None if it is not kept."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
     if not workers or not hasattr(os, "sched_setaffinity"):
         return None
@@ -443,8 +449,8 @@ def _taken():
 
 
 def written_names(code):
-    """The names of the attributes that this code writes, and the code in it, unless it
-    is a constructor's; and all names that it has as strings, as it may write by these.
+    """The names of the attributes that this code, or code nested in it, writes outside
+    constructors; and all strings in it that are names, as `setattr` may write by them.
     """
     names = set()
     for constant in code.co_consts:
@@ -460,17 +466,19 @@ def written_names(code):
 
 
 class _Steps:
-    """Calls `step(line)` before each step in the file that one of `threads` makes."""
+    """Calls `step(line, use)` before each step in the file by one of `threads`."""
 
-    TOOL = 4  # a number that sys.monitoring leaves to anybody
+    TOOL = 4  # a number that sys.monitoring leaves free
 
     def __init__(self, filename, opcodes, shared, step):
         self._filename = filename
         self._opcodes = opcodes
         self._shared = shared
         self._step = step
-        self.threads = set()  # their identities
-        self._places = {}  # with the code, by its identity: hashing a code takes long
+        self.threads = set()  # the identities of the watched threads
+        # By id(code), as hashing code takes long: its places, and the code, so that it
+        # stays alive and no other code gets the id.
+        self._places = {}
 
     def watch(self):
         monitoring = sys.monitoring
@@ -479,7 +487,7 @@ class _Steps:
         self._event = events.INSTRUCTION if self._opcodes else events.LINE
         monitoring.register_callback(self.TOOL, self._event, self._reach)
         monitoring.set_events(self.TOOL, self._event)
-        monitoring.restart_events()  # of earlier schedulers' places, too
+        monitoring.restart_events()  # also where an earlier scheduler disabled them
 
     def leave(self):
         sys.monitoring.set_events(self.TOOL, 0)
@@ -487,7 +495,7 @@ class _Steps:
         sys.monitoring.free_tool_id(self.TOOL)
 
     def _reach(self, code, place):
-        """The running thread is at this line, or this offset, of the code."""
+        """The running thread is at `place` in the code, a line or an offset."""
         try:
             places, _ = self._places[id(code)]
         except KeyError:
@@ -496,15 +504,15 @@ class _Steps:
             self._places[id(code)] = places, code
         step = places.get(place)
         if step is None:
-            return sys.monitoring.DISABLE  # it is not asked about again
+            return sys.monitoring.DISABLE  # no event comes from this place again
         if threading.get_ident() in self.threads:
             self._step(*step)
         return None
 
 
 def _places(code, opcodes, shared):
-    """The lines of the code, or the offsets in it, that touch such an attribute, each
-    with the line, and the use that all of the line makes of them."""
+    """The lines of the code, or the offsets in it, that use a shared attribute, each
+    with the line, and the use that the whole line makes of shared attributes."""
     starts = dict(dis.findlinestarts(code))
     places, uses, line = {}, {}, None
     for instruction in dis.get_instructions(code):
@@ -517,9 +525,9 @@ def _places(code, opcodes, shared):
 
 
 def _use(instruction, shared):
-    """What it uses of the attributes with these names, or of any."""
+    """What the instruction uses of the attributes in `shared`, or of all if None."""
     kind, name = instruction.opname, instruction.argval
-    if "SUBSCR" in kind or instruction.argrepr == "[]":  # as it is called in 3.14
+    if "SUBSCR" in kind or instruction.argrepr == "[]":  # the second in Python 3.14
         name = "[]"
     elif kind == "LOAD_GLOBAL" and name == "getattr":
         return Use(reads=~bits("a lock"))
