@@ -216,8 +216,8 @@ class _Watched:
 
 
 class _WatchedState(_Watched):
-    """The attribute ``breaker._state``, in which an asynchronous subclass finds the
-    coroutine that its `_create_new_state` returned."""
+    """The attribute ``breaker._state``. An asynchronous subclass reads from it the
+    coroutine that the `_create_new_state` of the subclass returned."""
 
     def __get__(self, breaker: Any, owner: Any) -> Any:
         state = super().__get__(breaker, owner)
@@ -688,7 +688,7 @@ class CircuitBreaker:
         self._set("_dry_run", _true_or_false("dry_run", dry_run))
 
     def _set(self, attribute: str, value: Any) -> None:
-        """Write a setting that decides what calls may skip the lock."""
+        """Write a setting that decides which calls may skip the lock."""
         with self._lock:
             setattr(self, attribute, value)
             self._find_admission()
@@ -741,15 +741,13 @@ class CircuitBreaker:
 
     @property
     def current_state(self) -> str:
-        """The name of the state in the storage: ``'closed'``, ``'open'`` or
-        ``'half-open'``. An open circuit whose timeout has passed stays ``'open'``
-        until the next call."""
+        """The state's name in the storage: ``'closed'``, ``'open'`` or ``'half-open'``.
+        An open circuit whose timeout has passed stays open until the next call."""
         return self._storage.state
 
     @property
     def success_counter(self) -> int:
-        """How many trials have succeeded since the circuit opened, closed or was
-        moved by hand."""
+        """Successful trials since the circuit opened, closed or was moved by hand."""
         return self._storage.success_counter
 
     @property
@@ -841,8 +839,7 @@ class CircuitBreaker:
 
     @property
     def excluded_exceptions(self) -> tuple[_Exclusion, ...]:
-        """The classes and predicates of `exclude`, under the name that older
-        releases have."""
+        """The classes and predicates of `exclude`, under the name in older releases."""
         return tuple(self._exclude)
 
     @property
@@ -868,7 +865,7 @@ class CircuitBreaker:
     @property
     def ignore(self) -> tuple[_Exclusion, ...]:
         """Classes and predicates: a call whose exception one of them matches is
-        abandoned, neither counted nor told. `ignore` is asked before `exclude`."""
+        abandoned, no success and no failure. `ignore` is asked before `exclude`."""
         return self._ignore
 
     @ignore.setter
@@ -1070,9 +1067,9 @@ class CircuitBreaker:
     def _begin_trial(
         self, trial: _Trial, granted: bool, func: Any, args: Any, kwargs: Any
     ) -> _Admission | None:
-        """Begin a trial after the storage has answered, or raise
-        `CircuitBreakerError` if the storage has not `granted` the trial. None means
-        that the trial has lost the place, so that admission starts again."""
+        """Begin a trial after the storage has answered, or raise `CircuitBreakerError`
+        if the storage has not `granted` the trial. None means that the trial has lost
+        the place, so that admission starts again."""
         try:
             with self._lock:
                 holder = self._trial
@@ -1255,9 +1252,9 @@ class CircuitBreaker:
         return False
 
     def _ask(self, method: Any, told: Any, exc: Any, **options: Any) -> None:
-        """Call a method of a user's state class about a failure. What `method` raises
-        reaches the caller, but no `CircuitBreakerError` or `FailedResult` does where
-        the call returned a result: the caller gets the result. Lock held."""
+        """Call a method of a user's state class about a failure. If the call returned a
+        result (`exc` is None), the caller gets the result even if `method` raises
+        `CircuitBreakerError` or `FailedResult`. Lock held."""
         try:
             method(told, **options)
         except (CircuitBreakerError, FailedResult):
@@ -1668,8 +1665,9 @@ class CircuitClosedState(CircuitBreakerState):
     def _count_failure(self) -> None:
         breaker = self._breaker
         if breaker._storage.counter == breaker._fail_max:
-            # A listener, told of the failure that made the counter reach fail_max,
-            # has caused another failure, unless time has passed in the window.
+            # The circuit is still closed if a listener, told of the failure that made
+            # the counter reach fail_max, causes another failure, or if the counter was
+            # set. In a window, time may have forgotten failures since.
             self._forget()
             if breaker._storage.counter == breaker._fail_max:
                 return
@@ -1860,8 +1858,7 @@ class CircuitHalfOpenState(CircuitBreakerState):
 
 
 def breakers() -> tuple[CircuitBreaker, ...]:
-    """All breakers that are alive in this process, in the order of their names,
-    unnamed breakers last."""
+    """All breakers alive in this process, sorted by name, unnamed ones last."""
     alive = [breaker for ref in _breakers.valuerefs() if (breaker := ref()) is not None]
     return tuple(sorted(alive, key=lambda each: (each._name is None, each._name or "")))
 
@@ -2210,8 +2207,7 @@ def _guard_for(func: Any) -> Any:
 
 
 def _lazy_flags(func: Any) -> int:
-    """Those flags of the code behind `func` that say that a call makes a coroutine or
-    a generator, which runs later."""
+    """Those flags of the code behind `func` that say that a call of it runs later."""
     while isinstance(func, (functools.partial, types.MethodType)):
         func = func.func if isinstance(func, functools.partial) else func.__func__
     # An AsyncMock has a __code__ of its own, and a proxy of a remote object has any
@@ -2225,8 +2221,7 @@ def _lazy_flags(func: Any) -> int:
 
 
 def _called_like(guarded: Any, original: Any) -> Any:
-    """Give `guarded`, and so the generators and coroutines that it makes, the name of
-    `original`, which tracebacks and tasks show."""
+    """Give `guarded` the name of `original`, which tracebacks and tasks show."""
     for attribute in ("__name__", "__qualname__"):
         name = getattr(original, attribute, None)
         if isinstance(name, str):
@@ -2379,8 +2374,7 @@ class CircuitBreakerListener:
 
     def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
         """A call failed with `exc`, a `FailedResult` if `failure_result` matched. A
-        failure that counts is counted already; whether the failure opens the circuit
-        is decided after this method returns."""
+        failure that counts is counted by now; the opening is decided afterwards."""
 
     def success(self, cb: CircuitBreaker) -> None:
         """A call succeeded. `state_change` comes before, if the circuit closed."""
@@ -2391,8 +2385,8 @@ class CircuitBreakerListener:
         """A call was rejected; `func` is not called, except in a dry run."""
 
     def abandoned(self, cb: CircuitBreaker) -> None:
-        """An admitted call was abandoned: cancelled, say, or ended by an exception
-        that `ignore` matches. It has neither succeeded nor failed."""
+        """An admitted call was abandoned, neither a success nor a failure: the call was
+        cancelled, say, or raised an exception that `ignore` matches."""
 
     def state_change(
         self,
@@ -2437,8 +2431,7 @@ def _hearer(listener: Any, event: str) -> Any:
 
 
 class _HearersInList:
-    """`_hearers_of` a list of listeners, asked anew at each event, because a program
-    may have changed the list."""
+    """`_hearers_of` a list, asked at each event, as a program may change the list."""
 
     def __init__(self, listeners: Any) -> None:
         self._listeners = listeners
@@ -2480,8 +2473,7 @@ class CircuitBreakerStorage:
 
     @property
     def state(self) -> str:
-        """The name of the circuit's state: ``'closed'``, ``'open'`` or
-        ``'half-open'``. Settable."""
+        """The name of the circuit's state. Settable."""
         raise NotImplementedError
 
     @state.setter
@@ -3004,16 +2996,14 @@ _LONGEST_TEXT = 300  # characters of a reason
 _NEW = _Move("", "new", "", failed_trials=0)
 _PLAIN_CALL = CircuitBreaker.call
 
-# The storage that makes every call take the lock: in none of the three states, and
-# with a failure for a success to forget.
+# The storage that makes every call take the lock: in no state, with a failure.
 _OPAQUE: Any = CircuitMemoryStorage(STATE_CLOSED)
 _OPAQUE._state = "hidden"
 _OPAQUE._fail_counter = 1
 
 _UNGUARDED: Any = _Unguarded()
 
-# The admission of calls whose outcome belongs to no era: those within a trial, and
-# those that a dry run does not reject.
+# The admission of calls within a trial, and of those that a dry run does not reject.
 _WITHIN = _Admission()
 
 # The trials in whose context the code runs.
