@@ -296,7 +296,7 @@ class CircuitBreaker:
 
     _factor: tuple[Any, float] = (None, 1.0)  # an opening, and its random factor
     _as_made: tuple[Any, ...] | None = None  # settings that CircuitBreakers gave
-    _due: _Move | None = None  # the move that the library is about to make
+    _move_under_way: _Move | None = None  # the move that the library is about to make
     _trial: _Trial | None = None  # the trial that holds the place
     _records: tuple[Any, ...] = ()  # log records that no handler has got yet
 
@@ -579,16 +579,14 @@ class CircuitBreaker:
                     f"overridden, not {self._storage!r}"
                 )
             _check_window(self._fail_max, size, seconds)
-            was_on = self._has_window()
-            if was_on:
-                self._era._end()  # what the old window has forgotten stays forgotten
-            is_on = (size, seconds) != (None, None)
-            if is_on and not was_on:
+            if self._has_window():
+                self._era._forget()  # what the old window has forgotten stays forgotten
+            else:
                 # Failures get marks before calls in other threads see window_size,
                 # and so draw numbers without the lock.
-                self._era._change_window(was_on, is_on)
+                self._era._mark_anew()
             self._window_size, self._window_seconds = size, seconds
-            self._era._change_window(True, is_on)
+            self._era._change_window()
 
     def _has_window(self) -> bool:
         return self._window_size is not None or self._window_seconds is not None
@@ -724,7 +722,7 @@ class CircuitBreaker:
                 for _ in range(count):
                     storage.increment_counter()
             if self._has_window():
-                self._era._change_window(was_on=False, is_on=True)
+                self._era._mark_anew()
 
     @property
     def name(self) -> str | None:
@@ -898,7 +896,7 @@ class CircuitBreaker:
         The breaker calls this method without the lock, and never for exceptions that
         abandon a call, such as `KeyboardInterrupt`. A subclass may override it.
         """
-        return self._judge_by_kind(exception, ()) is _FAILURE
+        return self._judge_by_kind(exception, asks_ignore=False) is _FAILURE
 
     # Judging an exception. The lock is not held, because predicates are user code.
 
@@ -909,22 +907,22 @@ class CircuitBreaker:
         if _is_abandonment(exc):
             return _ABANDONED
         if not self._has_own_judgement():
-            return self._judge_by_kind(exc, self._ignore)
+            return self._judge_by_kind(exc)
         if self._is_ignored(exc):
             return _ABANDONED
         return _FAILURE if self.is_system_error(exc) else _SUCCESS
 
-    def _judge_by_kind(self, exc: BaseException, ignore: tuple[Any, ...]) -> str:
-        if self._matches(ignore, exc):
+    def _judge_by_kind(self, exc: BaseException, asks_ignore: bool = True) -> str:
+        """The outcome by `ignore`, `exclude`, what is in a group, and `include`, of
+        which the first that answers decides."""
+        if asks_ignore and self._matches(self._ignore, exc):
             return _ABANDONED
         if self._matches(self._exclude, exc):
             return _SUCCESS
         leaves = _leaves_of(exc)
         if leaves:
             outcomes = [
-                _ABANDONED
-                if _is_abandonment(leaf)
-                else self._judge_by_kind(leaf, self._ignore)
+                _ABANDONED if _is_abandonment(leaf) else self._judge_by_kind(leaf)
                 for leaf in leaves
             ]
             order = (_FAILURE, _SUCCESS, _ABANDONED)
@@ -1021,11 +1019,12 @@ class CircuitBreaker:
             with self._lock:
                 if self._storage.state != self._era.name or not self._era._admits_all:
                     self._look()
-                is_refused = "before_call" in self._hooks and self._is_refused_by_gate(
-                    func, args, kwargs
+                is_rejected = (
+                    "before_call" in self._hooks
+                    and self._is_rejected_by_gate(func, args, kwargs)
                 )
                 admission, state = self._admission, self._era
-                if is_refused:
+                if is_rejected:
                     admission = _WITHIN
                 elif not state._admits_all:
                     wait = state._wait()
@@ -1051,7 +1050,7 @@ class CircuitBreaker:
             if self._records and trial is None:
                 self._hand_on_records()
 
-    def _is_refused_by_gate(self, func: Any, args: Any, kwargs: Any) -> bool:
+    def _is_rejected_by_gate(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Call the `before_call` of a user's state class, which raises
         `CircuitBreakerError` to reject the call. Returns whether a dry run lets a
         rejected call run. Lock held."""
@@ -1082,11 +1081,11 @@ class CircuitBreaker:
                 if self._trial is not trial:
                     return None
                 trial.begun = granted
-                is_let_in = granted and self._era._start_trial()
+                is_admitted = granted and self._era._start_trial()
                 if self._trial is not trial:  # a listener moved the circuit
                     return None
                 admission = _Admission(self._era, trial)
-                if not is_let_in:
+                if not is_admitted:
                     move = self._era._move  # read before a listener moves the circuit
                     self._tell("rejected", (self, func, *args), kwargs)
                     if not self._dry_run:
@@ -1205,8 +1204,8 @@ class CircuitBreaker:
                     self._look()
                 hooks = self._hooks
                 if hooks and self._ask_own_state(state, outcome, told, exc, by):
-                    pass
-                elif outcome is _SUCCESS:
+                    return
+                if outcome is _SUCCESS:
                     if state is self._era:
                         state._count_success(number)
                         if "on_success" in hooks:
@@ -1219,12 +1218,12 @@ class CircuitBreaker:
                         state._count_failure()
                     if self._hearers["failure"]:
                         self._tell("failure", (self, told))
-                    if state is not self._era:
-                        pass  # the outcome is late, or a listener has moved the circuit
-                    elif "on_failure" in hooks:
-                        self._ask(state.on_failure, told, exc)
-                    else:
-                        error = state._failed(told)
+                    # Not if the outcome is late, or if a listener moved the circuit.
+                    if state is self._era:
+                        if "on_failure" in hooks:
+                            self._ask(state.on_failure, told, exc)
+                        else:
+                            error = state._failed(told)
             if error is not None and exc is not None:
                 _raise(error, exc)
         finally:
@@ -1272,12 +1271,12 @@ class CircuitBreaker:
 
     @_logging
     def _move_to(self, name: str, seconds: float | None, reason: str | None) -> None:
-        """Make the move that `_carry_out` has put into `_due`, or one by hand."""
+        """Make the move that `_carry_out` has announced, or one by hand."""
         if seconds is not None:
             seconds = _seconds("seconds", seconds)
         reason = _checked_reason(reason)
         with self._lock:
-            move, self._due = self._due, None
+            move, self._move_under_way = self._move_under_way, None
             if move is None or move.state != name:
                 move = _Move(name, "by hand", "hand")
             move.seconds = seconds
@@ -1285,7 +1284,7 @@ class CircuitBreaker:
             move.fail_max = self._fail_max
             move.follow(self._era._move)
             if self._has_window():
-                self._era._end()
+                self._era._forget()
             if name == STATE_CLOSED:
                 self._storage.reset_counter()
             if move.by != "trial":
@@ -1296,11 +1295,13 @@ class CircuitBreaker:
     def _carry_out(self, move: _Move, method: Callable[[], _T]) -> _T:
         """Make a move of the library's own by `method`, which is `open`, `half_open`
         or `close`: a subclass may override it. Returns what `method` returns."""
-        self._due = move
+        self._move_under_way = move
         try:
             return method()
         finally:
-            self._due = None  # a subclass's method may not have moved the circuit
+            self._move_under_way = (
+                None  # a subclass's method may not have moved the circuit
+            )
 
     @_logging
     def _present_state(self) -> CircuitBreakerState:
@@ -1322,9 +1323,10 @@ class CircuitBreaker:
     def _found_move(self) -> _Move | None:
         """The move that something other than this breaker has made in the storage
         since this era began, or None."""
-        state, known, era = self._storage.state, self._storage.last_move(), self._era
-        if known is era._known_move or (known is not None and known.state != state):
-            known = None  # last_move() is older than the move to this state
+        era, state, known = self._era, self._storage.state, self._storage.last_move()
+        is_news = known is not era._known_move and known is not None
+        if not is_news or known.state != state:
+            known = None  # the storage knows nothing of the move to this state
         if state == era.name and (known is None or not era._differs_from(known)):
             return None
         return _Move.found(state, known).follow(era._move)
@@ -1471,7 +1473,7 @@ class CircuitBreaker:
         # Called in the child. A thread that held the lock, ran the trial or moved the
         # circuit is in the parent alone, and the parent logs the records.
         self._lock = threading.RLock()
-        self._trial = self._due = None
+        self._trial = self._move_under_way = None
         self._factor = None, 1.0
         self._records = ()
 
@@ -1528,10 +1530,10 @@ class CircuitBreakerState:
             breaker._look()
             state = breaker._era
             wait = state._wait()
-            is_let_in = (
+            is_admitted = (
                 breaker._is_within_trial() if wait else state._start_trial()
             ) or breaker._dry_run
-            if not is_let_in:
+            if not is_admitted:
                 raise breaker._error(state._move, wait, state._hint)
 
     @_logging
@@ -1550,6 +1552,7 @@ class CircuitBreakerState:
         try:
             with self._breaker._lock:
                 if self is self._breaker._era:
+                    self._forget()  # which gives the failure its mark
                     error = self._failed(exc)
             if error is not None:
                 _raise(error, exc)
@@ -1607,12 +1610,14 @@ class CircuitBreakerState:
         """How many failures have not been forgotten. Needs no lock."""
         return self._breaker._storage.counter
 
-    def _change_window(self, was_on: bool, is_on: bool) -> None:
-        """Give marks to failures, or drop the marks, after the window was set;
-        `was_on` and `is_on` say whether there was and is one."""
+    def _mark_anew(self) -> None:
+        """Let the failures that are counted stand for failures of this moment."""
 
-    def _end(self) -> None:
-        """Forget what time has forgotten, before the circuit or the window changes."""
+    def _change_window(self) -> None:
+        """Take in that the window was set, or switched off."""
+
+    def _forget(self) -> None:
+        """Take the failures from the counter that the window has forgotten."""
 
     def _succeeded(self) -> None:
         """Decide what follows from a success that has been counted."""
@@ -1676,9 +1681,10 @@ class CircuitClosedState(CircuitBreakerState):
             self._forget()
 
     def _failed(self, exc: BaseException) -> BaseException | None:
-        if self._marks is not None:
-            self._catch_up()
         breaker = self._breaker
+        if breaker._storage.counter < breaker._fail_max:
+            return None
+        self._forget()  # time may have passed while listeners were told
         count = breaker._storage.counter
         if count < breaker._fail_max:
             return None
@@ -1701,9 +1707,6 @@ class CircuitClosedState(CircuitBreakerState):
             self._breaker._storage.reset_counter()
         self._forget()
 
-    def _end(self) -> None:
-        self._forget()
-
     def _draw_number(self) -> int:
         return next(self._numbers)
 
@@ -1713,25 +1716,25 @@ class CircuitClosedState(CircuitBreakerState):
         is_in_step = marks and len(marks) == breaker._storage.counter
         return not is_in_step or number - self._oldest >= (breaker._window_size or 0)
 
-    def _forget(self, number: int | None = None) -> None:
+    def _forget(self, latest: int | None = None) -> None:
         """Make the counter and the number of marks equal: counted failures without a
         mark get one with the present moment; marks go that are too old, too many, or
-        `window_size` calls or more before the call with `number`. Lock held."""
+        `window_size` calls or more before the call with the number `latest`."""
         marks, breaker = self._marks, self._breaker
         storage: Any = breaker._storage
         if marks is None:
             return
         now, count = time.monotonic(), storage.counter
         while len(marks) < count:
-            number = next(self._numbers)
-            marks.append((number, now))
+            latest = next(self._numbers)
+            marks.append((latest, now))
         size, seconds = breaker._window_size, breaker._window_seconds
-        far = -math.inf if size is None or number is None else number - size
+        far = -math.inf if size is None or latest is None else latest - size
         gone = len(marks) - count
         while gone < len(marks):
-            failed, moment = marks[gone]
+            number, moment = marks[gone]
             # A mark later than now was made by another clock, as in tests, and goes.
-            if failed > far and (seconds is None or 0.0 <= now - moment < seconds):
+            if number > far and (seconds is None or 0.0 <= now - moment < seconds):
                 break
             gone += 1
         if gone:
@@ -1741,15 +1744,6 @@ class CircuitClosedState(CircuitBreakerState):
             for _ in range(gone):
                 marks.popleft()
         self._oldest = marks[0][0] if marks else math.inf
-
-    def _catch_up(self) -> None:
-        """Call `_forget` where time forgets failures or other code has counted."""
-        breaker, marks = self._breaker, self._marks or ()
-        if (
-            breaker._window_seconds is not None
-            or len(marks) != breaker._storage.counter
-        ):
-            self._forget()
 
     def _remembered(self) -> int:
         seconds, marks = self._breaker._window_seconds, self._marks
@@ -1762,16 +1756,20 @@ class CircuitClosedState(CircuitBreakerState):
         standing = moments[max(0, len(moments) - count) :]
         return count - sum(not 0.0 <= now - moment < seconds for moment in standing)
 
-    def _change_window(self, was_on: bool, is_on: bool) -> None:
-        if not is_on:
+    def _mark_anew(self) -> None:
+        self._marks = deque()
+        self._forget()
+
+    def _change_window(self) -> None:
+        if not self._breaker._has_window():
             self._marks = None
             return
-        if not was_on or self._marks is None:
-            self._marks = deque()
         # No call has the number drawn here, so each mark's number grows by one as well.
-        number = next(self._numbers)
-        self._marks = deque((failed + 1, moment) for failed, moment in self._marks)
-        self._forget(number)
+        latest = next(self._numbers)
+        self._marks = deque(
+            (number + 1, moment) for number, moment in self._marks or ()
+        )
+        self._forget(latest)
 
 
 def _copy_of(marks: deque[Any]) -> tuple[Any, ...]:
