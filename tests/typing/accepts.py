@@ -18,7 +18,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timezone
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, Union
 
 from typing_extensions import ParamSpec, assert_type
 
@@ -38,6 +38,7 @@ from pybreaker import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Kind = Union[type[object], Callable[[Any], object]]  # a class or a predicate
 
 # Making one
 
@@ -330,10 +331,12 @@ assert_type(breaker.window_seconds, Optional[float])
 assert_type(breaker.max_reset_timeout, Optional[float])
 assert_type(breaker.dry_run, bool)
 assert_type(breaker.throw_new_error_on_trip, bool)
-judge: object = breaker.failure_result
+assert_type(breaker.failure_result, Optional[Kind])
 assert_type(breaker.snapshot(), dict[str, Any])
 assert_type(breaker.state.reason, str)
-kinds: tuple[object, ...] = breaker.exclude + breaker.include + breaker.ignore
+assert_type(breaker.exclude, tuple[Kind, ...])
+assert_type(breaker.include, tuple[Kind, ...])
+assert_type(breaker.ignore, tuple[Kind, ...])
 breaker.window_size = 50
 breaker.window_size = math.inf
 breaker.window_size = None
@@ -369,7 +372,7 @@ class Log(CircuitBreakerListener):
 
     def failure(self, cb: CircuitBreaker, exc: BaseException) -> None:
         if isinstance(exc, FailedResult):
-            print(exc.result)
+            assert_type(exc.result, object)
         cb.open(30, reason=f"{exc!r}")
 
     def success(self, cb: CircuitBreaker) -> None:
@@ -410,6 +413,7 @@ except CircuitBreakerError as error:
     assert_type(error.reason, str)
 raise_it: Exception = CircuitBreakerError("any", 1, "arguments")
 failed: Exception = FailedResult(Response())
+assert_type(FailedResult(Response()).result, object)
 
 
 # Many

@@ -36,6 +36,7 @@ CircuitBreaker(max_reset_timeout="600")  # type: ignore[arg-type]
 CircuitBreaker(include=ValueError)  # type: ignore[arg-type]
 CircuitBreaker(ignore=[3])  # type: ignore[list-item]
 CircuitBreaker(failure_result=500)  # type: ignore[arg-type]
+CircuitBreaker(failure_result=lambda: True)  # type: ignore[arg-type]
 CircuitBreaker(dry_run="yes")  # type: ignore[arg-type]
 CircuitBreaker(5, 60, None, None, None, None, True, 1, 50)  # type: ignore[call-arg]
 
@@ -152,6 +153,7 @@ host: str = hosts["example.org"]  # type: ignore[assignment]
 hosts.make()  # type: ignore[call-arg]
 every: CircuitBreaker = breakers()  # type: ignore[assignment]
 FailedResult()  # type: ignore[call-arg]
+FailedResult("result").result.upper()  # type: ignore[attr-defined]
 
 
 # Listeners and storages
