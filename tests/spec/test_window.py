@@ -467,6 +467,15 @@ def test_a_window_can_be_switched_on_in_any_state(state):
     assert breaker.fail_counter == 0
 
 
+def test_a_count_at_the_limit_that_time_has_forgotten_leaves_room(clock):
+    """The count was set to the limit; the next failure, after its time, is the first."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=10)
+    breaker.fail_counter = 3
+    clock.advance(10)
+    fail(breaker)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
+
+
 def test_a_window_can_be_switched_on_while_a_call_is_late():
     """The call returns what the function returned."""
     breaker = CircuitBreaker(fail_max=2)
@@ -843,6 +852,33 @@ def test_over_a_shared_memory_storage_a_success_in_a_row_forgets_all():
     assert (windowed.current_state, windowed.fail_counter) == ("closed", 3)
 
 
+def test_a_failure_after_others_were_reset_is_remembered_as_long_as_any():
+    """The breaker without a window has forgotten the failure before. The new one is
+    among the last four calls until four more have ended."""
+    storage = CircuitMemoryStorage("closed")
+    windowed = CircuitBreaker(fail_max=3, window_size=4, state_storage=storage)
+    plain = CircuitBreaker(fail_max=3, state_storage=storage)
+    fail(windowed)
+    succeed(windowed, 2)
+    succeed(plain)
+    fail(windowed)
+    succeed(windowed, 3)
+    assert windowed.fail_counter == 1
+    succeed(windowed)
+    assert windowed.fail_counter == 0
+
+
+def test_failures_that_were_reset_are_not_taken_off_again_with_time(clock):
+    """The breaker without a window has forgotten them; their time is up later."""
+    storage = CircuitMemoryStorage("closed")
+    windowed = CircuitBreaker(fail_max=3, window_seconds=10, state_storage=storage)
+    plain = CircuitBreaker(fail_max=3, state_storage=storage)
+    fail(windowed, 2)
+    succeed(plain)
+    clock.advance(10)
+    assert windowed.fail_counter == 0
+
+
 def test_a_breaker_that_finds_an_opening_leaves_its_count(clock):
     """It writes nothing into the storage, whatever its own window forgets."""
     storage = CircuitMemoryStorage("closed")
@@ -945,6 +981,16 @@ def test_no_more_is_kept_than_is_remembered(clock, settings):
     many = kept_by_the_library(lambda: grow(1000))
     assert many - few < 5000
     assert breaker.current_state == "closed"
+
+
+def test_a_window_that_was_switched_off_keeps_nothing():
+    """A thousand failures in a row cost no more than ten."""
+    breaker = CircuitBreaker(fail_max=math.inf, window_seconds=5)
+    breaker.window_seconds = None
+    few = kept_by_the_library(lambda: fail(breaker, 10))
+    many = kept_by_the_library(lambda: fail(breaker, 1000))
+    assert breaker.fail_counter == 1010
+    assert many - few < 5000
 
 
 # Threads.
