@@ -1176,6 +1176,23 @@ SCENARIOS = [
         settings=(("window_seconds", 10),),
     ),
     S(
+        "a time is shortened while a call fails",
+        ("fail", "window_seconds=10"),
+        "fail expire fail",
+        fail_max=3,
+        listeners=0,
+        settings=(("window_seconds", 30),),
+    ),
+    S(
+        "a time is shortened while a call succeeds",
+        ("succeed", "window_seconds=10"),
+        "fail expire fail",
+        "fail",
+        fail_max=4,
+        listeners=0,
+        settings=(("window_seconds", 30), ("window_size", 4)),
+    ),
+    S(
         "the failures are counted while one settles",
         ("count_remembered count_remembered", "fail"),
         "fail expire fail",

@@ -64,6 +64,11 @@ def log(caplog):
             {"window_seconds": 2592000},
             "5 failures in a row within 2592000 s; the last: Boom()",
         ),
+        ({"window_size": math.inf}, "5 failures; the last: Boom()"),
+        (
+            {"window_size": math.inf, "window_seconds": 30},
+            "5 failures within 30 s; the last: Boom()",
+        ),
     ],
     ids=str,
 )
@@ -83,6 +88,16 @@ def test_a_trip_says_how_many_failures_there_are_where_the_limit_was_lowered(cap
     breaker.fail_max = 2
     fail(breaker)
     assert shown(breaker, caplog) == "5 of the last 50 calls failed; the last: Boom()"
+
+
+def test_a_trip_says_only_that_there_was_a_failure_where_one_is_enough(caplog):
+    """However many there were before the limit was lowered to one."""
+    breaker = CircuitBreaker(fail_max=5)
+    fail(breaker, 3)
+    breaker.fail_max = 1
+    fail(breaker)
+    assert breaker.fail_counter == 4
+    assert shown(breaker, caplog) == "a failure: Boom()"
 
 
 def test_a_failed_trial_says_so(caplog):

@@ -8,7 +8,7 @@ import guards
 import pytest
 from support import Boom, boom, fail
 
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
 GUARDS = [
     guards.by_call,
@@ -151,3 +151,16 @@ def test_a_health_page_shows_no_errors_while_the_service_recovers():
     breaker.call(int)
     assert health() == {"state": "half-open", "errors": 0}
     assert breaker.snapshot()["fail_counter"] == 0
+
+
+def test_a_trip_forgets_the_successes_that_a_circuit_found_closed_had():
+    """Another program closed the circuit between its trials and left their number. The
+    circuit then needs as many trials as any."""
+    storage = CircuitMemoryStorage("closed")
+    breaker = due(state_storage=storage)
+    breaker.call(int)
+    storage.state = "closed"
+    assert breaker.state.name == "closed"
+    assert breaker.success_counter == 1
+    fail(breaker, 3)
+    assert counts(breaker) == ("open", 3, 0)
