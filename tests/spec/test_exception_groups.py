@@ -317,6 +317,7 @@ def test_is_system_error_answers_for_groups_as_well(group):
     breaker = CircuitBreaker(exclude=[NotFound])
     assert breaker.is_system_error(group(NotFound(), Unreachable()))
     assert not breaker.is_system_error(group(NotFound(), group(NotFound())))
+    assert not breaker.is_system_error(group(KeyboardInterrupt(), SystemExit()))
 
 
 def test_a_group_handed_over_by_hand_is_judged_by_its_leaves(group):

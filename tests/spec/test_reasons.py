@@ -322,6 +322,25 @@ def test_the_reason_of_the_error_is_that_of_the_moment_when_it_was_raised():
     assert (error.reason, str(error)) == ("first", text)
 
 
+@pytest.mark.parametrize("is_granted", [True, False], ids=["waits", "is refused"])
+def test_the_reason_of_a_rejection_is_that_of_the_opening_that_rejected(is_granted):
+    """A listener that is told of the rejection opens the circuit anew: the error still
+    tells of the opening that the call met, and the next one of the listener's."""
+
+    class Opens:
+        def rejected(self, cb, func, *args, **kwargs):
+            cb.open(30, "after a rejection")
+
+    class Storage(CircuitMemoryStorage):
+        def claim_trial(self, timeout):
+            return is_granted
+
+    breaker = CircuitBreaker(state_storage=Storage("closed"), listeners=[Opens()])
+    breaker.open(10 if is_granted else 0, "maintenance")
+    assert rejection(breaker).reason == "maintenance"
+    assert rejection(breaker).reason == "after a rejection"
+
+
 # Listeners.
 
 

@@ -209,6 +209,20 @@ def test_a_predicate_that_raises_is_logged_and_did_not_match(setting, expected, 
     assert "broken" in record.getMessage()
 
 
+def test_a_predicate_that_takes_itself_out_of_the_list_hides_no_other():
+    """Code in the field changes the list of exclusions in place."""
+    breaker = CircuitBreaker()
+
+    def once(exc):
+        breaker._excluded_exceptions.remove(once)
+        return False
+
+    breaker.add_excluded_exceptions(once, ValueError)
+    assert breaker._excluded_exceptions == [once, ValueError]
+    assert outcome(breaker, ValueError()) == "success"
+    assert breaker.exclude == (ValueError,)
+
+
 @pytest.mark.parametrize("setting", ["ignore", "exclude", "include"])
 def test_predicates_are_asked_without_the_lock(setting):
     """Another thread that holds it does not keep them from answering."""

@@ -892,6 +892,19 @@ def test_a_breaker_that_finds_an_opening_leaves_its_count(clock):
     assert long.fail_counter == before
 
 
+def test_failures_of_a_circuit_that_was_found_closed_are_forgotten_with_time(clock):
+    """They are as old as the look that found them, or older."""
+    storage = CircuitMemoryStorage("closed")
+    breaker = CircuitBreaker(window_seconds=10, state_storage=storage)
+    fail(breaker, 2)
+    for state in ("open", "closed"):
+        storage.state = state
+        assert breaker.state.name == state
+    assert breaker.fail_counter == 2
+    clock.advance(10)
+    assert breaker.fail_counter == 0
+
+
 # The lock.
 
 
