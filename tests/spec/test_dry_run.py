@@ -194,11 +194,15 @@ def test_a_state_of_the_users_own_that_refuses_is_told_and_passed_by(events):
     breaker._state = Refuses(breaker)
     assert breaker.call(lambda: "result") == "result"
     assert events.names == ["rejected", "before_call", "success"]
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    assert breaker.fail_counter == 0
 
 
+@pytest.mark.parametrize("state", ["open", "half-open"])
 @pytest.mark.parametrize("way", [guards.by_call, guards.by_coroutine])
-def test_a_trial_that_the_storage_refuses_runs_and_decides_nothing(way, events):
-    """Another breaker runs the trial."""
+def test_a_trial_that_the_storage_refuses_runs_and_decides_nothing(way, state, events):
+    """Another breaker runs the trial, and may have half-opened the circuit for it."""
 
     class Refuses(CircuitMemoryStorage):
         def claim_trial(self, timeout):
@@ -208,11 +212,17 @@ def test_a_trial_that_the_storage_refuses_runs_and_decides_nothing(way, events):
         dry_run=True, state_storage=Refuses("closed"), listeners=[events]
     )
     breaker.open(0)
+    if state == "half-open":
+        breaker.half_open()
     events.names.clear()
     with pytest.raises(Boom):
         way(breaker, boom)
-    assert events.names == ["rejected", "before_call", "failure"]
-    assert (breaker.current_state, breaker.retry_after) == ("open", 0)
+    assert way(breaker, int) == 0
+    assert events.names == [
+        *("rejected", "before_call", "failure"),
+        *("rejected", "before_call", "success"),
+    ]
+    assert (breaker.current_state, breaker.retry_after) == (state, 0)
 
 
 def test_an_ignored_exception_is_told_to_nobody(events):
@@ -232,6 +242,19 @@ def test_switching_it_off_enforces_at_once():
     breaker.dry_run = False
     with pytest.raises(CircuitBreakerError):
         breaker.call(int)
+
+
+def test_a_listener_that_switches_it_off_has_the_call_refused_that_it_is_told_of():
+    """The call was told as rejected, and is."""
+
+    class Enforces:
+        def rejected(self, cb, func, *args, **kwargs):
+            cb.dry_run = False
+
+    breaker = CircuitBreaker(dry_run=True, listeners=[Enforces()])
+    breaker.open()
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(boom)
 
 
 def test_switching_it_on_lets_all_calls_in_at_once():

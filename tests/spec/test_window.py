@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import sys
 import threading
 import time
 
@@ -468,7 +470,7 @@ def test_a_window_can_be_switched_on_in_any_state(state):
 
 
 def test_a_count_at_the_limit_that_time_has_forgotten_leaves_room(clock):
-    """The count was set to the limit; the next failure, after its time, is the first."""
+    """The count was set to the limit. The next failure, after that, is the first."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=10)
     breaker.fail_counter = 3
     clock.advance(10)
@@ -950,6 +952,41 @@ def test_reading_the_count_takes_no_lock(clock, seconds):
     assert while_locked(breaker, read, breaker) == 2
     clock.advance(30)
     assert while_locked(breaker, read, breaker) == (0 if seconds else 2)
+
+
+def read_interrupted(breaker, number, meanwhile):
+    """The count, where `meanwhile` is called before the line with that number of the
+    reading; and whether there is a line with that number."""
+    lines, before = itertools.count(), sys.gettrace()
+
+    def trace(frame, event, arg):
+        if event == "line" and next(lines) == number:
+            meanwhile(breaker)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        count = breaker.fail_counter
+    finally:
+        sys.settrace(before)
+    return count, next(lines) > number
+
+
+@pytest.mark.parametrize("meanwhile, counts", [(succeed, {0}), (fail, {0, 1})])
+def test_the_count_is_right_whichever_call_ends_while_it_is_read(
+    clock, meanwhile, counts
+):
+    """Time has forgotten two failures. Between any two lines of the reading a call
+    ends, which forgets them too: they are neither counted nor taken off twice."""
+    for number in itertools.count():
+        breaker = CircuitBreaker(fail_max=3, window_seconds=10)
+        fail(breaker, 2)
+        clock.advance(10)
+        count, was_interrupted = read_interrupted(breaker, number, meanwhile)
+        assert count in counts
+        if not was_interrupted:
+            break
+    assert number > 3
 
 
 # Memory.
