@@ -760,6 +760,46 @@ def test_an_interruption_in_a_listener_at_any_position_reaches_the_caller(
             assert breaker.current_state == "closed"
 
 
+@pairwise(
+    event=["rejected", "before_call"],
+    refused_by=["the opening", "a trial", "the storage"],
+    error=LOUD,
+    guard=GUARDS,
+)
+def test_an_interruption_in_a_dry_run_takes_back_what_it_lets_through(
+    event, refused_by, error, guard
+):
+    """A call that would be rejected is told of. A listener is interrupted: the function
+    does not run, nothing is counted, and the place is whose it was."""
+    ran = []
+
+    class Grants(pybreaker.CircuitMemoryStorage):
+        def claim_trial(self, timeout):
+            return refused_by == "a trial"
+
+    breaker = CircuitBreaker(1, TIMEOUT, state_storage=Grants("closed"), dry_run=True)
+    breaker.open(0 if refused_by == "the storage" else TIMEOUT)
+    trial = breaker.calling()
+    if refused_by == "a trial":
+        breaker.half_open()
+        contextvars.Context().run(trial.__enter__)
+    before = breaker.snapshot()
+    book, listeners = witnesses(event, 0, raising(error))
+    breaker.add_listeners(*listeners)
+    with pytest.raises(type(error)) as raised:
+        guard(breaker, lambda: ran.append("ran"))
+    assert raised.value is error
+    assert ran == []
+    assert {name for _, name, *_ in book} <= {"rejected", "before_call"}
+    names = "state", "fail_counter"
+    after = breaker.snapshot()
+    assert [after[name] for name in names] == [before[name] for name in names]
+    assert (breaker.retry_after > 0) == (refused_by != "the storage")
+    if refused_by == "a trial":
+        trial.__exit__(None, None, None)
+        assert breaker.current_state == "closed"
+
+
 # Listeners that do things, at every position and event.
 
 
