@@ -943,6 +943,36 @@ def test_a_success_takes_the_lock_only_where_a_failure_is_forgotten(way):
     assert locks_taken(breaker, way, breaker, int) == 0
 
 
+@every_way
+def test_a_listener_hears_of_each_success_whether_that_forgets_a_failure_or_not(way):
+    """Of four successes after a failure, of which the last forgets that failure."""
+    heard = []
+
+    class Hears:
+        def success(self, cb):
+            heard.append(cb.fail_counter)
+
+    breaker = CircuitBreaker(fail_max=3, window_size=4, listeners=[Hears()])
+    fail(breaker)
+    for _ in range(4):
+        way(breaker, int)
+    assert heard == [1, 1, 1, 0]
+
+
+def test_a_listener_that_comes_during_a_call_hears_of_its_success():
+    """The call was admitted when nobody listened, and forgets no failure."""
+    heard = []
+
+    class Hears:
+        def success(self, cb):
+            heard.append(cb.fail_counter)
+
+    breaker = CircuitBreaker(fail_max=3, window_size=4)
+    fail(breaker)
+    breaker.call(lambda: breaker.add_listener(Hears()))
+    assert heard == [1]
+
+
 @pytest.mark.parametrize("seconds", [None, 30])
 def test_reading_the_count_takes_no_lock(clock, seconds):
     """Another thread holds it, and what time has forgotten is left out."""
