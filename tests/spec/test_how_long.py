@@ -583,6 +583,29 @@ def test_a_listener_may_open_for_as_long_as_asked_when_a_trial_fails(clock):
 # Subclasses that override the moves.
 
 
+def test_an_opening_by_a_listener_of_an_opening_is_one_by_hand(clock):
+    """A trial failed and the circuit opened; the listener that is told of this opens it
+    once more. So the growth begins anew."""
+    storage = CircuitMemoryStorage("closed")
+
+    class Reopens:
+        def state_change(self, cb, old_state, new_state):
+            if (old_state.name, new_state.name) == ("half-open", "open"):
+                cb.open()
+
+    breaker = CircuitBreaker(
+        fail_max=1,
+        reset_timeout=10,
+        max_reset_timeout=100,
+        state_storage=storage,
+        listeners=[Reopens()],
+    )
+    fail(breaker)
+    fail_trials(breaker, clock, 2)
+    assert (storage.last_move().by, breaker.state.reason) == ("hand", "by hand")
+    assert_lasts(breaker, 10)
+
+
 class TakesNothing(CircuitBreaker):
     """As subclasses were written before moves took arguments."""
 
