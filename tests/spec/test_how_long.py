@@ -464,6 +464,20 @@ def test_an_opening_that_follows_an_opening_goes_by_all_breakers(clock):
     assert second.state.reason == "second"
 
 
+@pytest.mark.parametrize("second", [(9, "first"), (5, "second")], ids=str)
+def test_an_opening_differs_from_the_one_before_by_its_time_or_its_reason(
+    clock, second
+):
+    """By either, for a breaker that found both in the storage."""
+    storage = CircuitMemoryStorage("closed")
+    mover, finder = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    for seconds, reason in ((5, "first"), second):
+        mover.open(seconds, reason)
+        error = rejection(finder)
+        assert (error.retry_after, error.reason) == (seconds, reason)
+        assert (finder.retry_after, finder.state.reason) == (seconds, reason)
+
+
 @pytest.mark.parametrize(
     "kind, value",
     [
@@ -708,6 +722,19 @@ def test_an_override_that_passes_seconds_on_does_not_change_who_moved(clock):
         assert rejection(breaker).retry_after == 80
 
     breaker.call(trial)
+
+
+def test_an_override_may_make_another_move_before_its_own(recorder):
+    """What it calls first is what it says, and no opening."""
+
+    class ClosesFirst(CircuitBreaker):
+        def open(self):
+            self.close()
+            return super().open()
+
+    breaker = ClosesFirst(fail_max=1, listeners=[recorder])
+    assert isinstance(fail(breaker), CircuitBreakerError)
+    assert recorder.transitions == [("closed", "closed"), ("closed", "open")]
 
 
 def test_an_override_that_does_not_move_leaves_nothing_behind():

@@ -377,6 +377,18 @@ def test_is_system_error_answers_for_exclude_and_include():
     assert breaker.is_system_error(OSError())
 
 
+@every_way
+def test_a_subclass_that_judges_itself_is_asked_where_nothing_is_set(way):
+    """Its `is_system_error` alone says what is a failure."""
+
+    class Judges(CircuitBreaker):
+        def is_system_error(self, exception):
+            return not isinstance(exception, OSError)
+
+    assert outcome(Judges(), OSError(), way) == "success"
+    assert outcome(Judges(), ValueError(), way) == "failure"
+
+
 def test_a_subclass_that_judges_itself_is_asked_after_ignore():
     """Its `is_system_error` stands in the place of `exclude` and `include`."""
     asked = []
