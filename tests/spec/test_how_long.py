@@ -7,6 +7,7 @@ import math
 
 import guards
 import pytest
+from internals import after_fork
 from support import boom, fail, while_locked
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
@@ -98,6 +99,17 @@ def test_the_factor_differs_between_openings_and_breakers(clock):
     assert 0.9 <= min(factors) < 0.91
     assert 0.99 < max(factors) <= 1
     assert len(set(factors)) > 100
+
+
+def test_a_child_process_draws_a_factor_of_its_own(clock):
+    """Or all children of a fork would send their trials at the same moment."""
+    breaker = CircuitBreaker(reset_timeout=10, max_reset_timeout=100)
+    breaker.open()
+    waits = {breaker.retry_after}
+    for _ in range(3):
+        after_fork()
+        waits.add(breaker.retry_after)
+    assert len(waits) == 4
 
 
 def test_a_breaker_that_has_yet_to_look_draws_one_factor(clock):
