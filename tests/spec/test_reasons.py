@@ -279,8 +279,8 @@ def test_the_storage_refuses_a_trial_for_the_reason_of_the_opening():
     assert rejection(breaker).reason == "maintenance"
 
 
-def test_every_way_to_move_by_hand_within_a_trial_shows_the_new_reason():
-    """Of an opening by a listener that was told of the trial's failure."""
+def test_an_opening_by_a_listener_shows_its_reason_and_not_the_failed_trials():
+    """The listener opened the circuit when it was told of the failure."""
 
     class Opens:
         def failure(self, cb, exc):
