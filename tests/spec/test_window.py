@@ -907,6 +907,26 @@ def test_failures_of_a_circuit_that_was_found_closed_are_forgotten_with_time(clo
     assert breaker.fail_counter == 0
 
 
+@pytest.mark.parametrize("window", [{}, {"window_size": 9}, {"window_seconds": 9}])
+def test_failures_that_a_listener_causes_bring_the_count_no_higher_than_the_limit(
+    clock, window
+):
+    """A listener that is told of the first two failures fails a call itself, and the
+    third failure ends before the second one opens the circuit."""
+    counts = []
+
+    class FailsToo:
+        def failure(self, cb, exc):
+            counts.append(cb.fail_counter)
+            if len(counts) < 3:
+                fail(cb)
+
+    breaker = CircuitBreaker(fail_max=2, listeners=[FailsToo()], **window)
+    fail(breaker)
+    assert counts == [1, 2, 2]
+    assert (breaker.current_state, breaker.fail_counter) == ("open", 2)
+
+
 # The lock.
 
 
