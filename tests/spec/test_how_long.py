@@ -334,16 +334,20 @@ def test_the_storage_is_asked_for_a_trial_as_long_as_that_may_hold_its_place(
     assert storage.granted == [10, 20, 30, 10]
 
 
-def test_the_place_is_taken_from_the_very_moment_when_the_opening_ends(clock):
-    """The storage still thinks about the first trial; the next call is rejected for as
-    long as that may hold its place."""
+@pytest.mark.parametrize("context", [contextvars.Context, contextvars.copy_context])
+def test_the_place_is_taken_from_the_very_moment_when_the_opening_ends(clock, context):
+    """The storage still thinks about the first trial. The next call is rejected for as
+    long as that may hold its place, in the trial's own context too, as the trial has
+    yet to begin."""
     waits = []
 
     class Thinks(CircuitMemoryStorage):
         def claim_trial(self, timeout):
             if not waits:
                 waits.append(None)  # or a claim of the other call would ask again
-                waits[:] = [rejection(breaker).retry_after]
+                with pytest.raises(CircuitBreakerError) as caught:
+                    context().run(breaker.call, int)
+                waits[:] = [caught.value.retry_after]
             return True
 
     breaker = CircuitBreaker(reset_timeout=60, state_storage=Thinks("closed"))
