@@ -462,6 +462,7 @@ def test_the_length_goes_by_all_breakers_of_a_memory_storage(clock):
     first.open(300, "maintenance")
     for breaker in (second, CircuitBreaker(state_storage=storage)):
         assert breaker.retry_after == 300
+        assert breaker.snapshot()["retry_after"] == 300
         assert breaker.state.reason == "maintenance"
         assert breaker.retry_after == 300
         assert rejection(breaker).reason == "maintenance"

@@ -322,6 +322,15 @@ def test_the_reason_of_the_error_is_that_of_the_moment_when_it_was_raised():
     assert (error.reason, str(error)) == ("first", text)
 
 
+def test_the_gate_of_a_state_refuses_for_the_reason_of_the_opening():
+    """Code that drives a circuit by hand sees what a guarded call would."""
+    breaker = CircuitBreaker()
+    breaker.open(reason="maintenance")
+    with pytest.raises(CircuitBreakerError) as caught:
+        breaker.state.before_call(int)
+    assert caught.value.reason == "maintenance"
+
+
 @pytest.mark.parametrize("is_granted", [True, False], ids=["waits", "is refused"])
 def test_the_reason_of_a_rejection_is_that_of_the_opening_that_rejected(is_granted):
     """A listener that is told of the rejection opens the circuit anew: the error still
