@@ -100,8 +100,10 @@ REFRESH = 2  # seconds between two looks of the page
 PATIENCE = 10  # seconds that a client has to ask and to take the answer
 LOOK = 0.25  # seconds that one page waits for breakers that are busy
 WAIT = 1.0  # seconds that a change waits for a breaker that is busy
-MAX_BODY = 16 * 1024  # bytes that a request may carry,
-MAX_BODY_OF_BREAKER = 1024  # and for each breaker on a page that is sent back
+CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
+MAX_HEAD = 32 * 1024  # bytes of a request before its body,
+MAX_BODY = 16 * 1024  # and of the body,
+MAX_FORM = 1024 * 1024  # or of a page that is sent back: the page may have `ROWS` rows
 MAX_TEXT = 300  # characters of a reason, as the library has it
 CONNECTIONS = 32  # at a time
 BACKLOG = 128  # connections that the system keeps waiting
@@ -706,11 +708,9 @@ class Console:
         self._check_origin(environ)
         if self._read_only:
             raise Refusal(403, "this console is read-only")
-        limit = MAX_BODY
-        if environ.get("PATH_INFO", "") in ("", "/"):
-            names = map(_quoted, self.watches())
-            limit += sum(MAX_BODY_OF_BREAKER + len(name) for name in names)
-        answer = handlers[method](environ, _read(environ, limit))
+        is_page = environ.get("PATH_INFO", "") in ("", "/")
+        body = _read(environ, MAX_FORM if is_page else MAX_BODY)
+        answer = handlers[method](environ, body)
         return answer
 
     def _check_host(self, environ: Environ) -> None:
@@ -860,9 +860,8 @@ class Console:
 
     def _post_form(self, environ: Environ, body: bytes) -> Answer:
         watches = {watch.ident: (key, watch) for key, watch in self.watches().items()}
-        form = _Form.sent(
-            _fields(body, 20 + 20 * max(len(watches), len(self._watches)))
-        )
+        # Breakers that the page has may be gone, as all are after a restart.
+        form = _Form.sent(_fields(body, 20 + 20 * ROWS))
         if form.token != self._token:
             form = form.carried_to({key: i for i, (key, _) in watches.items()})
             return 409, [], _Page(self, environ, form).whole()
