@@ -100,6 +100,7 @@ REFRESH = 2  # seconds between two looks of the page
 PATIENCE = 10  # seconds that a client has to ask and to take the answer
 LOOK = 0.25  # seconds that one page waits for breakers that are busy
 WAIT = 1.0  # seconds that a change waits for a breaker that is busy
+LEAST_LOOK = 0.005  # that the page waits for each breaker, though others were busy
 CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
 MAX_HEAD = 32 * 1024  # bytes of a request before its body,
 MAX_BODY = 16 * 1024  # and of the body,
@@ -260,6 +261,8 @@ class Watch:
         breaker = self.breaker
         if breaker is None or _may_be_read(breaker):
             self._take(deadline)
+        if self._busy_since is not None:  # the time is for the other breakers
+            deadline = 0.0
         else:  # a storage of the user's own may hang, or wait for a network
             if self._looker is None or not self._looker.is_alive():
                 self._looker = threading.Thread(
@@ -285,7 +288,8 @@ class Watch:
     def _take(self, deadline: float) -> None:
         """Look at the breaker, and keep what is seen."""
         try:
-            with self.holding(deadline - time.monotonic()) as breaker:
+            patience = max(LEAST_LOOK, deadline - time.monotonic())
+            with self.holding(patience) as breaker:
                 self._listen_to(breaker)
                 try:
                     picture = breaker.snapshot()
@@ -1221,7 +1225,7 @@ def _quoted(key: str) -> str:
     return quote(key, safe="", errors="surrogatepass")
 
 
-STATES = ("", "open", "half-open", "closed", "unknown")
+STATES = ("", "open", "half-open", "busy", "unknown", "closed")
 
 
 def _filter_of(fields: dict[str, str]) -> Callable[[str, dict[str, Any]], bool]:
@@ -1646,14 +1650,11 @@ class _Row:
 
     def rank(self) -> tuple[Any, ...]:
         """The worst is the first."""
-        order = ("open", "half-open", "unknown", "closed")
         count = self.picture.get("fail_counter", 0)
-        return order.index(self.state), self.held, -count, self.key.casefold()
+        return STATES.index(self.state), self.held, -count, self.key.casefold()
 
     def word(self) -> tuple[str, str]:
         """A mark and a word for the state, which need no colour."""
-        if self.picture["busy"]:
-            return "\N{HOURGLASS}\N{VARIATION SELECTOR-15}", "BUSY"
         mark, word = {
             "open": ("\N{BLACK SQUARE}", "HELD OPEN" if self.held else "OPEN"),
             "half-open": ("\N{CIRCLE WITH LEFT HALF BLACK}", "HALF-OPEN"),
@@ -1661,6 +1662,7 @@ class _Row:
             "unknown": ("?", "UNKNOWN"),
         }[self.state]
         return mark, f"{word} (dry run)" if self.picture.get("dry_run") else word
+            "busy": ("\N{HOURGLASS}\N{VARIATION SELECTOR-15}", "BUSY"),
 
     def looks(self) -> str:
         count, limit = self.picture.get("fail_counter", 0), self.picture.get("fail_max")
@@ -1766,7 +1768,7 @@ class _Row:
 
 def _state_of(picture: dict[str, Any]) -> str:
     """The state by which a breaker is counted and found."""
-    return "unknown" if picture["busy"] else str(picture.get("state", "unknown"))
+    return "busy" if picture["busy"] else str(picture.get("state", "unknown"))
 
 
 def _told(outage: Outage, now: datetime) -> str:
@@ -1933,11 +1935,11 @@ h1 { font-size: 1.3rem; margin: 0 } p { margin: .3rem 0 } ul { margin: .3rem 0;
 details { border: 1px solid var(--line); border-left: 5px solid var(--line);
   border-radius: .25rem; scroll-margin-top: 4rem; position: relative;
   overflow: clip }
-details.open, details.half-open, details.unknown, details[open] { grid-column: 1 / -1 }
+details:not(.closed), details[open] { grid-column: 1 / -1 }
 details[open] { background: var(--card) }
 details.open { border-left-color: var(--red) }
 details.half-open { border-left: 5px dashed var(--amber) }
-details.unknown { border-left: 5px double var(--soft) }
+:is(details.busy, details.unknown) { border-left: 5px double var(--soft) }
 details:target { outline: 2px solid var(--focus) }
 details.gone { opacity: .6 }
 summary { cursor: pointer; padding: .1rem .5rem; white-space: nowrap; overflow: hidden;
@@ -1948,7 +1950,7 @@ details[open] > summary .brief { display: none }
   padding: 0 .35rem; font-weight: 650; font-size: .88rem }
 .open .badge { background: var(--red); color: #fff; border-color: var(--red) }
 .half-open .badge { color: var(--amber); border: 2px dashed var(--amber) }
-.unknown .badge { border: 2px dotted currentcolor }
+:is(.busy, .unknown) .badge { border: 2px dotted currentcolor }
 .closed .badge { color: var(--green); font-weight: 400 }
 .near .brief { color: var(--amber); font-weight: 600 }
 .brief { color: var(--soft) }

@@ -323,7 +323,7 @@ def test_summary_is_in_the_heading_and_in_the_title(client, weather):
 
 
 def test_worst_breaker_is_the_first_row(serve):
-    """Open before held open before half-open before unknown before closed, and of
+    """Open before held open before half-open before busy before closed, and of
     closed breakers the one that has failed most."""
     names = ["quiet", "failing", "busy", "half", "held", "opened"]
     breakers = {name: CircuitBreaker(name=name) for name in names}
@@ -337,7 +337,7 @@ def test_worst_breaker_is_the_first_row(serve):
     assert [row.name for row in page.rows] == [
         "opened", "held", "half", "busy", "failing", "quiet"
     ]  # fmt: skip
-    assert page.heading() == ("2 open \xb7 1 half-open \xb7 2 closed \xb7 1 unknown")
+    assert page.heading() == ("2 open \xb7 1 half-open \xb7 1 busy \xb7 2 closed")
 
 
 def test_each_breaker_has_one_row_with_buttons_and_its_settings_in_fields(client):
@@ -1270,11 +1270,43 @@ def test_busy_breaker_is_shown_as_busy_and_the_others_go_on(client, weather, pay
     assert "BUSY" in row.headline
     assert "seen last as open at " in row.headline
     assert "BUSY since " in row.story
+        assert [row.name for row in client.page("?state=busy").rows] == ["weather"]
     assert listed["weather"]["busy"]
     assert listed["weather"]["state"] == "open"
     assert not listed["payments"]["busy"]
     assert answer.status == 200
-    assert page.heading() == "1 closed \xb7 1 unknown"
+    assert page.heading() == "1 busy \xb7 1 closed"
+    assert "BUSY" not in client.row("weather").headline
+
+
+def test_breaker_that_stays_busy_costs_a_page_its_time_once(
+    client, weather, monkeypatch
+):
+    """Later pages look at it, and wait for other breakers alone."""
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    with held(weather):
+        client.page()
+        monkeypatch.setattr(module, "LOOK", PATIENCE)
+        begun = time.monotonic()
+        assert "BUSY" in client.row("weather").headline
+        assert time.monotonic() - begun < PATIENCE / 2
+
+
+def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
+    client, weather, monkeypatch
+):
+    """Although other breakers have used up the time of the page."""
+    monkeypatch.setattr(module, "LOOK", 0.0)
+    monkeypatch.setattr(module, "LEAST_LOOK", PATIENCE)
+    has_it = threading.Event()
+
+    def hold():
+        with weather._lock:
+            has_it.set()
+            time.sleep(0.2)  # in which the page comes to wait
+
+    threading.Thread(target=hold, daemon=True).start()
+    assert has_it.wait(PATIENCE)
     assert "BUSY" not in client.row("weather").headline
 
 
