@@ -1571,7 +1571,9 @@ class _Page:
         why_is = _described(ident, "reason", errors, notices, f"{ident}-why-hint")
         minutes_are = _described(ident, "minutes", errors, notices)
         return f"""{self._question(row)}
+        why_is += _mark_of("why", typed)
 <input type="hidden" name="{ident}.was" value="{escape(row.was())}">
+        minutes_are += _mark_of("minutes", typed)
 <input type="hidden" name="{ident}.name" value="{escape(row.key)}">
 <fieldset><legend>Move the circuit{of}</legend>
 <p><label for="{ident}-why">Because{of}</label> <input id="{ident}-why" class="why"
@@ -1623,6 +1625,7 @@ class _Page:
         if name == "dry_run":
             options = "".join(
                 f"<option{' selected' if each == value else ''}>{each}</option>"
+        described += _mark_of(name, typed)
                 for each in ("off", "on")
             )
             control = f'<select id="{field}" name="{ident}.{name}" {described}>'
@@ -1824,6 +1827,11 @@ def _described(ident: str, name: str, errors: Any, notices: Any, hint: str = "")
 def _said(ident: str, name: str, errors: Any, notices: Any) -> str:
     if name in errors:
         return f'<strong id="{ident}-{name}-said">{escape(errors[name])}</strong>'
+def _mark_of(name: str, typed: Any) -> str:
+    """What tells the script of a text that was typed, and is not to be renewed."""
+    return " data-typed" if name in typed else ""
+
+
     if name in notices:
         return (
             f'<em id="{ident}-{name}-said">{escape(notices[name])}. Nothing was saved; '
@@ -1931,7 +1939,7 @@ h1 { font-size: 1.3rem; margin: 0 } p { margin: .3rem 0 } ul { margin: .3rem 0;
   margin: .4rem 0 }
 #shown, .old, small, .as-of { color: var(--soft) }
 #rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem),
-  1fr)); gap: .2rem .5rem }
+  1fr)); gap: .1rem .5rem }
 details { border: 1px solid var(--line); border-left: 5px solid var(--line);
   border-radius: .25rem; scroll-margin-top: 4rem; position: relative;
   overflow: clip }
@@ -1947,7 +1955,7 @@ summary { cursor: pointer; padding: .1rem .5rem; white-space: nowrap; overflow: 
 details[open] > summary { white-space: normal }
 details[open] > summary .brief { display: none }
 .badge { display: inline-block; border: 2px solid transparent; border-radius: .25rem;
-  padding: 0 .35rem; font-weight: 650; font-size: .88rem }
+  padding: 0 .35rem; font-weight: 650; font-size: .88rem; line-height: 1.1 }
 .open .badge { background: var(--red); color: #fff; border-color: var(--red) }
 .half-open .badge { color: var(--amber); border: 2px dashed var(--amber) }
 :is(.busy, .unknown) .badge { border: 2px dotted currentcolor }
@@ -1983,7 +1991,7 @@ em, .question { border: 2px solid var(--amber) }
 .glance { padding: 0 } .glance li { list-style: none }
 @media (max-width: 40rem) { body { padding: .2rem .4rem } #rows { gap: 0 }
   summary { padding: 0 .4rem; line-height: 1.4 } details { margin-top: -1px }
-  .badge { line-height: 1.1 } .filters { gap: .2rem .5rem; margin: .2rem 0 }
+  .filters { gap: .2rem .5rem; margin: .2rem 0 }
   .filters input { width: 7rem } .fields p {
   grid-template-columns: 1fr 7rem } .fields small { grid-column: 1 / -1 } }
 body:has(.old) :is(#rows .badge, #summary) { animation: age 0s 5s forwards }
@@ -2006,9 +2014,9 @@ SCRIPT = """
   const rows = document.getElementById("rows");
   const byId = (place, id) => place.querySelector("#" + CSS.escape(id));
   const isDirty = (place) => [...place.querySelectorAll("input, select")].some(
-    (field) => field.type !== "hidden" && (field.options
+    (field) => field.type !== "hidden" && ("typed" in field.dataset || (field.options
       ? [...field.options].some((option) => option.selected !== option.defaultSelected)
-      : field.value !== field.defaultValue));
+      : field.value !== field.defaultValue)));
   const put = (old, now) => {
     if (old && now && old.innerHTML !== now.innerHTML) old.innerHTML = now.innerHTML;
   };
@@ -2064,6 +2072,7 @@ SCRIPT = """
     try {
       const stop = new AbortController(), hangs = new Error("it hangs");
       const timer = setTimeout(() => stop.abort(hangs), 2000);
+  const none = "NO ANSWER, was ";
       const answer = await fetch(body.dataset.live, { signal: stop.signal,
         cache: "no-store" });
       if (!answer.ok) throw new Error("the answer is " + answer.status);
@@ -2097,10 +2106,16 @@ SCRIPT = """
 
 def _hash_of(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+      if (!document.title.startsWith(none)) document.title = none + document.title;
 
 
 HEADERS = [
     (
+  let isSent = false;
+  addEventListener("submit", () => { isSent = true; });
+  addEventListener("beforeunload", (event) => {  // the operator reloads or leaves it
+    if (!isSent && isDirty(rows)) event.preventDefault();
+  });
         "Content-Security-Policy",
         f"default-src 'none'; style-src 'sha256-{_hash_of(STYLE)}'; "
         f"script-src 'sha256-{_hash_of(SCRIPT)}'; connect-src 'self'; "

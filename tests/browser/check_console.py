@@ -29,6 +29,8 @@ PATIENCE = 30.0  # seconds
 LARGE, SMALL = (1440, 900), (390, 844)
 # A window of 1280 pixels at a zoom of 400 %.
 ZOOMED = (320, 256)
+# Whether the browser would ask before it leaves the page.
+ASKS = "return !dispatchEvent(new Event('beforeunload', {cancelable: true}))"
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -297,6 +299,56 @@ def test_page_keeps_up_with_what_happens_and_leaves_alone_what_is_typed(site, br
     assert Row(browser, "new").find()
 
 
+def test_text_that_was_refused_outlives_renewal_and_restart(site, browse):
+    """It stands in its field as if it came with the page, and is the operator's."""
+    breakers = make(3)
+    browser = browse()
+    browser.get(site.start(breakers))
+    row = Row(browser, "payments")
+    row.type("fail_max", "seven")
+    row.type("why", "night shift")
+    row.press("Save the settings")
+    breakers[0].fail_counter = 4
+    breakers[0].close()
+    wait_for(browser, lambda: "CLOSED" in row.find("/div").text)
+    assert row.field("fail_max").get_attribute("value") == "seven"
+    assert browser.execute_script(ASKS)
+    site.stop()
+    breakers = make(3)
+    site.start(breakers)
+    text = "made by another process"
+    wait_for(browser, lambda: text in browser.find_element(By.ID, "news").text)
+    assert row.field("fail_max").get_attribute("value") == "seven"
+    assert row.field("why").get_attribute("value") == "night shift"
+
+
+@pytest.mark.parametrize("size", [LARGE, SMALL], ids=["large", "small"])
+def test_sixty_open_breakers_fit_on_two_screens(site, browse, size):
+    """As when the network is down."""
+    breakers = make(60)
+    for breaker in breakers:
+        breaker.open(reason="no route to host, as the network is down")
+    browser = browse(size)
+    browser.get(site.start(breakers))
+    browser.save_screenshot(str(HERE / f"{size[0]}_60_open.png"))
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    assert height <= 2 * size[1]
+
+
+def test_page_that_nothing_was_typed_into_is_left_without_a_question(site, browse):
+    """Neither is one whose form is sent."""
+    browser = browse()
+    browser.get(site.start(make(3)))
+    row = Row(browser, "payments")
+    row.unfold()
+    browser.find_element(By.NAME, "q").send_keys("pay")
+    assert not browser.execute_script(ASKS)
+    row.type("fail_max", "7")
+    assert browser.execute_script(ASKS)
+    browser.execute_script("dispatchEvent(new Event('submit'))")
+    assert not browser.execute_script(ASKS)
+
+
 def test_nothing_moves_under_the_finger(site, browse):
     """While a row is unfolded the order stays; afterwards the worst is first."""
     breakers = [pybreaker.CircuitBreaker(name=name) for name in "abc"]
@@ -331,11 +383,13 @@ def test_page_whose_process_has_stopped_says_so_and_comes_back(site, browse, scr
         assert "dead" in browser.find_element(By.TAG_NAME, "body").get_attribute(
             "class"
         )
+        assert browser.title.startswith("NO ANSWER, was 1 open")
         browser.save_screenshot(str(HERE / "dead.png"))
         breakers[0].close()
         site.start(breakers)
         wait_for(browser, lambda: heading(browser) == "1 half-open \xb7 2 closed")
         assert not browser.find_element(By.ID, "dead").text
+        assert browser.title.startswith("1 half-open")
     else:
         wait_for(browser, lambda: "1 open" in frame_text(browser))
         site.stop()
