@@ -2289,6 +2289,8 @@ SECRETS = {
 def test_passwords_in_urls_are_blotted_out(serve, weather, text, shown):
     """On the page and in what scripts are told, also once the outage is over."""
     assert module.blot_out_passwords(text) == shown
+    "smtp://ada@example.com:hunter2@mail": "smtp://ada@example.com:***@mail",
+    "https://h/x#access_token=hunter2": "https://h/x#access_token=***",
     client = serve(Console([weather]))
     weather.open(reason=text)
     client_sees = client.page().source + client.get("/breakers").text
