@@ -916,6 +916,11 @@ class Console:
             return exc.status, [], _Page(self, environ, form).whole()
         if told is None:  # there is a question, an error or a notice
             status = 422 if form.errors else 409 if form.notices else 200
+        except Exception as exc:  # such as a storage out of reach
+            logger.exception("a button failed")
+            error = _redacted(self._redacts, repr(exc))[:MAX_TEXT]
+            form.say(f"The button failed, see how {key} is now: {error}")
+            return 500, [], _Page(self, environ, form).whole()
             return status, [], _Page(self, environ, form).whole()
         with self._news_lock:
             self._news[form.did] = ident, told
@@ -973,23 +978,26 @@ class Console:
         form.question = f"yes.{watch.ident}.inf"
         return None
 
-    def _press_close(
-        self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
+    def _press_move(
+        self,
+        environ: Environ,
+        form: _Form,
+        key: str,
+        watch: Watch,
+        exact: str,
+        move: str,
+        is_sure: bool = False,
     ) -> str | None:
-        """Ask, unless all calls go through already."""
-        if watch.picture(time.monotonic() + LOOK).get("state") != "closed":
-            form.question = f"close-yes.{watch.ident}"
+        """Ask first where that changes what calls may do for the worse: closing lets
+        all through to a service that may be ill, half-opening refuses calls."""
+        picture = watch.picture(time.monotonic() + LOOK)
+        is_closed = picture.get("state") == pybreaker.STATE_CLOSED
+        if not is_sure and is_closed == (move == "half_open"):
+            form.question = f"{move.replace('_', '-')}-yes.{watch.ident}"
             return None
-        return self._press_close_yes(environ, form, key, watch, exact)
-
-    def _press_half_open(
-        self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
-    ) -> str | None:
-        """Ask, if all calls go through now."""
-        if watch.picture(time.monotonic() + LOOK).get("state") == "closed":
-            form.question = f"half-open-yes.{watch.ident}"
-            return None
-        return self._press_half_open_yes(environ, form, key, watch, exact)
+        self._move(environ, key, watch, move, form.reason(watch.ident))
+        form.forget(watch.ident, "why")
+        return f"{key} is {MOVED[move]}."
 
     def _press_yes(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
@@ -1000,21 +1008,9 @@ class Console:
             raise Refusal(422, "there is no such button") from None
         self._move(environ, key, watch, "open", form.reason(watch.ident), seconds)
         form.forget(watch.ident, "why", "minutes")
-        return f"{key} is held open {_until(seconds)}: its calls are refused."
-
-    def _press_close_yes(
-        self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
-    ) -> str | None:
-        self._move(environ, key, watch, "close", form.reason(watch.ident))
-        form.forget(watch.ident, "why")
-        return f"{key} is closed: all its calls go through."
-
-    def _press_half_open_yes(
-        self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
-    ) -> str | None:
-        self._move(environ, key, watch, "half_open", form.reason(watch.ident))
-        form.forget(watch.ident, "why")
-        return f"{key} is half-open: its next call is a trial."
+        breaker = watch.breaker
+        effect = _effect(breaker is not None and breaker.dry_run)
+        return f"{key} is held open {_until(seconds)}: {effect}."
 
     # Both change things here, and leave a trace.
 
@@ -1061,10 +1057,14 @@ BUTTONS: dict[str, Any] = {
     "hold": Console._press_hold,
     "hold-on": Console._press_hold_on,
     "yes": Console._press_yes,
-    "close": Console._press_close,
-    "close-yes": Console._press_close_yes,
-    "half-open": Console._press_half_open,
-    "half-open-yes": Console._press_half_open_yes,
+    "close": partial(Console._press_move, move="close"),
+    "close-yes": partial(Console._press_move, move="close", is_sure=True),
+    "half-open": partial(Console._press_move, move="half_open"),
+    "half-open-yes": partial(Console._press_move, move="half_open", is_sure=True),
+}
+MOVED = {
+    "close": "closed: all its calls go through",
+    "half_open": "half-open: its next call is a trial",
 }
 
 
@@ -1596,7 +1596,8 @@ class _Page:
         name = escape(row.key)
         if do == "yes":
             until = _until(float(exact))
-            what = f"Hold {name} open {until}? Its calls are refused so long."
+            effect = _effect(row.picture.get("dry_run"))
+            what = f"Hold {name} open {until}? Meanwhile {effect}."
             yes = f"Yes, hold {name} open"
         elif do == "close-yes":
             what = f"Close {name}? All its calls go through at once, whether or not "
@@ -1861,6 +1862,13 @@ def _shown(name: str, value: Any) -> str:
 
 def _until(seconds: float) -> str:
     """For how long, and until when."""
+def _effect(dry_run: object) -> str:
+    """What an open circuit does to its calls."""
+    if dry_run:
+        return "all its calls go through, as it is a dry run"
+    return "its calls are refused"
+
+
     if seconds == math.inf:
         return "until somebody releases it"
     try:

@@ -737,6 +737,10 @@ def test_dry_run_is_told_as_one(client, weather):
         "\N{BLACK SQUARE} OPEN (dry run) weather nothing is ref"
     )
     assert "but this is a dry run: all calls go through" in row.story
+    page = client.press(client.page(), "weather", "Hold open")
+    assert "Meanwhile all its calls go through, as it is a dry run." in page.text
+    page = client.press(page, "weather", "Yes, hold weather open")
+    assert page.news().endswith(": all its calls go through, as it is a dry run.")
 
 
 # Hold
@@ -1551,7 +1555,8 @@ def test_what_only_a_storage_refuses_keeps_the_others_from_being_set_too(serve):
 def test_breaker_whose_storage_is_out_of_reach_leaves_the_others_in_place(
     serve, weather, caplog
 ):
-    """It is shown with the error; moving it is a 500 and a traceback in the log."""
+    """It is shown with the error. Moving it is a 500 and a traceback in the log, and
+    nothing that was typed is lost."""
     storage = CountingStorage()
     broken = CircuitBreaker(name="broken", state_storage=storage)
     client = serve(Console([broken, weather]))
@@ -1566,6 +1571,12 @@ def test_breaker_whose_storage_is_out_of_reach_leaves_the_others_in_place(
     answer = client.patch("/breakers/broken", {"fail_counter": 1, "fail_max": 7})
     assert (answer.status, broken.fail_max) == (500, 5)
     assert "the database is gone" in caplog.text
+    page = client.press(
+        client.page(), "broken", "Save the settings", fail_max="7", fail_counter="1"
+    )
+    assert (page.status, broken.fail_max) == (500, 5)
+    assert "OSError('the database is gone')" in page.news()
+    assert page.row("broken").typed["fail_max"] == "7"
     assert client.get("/breakers/weather").status == 200
 
 
