@@ -40,6 +40,7 @@ import contextlib
 import hashlib
 import http
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -99,8 +100,8 @@ ROWS = 300  # on a page; the filter finds the others
 REFRESH = 2  # seconds between two looks of the page
 PATIENCE = 10  # seconds that a client has to ask and to take the answer
 LOOK = 0.25  # seconds that one page waits for breakers that are busy
-WAIT = 1.0  # seconds that a change waits for a breaker that is busy
 LEAST_LOOK = 0.005  # that the page waits for each breaker, though others were busy
+WAIT = 1.0  # seconds that a change waits for a breaker that is busy
 CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
 MAX_HEAD = 32 * 1024  # bytes of a request before its body,
 MAX_BODY = 16 * 1024  # and of the body,
@@ -111,6 +112,7 @@ BACKLOG = 128  # connections that the system keeps waiting
 HURRY = 1.0  # seconds that a connection has to ask while others wait
 BURST = 64  # connections that ask for nothing and are let in at once,
 IDLE_A_SECOND = 16  # and after that
+UNREAD = 1024 * 1024  # bytes sent in vain that count as one more such connection
 PAUSE = 0.5  # seconds, when the system cannot give another connection
 FIND = 1.0  # seconds between two searches for new breakers
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # of a button that asks before it does anything
@@ -259,10 +261,10 @@ class Watch:
         """All there is to show, as a dict for `json.dumps`. It is that of an earlier
         moment, and says so, where the breaker is busy beyond the deadline."""
         breaker = self.breaker
-        if breaker is None or _may_be_read(breaker):
-            self._take(deadline)
         if self._busy_since is not None:  # the time is for the other breakers
             deadline = 0.0
+        if breaker is None or _may_be_read(breaker):
+            self._take(deadline)
         else:  # a storage of the user's own may hang, or wait for a network
             if self._looker is None or not self._looker.is_alive():
                 self._looker = threading.Thread(
@@ -914,13 +916,13 @@ class Console:
             }
             form.say(f"Nothing was changed: {exc}")
             return exc.status, [], _Page(self, environ, form).whole()
-        if told is None:  # there is a question, an error or a notice
-            status = 422 if form.errors else 409 if form.notices else 200
         except Exception as exc:  # such as a storage out of reach
             logger.exception("a button failed")
             error = _redacted(self._redacts, repr(exc))[:MAX_TEXT]
             form.say(f"The button failed, see how {key} is now: {error}")
             return 500, [], _Page(self, environ, form).whole()
+        if told is None:  # there is a question, an error or a notice
+            status = 422 if form.errors else 409 if form.notices else 200
             return status, [], _Page(self, environ, form).whole()
         with self._news_lock:
             self._news[form.did] = ident, told
@@ -1569,11 +1571,11 @@ class _Page:
         )
         why, minutes = escape(typed.get("why", "")), typed.get("minutes", MINUTES)
         why_is = _described(ident, "reason", errors, notices, f"{ident}-why-hint")
-        minutes_are = _described(ident, "minutes", errors, notices)
-        return f"""{self._question(row)}
         why_is += _mark_of("why", typed)
-<input type="hidden" name="{ident}.was" value="{escape(row.was())}">
+        minutes_are = _described(ident, "minutes", errors, notices)
         minutes_are += _mark_of("minutes", typed)
+        return f"""{self._question(row)}
+<input type="hidden" name="{ident}.was" value="{escape(row.was())}">
 <input type="hidden" name="{ident}.name" value="{escape(row.key)}">
 <fieldset><legend>Move the circuit{of}</legend>
 <p><label for="{ident}-why">Because{of}</label> <input id="{ident}-why" class="why"
@@ -1623,10 +1625,10 @@ class _Page:
         field = f"{ident}-{name}"
         value = escape(typed.get(name, now))
         described = _described(ident, name, errors, notices, f"{field}-hint")
+        described += _mark_of(name, typed)
         if name == "dry_run":
             options = "".join(
                 f"<option{' selected' if each == value else ''}>{each}</option>"
-        described += _mark_of(name, typed)
                 for each in ("off", "on")
             )
             control = f'<select id="{field}" name="{ident}.{name}" {described}>'
@@ -1660,13 +1662,13 @@ class _Row:
     def word(self) -> tuple[str, str]:
         """A mark and a word for the state, which need no colour."""
         mark, word = {
+            "busy": ("\N{HOURGLASS}\N{VARIATION SELECTOR-15}", "BUSY"),
             "open": ("\N{BLACK SQUARE}", "HELD OPEN" if self.held else "OPEN"),
             "half-open": ("\N{CIRCLE WITH LEFT HALF BLACK}", "HALF-OPEN"),
             "closed": ("\N{WHITE CIRCLE}", "closed"),
             "unknown": ("?", "UNKNOWN"),
         }[self.state]
         return mark, f"{word} (dry run)" if self.picture.get("dry_run") else word
-            "busy": ("\N{HOURGLASS}\N{VARIATION SELECTOR-15}", "BUSY"),
 
     def looks(self) -> str:
         count, limit = self.picture.get("fail_counter", 0), self.picture.get("fail_max")
@@ -1825,14 +1827,14 @@ def _described(ident: str, name: str, errors: Any, notices: Any, hint: str = "")
     return f'aria-describedby="{hint}"' if hint else ""
 
 
-def _said(ident: str, name: str, errors: Any, notices: Any) -> str:
-    if name in errors:
-        return f'<strong id="{ident}-{name}-said">{escape(errors[name])}</strong>'
 def _mark_of(name: str, typed: Any) -> str:
     """What tells the script of a text that was typed, and is not to be renewed."""
     return " data-typed" if name in typed else ""
 
 
+def _said(ident: str, name: str, errors: Any, notices: Any) -> str:
+    if name in errors:
+        return f'<strong id="{ident}-{name}-said">{escape(errors[name])}</strong>'
     if name in notices:
         return (
             f'<em id="{ident}-{name}-said">{escape(notices[name])}. Nothing was saved; '
@@ -1860,8 +1862,6 @@ def _shown(name: str, value: Any) -> str:
     return str(value)
 
 
-def _until(seconds: float) -> str:
-    """For how long, and until when."""
 def _effect(dry_run: object) -> str:
     """What an open circuit does to its calls."""
     if dry_run:
@@ -1869,6 +1869,8 @@ def _effect(dry_run: object) -> str:
     return "its calls are refused"
 
 
+def _until(seconds: float) -> str:
+    """For how long, and until when."""
     if seconds == math.inf:
         return "until somebody releases it"
     try:
@@ -2070,6 +2072,7 @@ SCRIPT = """
       }
     }
   };
+  const none = "NO ANSWER, was ";
   let unknown = false, strangers = 0;
   const again = () => {  // a page with other breakers, or of another process
     const button = document.querySelector("button[value=reload]");
@@ -2080,7 +2083,6 @@ SCRIPT = """
     try {
       const stop = new AbortController(), hangs = new Error("it hangs");
       const timer = setTimeout(() => stop.abort(hangs), 2000);
-  const none = "NO ANSWER, was ";
       const answer = await fetch(body.dataset.live, { signal: stop.signal,
         cache: "no-store" });
       if (!answer.ok) throw new Error("the answer is " + answer.status);
@@ -2104,26 +2106,26 @@ SCRIPT = """
       const text = "NO ANSWER from the process (" + error.message + "). All below is "
         + "as of " + asOf + ", and not what is so now. It is asked every 2 seconds.";
       if (dead.textContent !== text) dead.textContent = text;
+      if (!document.title.startsWith(none)) document.title = none + document.title;
     }
     setTimeout(look, 2000);
   };
   setTimeout(look, 1000);
+  let isSent = false;
+  addEventListener("submit", () => { isSent = true; });
+  addEventListener("beforeunload", (event) => {  // the operator reloads or leaves it
+    if (!isSent && isDirty(rows)) event.preventDefault();
+  });
 })();
 """.replace("NAMES", json.dumps(SETTINGS))
 
 
 def _hash_of(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-      if (!document.title.startsWith(none)) document.title = none + document.title;
 
 
 HEADERS = [
     (
-  let isSent = false;
-  addEventListener("submit", () => { isSent = true; });
-  addEventListener("beforeunload", (event) => {  // the operator reloads or leaves it
-    if (!isSent && isDirty(rows)) event.preventDefault();
-  });
         "Content-Security-Policy",
         f"default-src 'none'; style-src 'sha256-{_hash_of(STYLE)}'; "
         f"script-src 'sha256-{_hash_of(SCRIPT)}'; connect-src 'self'; "
@@ -2322,8 +2324,11 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
             request.shutdown(socket.SHUT_WR)
             request.settimeout(1)
             for _ in range(256):
-                if not request.recv(65536):
+                size = len(request.recv(65536))
+                if not size:
                     break
+                with self._guard:
+                    self._allowance -= size / UNREAD
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2338,33 +2343,71 @@ class ServerUnix(Server):
     address_family = getattr(socket, "AF_UNIX", socket.AF_INET)
 
 
-class _Body:
-    """A stream that tells when what was asked of it has come."""
+class _Incoming(io.RawIOBase):
+    """What a client sends. One that sends crumbs, where others send a head and a body,
+    is read only so often: each reading wakes a thread."""
 
-    def __init__(self, stream: Any, told: Callable[[], None]) -> None:
-        self._stream, self._told = stream, told
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._crumbs = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._crumbs > 2:
+            time.sleep(CRUMBS)  # the system gathers what comes meanwhile
+        size: int = self._connection.recv_into(buffer)
+        self._crumbs += size < len(buffer)
+        return size
+
+
+class _Request:
+    """A request as it comes: a head of at most `MAX_HEAD` bytes, and then a body. It
+    knows what is whole, and tells when that is all."""
+
+    def __init__(self, connection: Any, told: Callable[[], None]) -> None:
+        self._stream = io.BufferedReader(_Incoming(connection), 65536)
+        self._told = told
+        self._left = MAX_HEAD
+        self.has_whole_head = False
+
+    def readline(self, size: int = -1) -> bytes:
+        line = self._stream.readline(min(size, self._left) if size >= 0 else self._left)
+        self._left -= len(line)
+        self.has_whole_head = line in (b"\r\n", b"\n")
+        return line
 
     def read(self, size: int = -1) -> bytes:
-        content: bytes = self._stream.read(size)
-        self._told()
+        content = self._stream.read(size)
+        if len(content) == size:
+            self._told()
         return content
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def close(self) -> None:
+        self._stream.close()
 
 
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
     timeout = PATIENCE
 
+    def setup(self) -> None:
+        super().setup()
+        server: Any = self.server
+        self._asks: Callable[[], None] = partial(server.asks, self.connection)
+        self._request = _Request(self.connection, self._asks)
+        self.rfile.close()
+        self.rfile = self._request  # type: ignore[assignment]
+
     def parse_request(self) -> bool:
-        parsed = super().parse_request()
-        if parsed and isinstance(self.server, Server):
-            asks = partial(self.server.asks, self.connection)
-            if self.headers.get("Content-Length", "0") == "0":
-                asks()
-            else:
-                self.rfile = _Body(self.rfile, asks)  # type: ignore[assignment]
-        return parsed
+        if not super().parse_request():
+            return False
+        if not self._request.has_whole_head:  # where the client stopped, or was cut off
+            self.send_error(400, "the head of the request is too long or not whole")
+            return False
+        if self.headers.get("Content-Length", "0") == "0":
+            self._asks()
+        return True
 
     def address_string(self) -> str:
         return str(self.client_address[0])

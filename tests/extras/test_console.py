@@ -1200,10 +1200,6 @@ def test_page_of_another_process_changes_nothing_and_loses_nothing(serve, weathe
     assert weather.fail_max == 9
 
 
-def test_page_of_another_process_tells_what_was_typed_for_a_breaker_that_is_gone(serve):
-    """Nothing typed is lost without a word."""
-    page = serve(Console([CircuitBreaker(name="old")])).page()
-    client = serve(Console([]))
 @pytest.mark.parametrize("is_restarted", [True, False])
 def test_page_with_many_breakers_is_taken_when_they_are_gone(
     serve, weather, is_restarted
@@ -1225,6 +1221,10 @@ def test_page_with_many_breakers_is_taken_when_they_are_gone(
         assert (page.status, weather.fail_max) == (200, 9)
 
 
+def test_page_of_another_process_tells_what_was_typed_for_a_breaker_that_is_gone(serve):
+    """Nothing typed is lost without a word."""
+    page = serve(Console([CircuitBreaker(name="old")])).page()
+    client = serve(Console([]))
     page = client.press(page, "old", "Save the settings", fail_max="9")
     assert "There is no breaker 'old' here: fail_max = 9." in page.news()
 
@@ -1270,11 +1270,11 @@ def test_busy_breaker_is_shown_as_busy_and_the_others_go_on(client, weather, pay
         page = client.page()
         listed = {each["name"]: each for each in client.get("/breakers").json()}
         answer = client.patch("/breakers/payments", {"fail_max": 9})
+        assert [row.name for row in client.page("?state=busy").rows] == ["weather"]
     row = page.row("weather")
     assert "BUSY" in row.headline
     assert "seen last as open at " in row.headline
     assert "BUSY since " in row.story
-        assert [row.name for row in client.page("?state=busy").rows] == ["weather"]
     assert listed["weather"]["busy"]
     assert listed["weather"]["state"] == "open"
     assert not listed["payments"]["busy"]
@@ -2289,6 +2289,8 @@ SECRETS = {
     "redis://user:hunter2@cache/0": "redis://user:***@cache/0",
     "postgresql://u:p@ss/hunter2@db": "postgresql://u:***@db",
     "https://h/?a=1&api_key=hunter2&b=2": "https://h/?a=1&api_key=***&b=2",
+    "smtp://ada@example.com:hunter2@mail": "smtp://ada@example.com:***@mail",
+    "https://h/x#access_token=hunter2": "https://h/x#access_token=***",
     "https://h/x?access_token=hunter2'": "https://h/x?access_token=***'",
     "no secret in http://h:8080/path": "no secret in http://h:8080/path",
     "nor in http://h:8080": "nor in http://h:8080",
@@ -2300,8 +2302,6 @@ SECRETS = {
 def test_passwords_in_urls_are_blotted_out(serve, weather, text, shown):
     """On the page and in what scripts are told, also once the outage is over."""
     assert module.blot_out_passwords(text) == shown
-    "smtp://ada@example.com:hunter2@mail": "smtp://ada@example.com:***@mail",
-    "https://h/x#access_token=hunter2": "https://h/x#access_token=***",
     client = serve(Console([weather]))
     weather.open(reason=text)
     client_sees = client.page().source + client.get("/breakers").text
@@ -2405,8 +2405,52 @@ def test_unfinished_request_makes_room_for_others(client, monkeypatch, rest):
             link.close()
 
 
+HEAD = b"GET /breakers HTTP/1.0\r\nHost: localhost\r\n"
+UNFINISHED = {
+    "part of a line": b"GET",
+    "head without its end": HEAD,
+    "head that is too long": HEAD + b"X: %b\r\n" % (b"x" * 60_000),
+    "body without its end": HEAD.replace(b"GET /breakers", b"PATCH /breakers/weather")
+    + b"Content-Length: 2\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("raw", list(UNFINISHED.values())[:3], ids=list(UNFINISHED)[:3])
+def test_unfinished_head_is_not_served(serve, raw):
+    """No page is made for a client that has gone, or was cut off."""
+    served = []
+    assert "400" in serve(served.append, console=Console([])).send(raw)
+    assert served == []
+
+
+def test_head_has_an_end(client):
+    """A head of some length is read, and of a longer one no more than that."""
+    fields = b"X: %b\r\n" % (b"x" * (module.MAX_HEAD // 4))
+    assert "200 OK" in client.send(HEAD + 3 * fields + b"\r\n")
+    assert " 400 " in client.send(HEAD + 4 * fields + b"\r\n")
+
+
+def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
+    """Before each reading but the first ones there is a pause, in which the system
+    gathers what comes. A body behind its head waits for nothing."""
+    events = []
+    monkeypatch.setattr(module.time, "sleep", events.append)
+
+    class Crumbs:
+        def recv_into(self, buffer):
+            events.append("read")
+            buffer[:2] = b"\r\n"
+            return 2
+
+    request = module._Request(Crumbs(), lambda: None)
+    for _ in range(6):
+        assert request.readline() == b"\r\n"
+    assert events == ["read"] * 3 + [module.CRUMBS, "read"] * 3
+
+
+@pytest.mark.parametrize("raw", UNFINISHED.values(), ids=UNFINISHED)
 def test_connections_that_ask_for_nothing_are_let_in_slowly(
-    serve, weather, monkeypatch
+    serve, weather, monkeypatch, raw
 ):
     """So many at once, and then so many a second: one that has asked is not charged."""
     monkeypatch.setattr(module, "BURST", 5)
@@ -2415,7 +2459,23 @@ def test_connections_that_ask_for_nothing_are_let_in_slowly(
     for _ in range(8):
         assert client.get("/breakers").status == 200
     for _ in range(5):
-        assert "Bad request" in client.send(b"GET")
+        client.send(raw)
+    check_others_wait(client, monkeypatch)
+
+
+def test_what_is_sent_in_vain_is_charged_by_its_length(serve, weather, monkeypatch):
+    """Reading it costs the process time, although nothing of it is looked at."""
+    monkeypatch.setattr(module, "BURST", 5)
+    monkeypatch.setattr(module, "IDLE_A_SECOND", 0.0)
+    monkeypatch.setattr(module, "UNREAD", 1000)
+    client = serve(Console([weather]))
+    answer = client.patch("/breakers/weather", {"fail_max": " " * 500_000})
+    assert answer.status == 413
+    check_others_wait(client, monkeypatch)
+
+
+def check_others_wait(client, monkeypatch):
+    """Other connections wait, until there is an allowance again."""
     for _ in range(10):
         with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
             link.sendall(b"GET /breakers HTTP/1.0\r\nHost: localhost\r\n\r\n")
