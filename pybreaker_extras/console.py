@@ -2362,30 +2362,29 @@ class _Incoming(io.RawIOBase):
         return size
 
 
-class _Request:
+class _Request(io.BufferedReader):
     """A request as it comes: a head of at most `MAX_HEAD` bytes, and then a body. It
-    knows what is whole, and tells when that is all."""
+    knows whether the head is whole, and tells when all of the body has come."""
 
     def __init__(self, connection: Any, told: Callable[[], None]) -> None:
-        self._stream = io.BufferedReader(_Incoming(connection), 65536)
+        super().__init__(_Incoming(connection), 65536)
         self._told = told
         self._left = MAX_HEAD
         self.has_whole_head = False
 
-    def readline(self, size: int = -1) -> bytes:
-        line = self._stream.readline(min(size, self._left) if size >= 0 else self._left)
+    def readline(self, size: int | None = -1) -> bytes:
+        if self.has_whole_head:  # an application reads the body
+            return super().readline(size)
+        line = super().readline(self._left)
         self._left -= len(line)
         self.has_whole_head = line in (b"\r\n", b"\n")
         return line
 
-    def read(self, size: int = -1) -> bytes:
-        content = self._stream.read(size)
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
         if len(content) == size:
             self._told()
         return content
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
@@ -2397,7 +2396,7 @@ class Handler(wsgiref.simple_server.WSGIRequestHandler):
         self._asks: Callable[[], None] = partial(server.asks, self.connection)
         self._request = _Request(self.connection, self._asks)
         self.rfile.close()
-        self.rfile = self._request  # type: ignore[assignment]
+        self.rfile = self._request
 
     def parse_request(self) -> bool:
         if not super().parse_request():

@@ -9,6 +9,7 @@ import hashlib
 import html.parser
 import http.client
 import io
+import itertools
 import json
 import logging
 import math
@@ -2430,6 +2431,19 @@ def test_head_has_an_end(client):
     assert " 400 " in client.send(HEAD + 4 * fields + b"\r\n")
 
 
+def test_application_beside_the_console_reads_a_body_as_it_likes(serve):
+    """Line by line, though the body is longer than a head may be."""
+
+    def echo(environ, start_response):
+        body = environ["wsgi.input"]
+        start_response("200 OK", [])
+        return [body.readline(), *itertools.islice(body, 1), body.read(5)]
+
+    client = serve(Console([]).mount(echo, "/ops"))
+    line = b"x" * module.MAX_HEAD + b"\n"
+    assert client.post("/", 2 * line + b"tail.").text.encode() == 2 * line + b"tail."
+
+
 def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
     """Before each reading but the first ones there is a pause, in which the system
     gathers what comes. A body behind its head waits for nothing."""
@@ -2439,12 +2453,12 @@ def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
     class Crumbs:
         def recv_into(self, buffer):
             events.append("read")
-            buffer[:2] = b"\r\n"
+            buffer[:2] = b"x\n"
             return 2
 
     request = module._Request(Crumbs(), lambda: None)
     for _ in range(6):
-        assert request.readline() == b"\r\n"
+        assert request.readline() == b"x\n"
     assert events == ["read"] * 3 + [module.CRUMBS, "read"] * 3
 
 
