@@ -855,8 +855,11 @@ class Console:
 
     # For people.
 
+    def _page(self, environ: Environ, form: _Form, status: int = 200) -> Answer:
+        return status, [], _Page(self, environ, form).whole()
+
     def _get_page(self, environ: Environ) -> Answer:
-        return 200, [], _Page(self, environ, _Form.asked(environ)).whole()
+        return self._page(environ, _Form.asked(environ))
 
     def _get_live(self, environ: Environ) -> Answer:
         return 200, [], _Page(self, environ, _Form.asked(environ)).live()
@@ -870,13 +873,13 @@ class Console:
         form = _Form.sent(_fields(body, 20 + 20 * ROWS))
         if form.token != self._token:
             form = form.carried_to({key: i for i, (key, _) in watches.items()})
-            return 409, [], _Page(self, environ, form).whole()
+            return self._page(environ, form, 409)
         # What a browser that reloads the page sends again is the very same.
         form.did = hashlib.sha256(body).hexdigest()[:20]
         news = self._news.get(form.did)
         if news is not None:
             form.say(f"This was done already: {news[1]}")
-            return 200, [], _Page(self, environ, form).whole()
+            return self._page(environ, form)
         return self._press(environ, form, watches)
 
     def _press(self, environ: Environ, form: _Form, watches: Any) -> Answer:
@@ -890,47 +893,47 @@ class Console:
                 do, argument = "set", changed[0]
             else:
                 form.say("Nothing was done yet: press the button that says what to do.")
-                return 200, [], _Page(self, environ, form).whole()
+                return self._page(environ, form)
         if do in ("filter", "reload"):
             form.unfolded = argument  # of a question that was answered with no
             if form.typed or argument:
-                return 200, [], _Page(self, environ, form).whole()
+                return self._page(environ, form)
             return 303, [("Location", f"{_root(environ)}/{form.query()}")], ""
         ident, _, exact = argument.partition(".")
         if do not in BUTTONS:
             raise Refusal(422, "there is no such button")
         if ident not in watches:
             form.say("Nothing was changed: that breaker is no longer there.")
-            return 404, [], _Page(self, environ, form).whole()
+            return self._page(environ, form, 404)
         key, watch = watches[ident]
         form.unfolded = ident
         try:
             told = BUTTONS[do](self, environ, form, key, watch, exact)
         except Busy as exc:
             form.say(f"Nothing was changed: {exc}.")
-            return 503, [], _Page(self, environ, form).whole()
+            return self._page(environ, form, 503)
         except Refusal as exc:
             form.errors[ident] = {
                 "minutes" if field == "seconds" else field: error
                 for field, error in exc.errors.items()
             }
             form.say(f"Nothing was changed: {exc}")
-            return exc.status, [], _Page(self, environ, form).whole()
+            return self._page(environ, form, exc.status)
         except Exception as exc:  # such as a storage out of reach
             logger.exception("a button failed")
             error = _redacted(self._redacts, repr(exc))[:MAX_TEXT]
             form.say(f"The button failed, see how {key} is now: {error}")
-            return 500, [], _Page(self, environ, form).whole()
+            return self._page(environ, form, 500)
         if told is None:  # there is a question, an error or a notice
             status = 422 if form.errors else 409 if form.notices else 200
-            return status, [], _Page(self, environ, form).whole()
+            return self._page(environ, form, status)
         with self._news_lock:
             self._news[form.did] = ident, told
             while len(self._news) > NEWS:
                 self._news.popitem(last=False)
         if form.typed:  # elsewhere, and not to be lost
             form.say(told, done=True)
-            return 200, [], _Page(self, environ, form).whole()
+            return self._page(environ, form)
         # See other: so that reloading the page does not ask for it again.
         place = f"{form.query(did=form.did)}#b-{ident}"
         return 303, [("Location", f"{_root(environ)}/{place}")], ""

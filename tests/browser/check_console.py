@@ -95,6 +95,7 @@ def browse(tmp_path):
             )
         browser = webdriver.Chrome(options=options, service=Service(driver))
         browsers.append(browser)
+        browser.set_script_timeout(4 * PATIENCE)  # axe looks at a page of 60 rows
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {
