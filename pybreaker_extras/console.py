@@ -874,6 +874,7 @@ class Console:
         if form.token != self._token:
             form = form.carried_to({key: i for i, (key, _) in watches.items()})
             return self._page(environ, form, 409)
+        form.drop_gone(watches)
         # What a browser that reloads the page sends again is the very same.
         form.did = hashlib.sha256(body).hexdigest()[:20]
         news = self._news.get(form.did)
@@ -896,7 +897,7 @@ class Console:
                 return self._page(environ, form)
         if do in ("filter", "reload"):
             form.unfolded = argument  # of a question that was answered with no
-            if form.typed or argument:
+            if form.typed or form.lost or argument:
                 return self._page(environ, form)
             return 303, [("Location", f"{_root(environ)}/{form.query()}")], ""
         ident, _, exact = argument.partition(".")
@@ -931,7 +932,7 @@ class Console:
             self._news[form.did] = ident, told
             while len(self._news) > NEWS:
                 self._news.popitem(last=False)
-        if form.typed:  # elsewhere, and not to be lost
+        if form.typed or form.lost:  # elsewhere, and not to be lost
             form.say(told, done=True)
             return self._page(environ, form)
         # See other: so that reloading the page does not ask for it again.
@@ -1262,6 +1263,7 @@ class _Form:
         self.question = ""
         self.unfolded = ""
         self.message = ""
+        self.lost = ""  # what was typed for breakers that are gone
         self.is_done = False
         self._fields = fields
 
@@ -1322,10 +1324,18 @@ class _Form:
             if name in idents:
                 form.typed[idents[name]] = typed
             else:
-                told = ", ".join(f"{field} = {text}" for field, text in typed.items())
-                message += f" There is no breaker {name!r} here: {told}."
+                form._lose(name, typed)
         form.say(message)
         return form
+
+    def drop_gone(self, present: Iterable[str]) -> None:
+        """Tell what was typed for breakers that are gone."""
+        for ident in self.typed.keys() - present:
+            self._lose(self._fields.get(f"{ident}.name", ""), self.typed.pop(ident))
+
+    def _lose(self, name: str, typed: dict[str, str]) -> None:
+        told = ", ".join(f"{field} = {text}" for field, text in typed.items())
+        self.lost += f" For {name!r}, which is no longer there, was typed: {told}."
 
     def filter_changed(self) -> bool:
         return f"{self.q} {self.state}" != self._fields.get("shown", "")
@@ -1424,7 +1434,7 @@ class _Page:
     def _news(self) -> str:
         """What was done, or why nothing was."""
         kind = "done" if self._form.is_done else "said"
-        text = escape(self._form.message)
+        text = escape(self._form.message + self._form.lost)
         return f'<p id="news" role="status" class="{kind}">{text}</p>'
 
     def _no_script(self) -> str:

@@ -670,11 +670,11 @@ def test_what_a_call_does_meanwhile_is_not_put_down_to_the_operator(client, weat
     assert reasons[:2] == ["the trial succeeded", "by hand, from 127.0.0.1"]
 
 
-def test_calls_take_no_lock_because_of_the_console(weather):
+def test_calls_take_no_lock_because_of_the_console(weather, monkeypatch):
     """All that it listens to is transitions."""
     Console([weather])
     assert weather.listeners
-    weather._lock = None
+    monkeypatch.setattr(weather, "_lock", None)
     assert weather.call(int) == 0
 
 
@@ -1183,8 +1183,32 @@ def test_breaker_that_is_gone_is_not_another_one(serve):
     breakers[0] = CircuitBreaker(name="x")
     page = client.press(page, "x", "Save the settings", fail_max="9")
     assert page.status == 404
-    assert page.news() == "Nothing was changed: that breaker is no longer there."
+    assert page.news() == (
+        "Nothing was changed: that breaker is no longer there."
+        " For 'x', which is no longer there, was typed: fail_max = 9."
+    )
     assert breakers[0].fail_max == 5
+
+
+@pytest.mark.parametrize(
+    "button", ["Save the settings", "Close, let all calls through"]
+)
+def test_what_was_typed_for_a_breaker_that_is_gone_is_told_by_any_button(
+    serve, weather, button
+):
+    """Of another row, which does what the button says."""
+    breakers = [weather, CircuitBreaker(name="gone")]
+    client = serve(Console(breakers))
+    page = client.page()
+    ident = page.row("gone").ident
+    del breakers[1]
+    page.fields[f"{ident}.why"] = "a long story"
+    page = client.press(page, "weather", button, fail_max="9")
+    assert page.status == 200
+    assert page.news().endswith(
+        " For 'gone', which is no longer there, was typed: why = a long story."
+    )
+    assert weather.fail_max == (9 if button == "Save the settings" else 5)
 
 
 def test_page_of_another_process_changes_nothing_and_loses_nothing(serve, weather):
@@ -1227,7 +1251,9 @@ def test_page_of_another_process_tells_what_was_typed_for_a_breaker_that_is_gone
     page = serve(Console([CircuitBreaker(name="old")])).page()
     client = serve(Console([]))
     page = client.press(page, "old", "Save the settings", fail_max="9")
-    assert "There is no breaker 'old' here: fail_max = 9." in page.news()
+    assert page.news().endswith(
+        " For 'old', which is no longer there, was typed: fail_max = 9."
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
