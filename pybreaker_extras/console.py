@@ -110,7 +110,7 @@ MAX_TEXT = 300  # characters of a reason, as the library has it
 CONNECTIONS = 32  # at a time
 BACKLOG = 128  # connections that the system keeps waiting
 HURRY = 1.0  # seconds that a connection has to ask while others wait
-BURST = 64  # connections that ask for nothing and are let in at once,
+BURST = 32  # connections that ask for nothing and are let in at once,
 IDLE_A_SECOND = 16  # and after that
 UNREAD = 1024 * 1024  # bytes sent in vain that count as one more such connection
 PAUSE = 0.5  # seconds, when the system cannot give another connection
@@ -2342,6 +2342,8 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
                     break
                 with self._guard:
                     self._allowance -= size / UNREAD
+                    if self._allowance < 0:
+                        break
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

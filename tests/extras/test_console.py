@@ -2507,7 +2507,7 @@ def test_what_is_sent_in_vain_is_charged_by_its_length(serve, weather, monkeypat
     """Reading it costs the process time, although nothing of it is looked at."""
     monkeypatch.setattr(module, "BURST", 5)
     monkeypatch.setattr(module, "IDLE_A_SECOND", 0.0)
-    monkeypatch.setattr(module, "UNREAD", 1000)
+    monkeypatch.setattr(module, "UNREAD", 100_000)
     client = serve(Console([weather]))
     answer = client.patch("/breakers/weather", {"fail_max": " " * 500_000})
     assert answer.status == 413
