@@ -1999,7 +1999,7 @@ input, select, button { font: inherit; color: inherit; background: var(--page);
   min-height: 26px; max-width: 100% }
 button { background: var(--card); cursor: pointer; margin: .1rem .2rem .1rem 0;
   border-color: var(--ink) }
-.few { width: 7rem } .why { width: min(100%, 24rem) }
+.few { width: 7rem } .why { width: min(100%, 20rem) }
 :focus-visible { outline: 3px solid var(--focus); outline-offset: 1px }
 input[aria-invalid] { border: 2px solid var(--red) }
 strong, em { display: block; border-radius: .25rem; padding: .15rem .5rem;
