@@ -2004,7 +2004,7 @@ button { background: var(--card); cursor: pointer; margin: .1rem .2rem .1rem 0;
 input[aria-invalid] { border: 2px solid var(--red) }
 strong, em { display: block; border-radius: .25rem; padding: .15rem .5rem;
   font-weight: 500; font-style: normal }
-strong { color: #fff; background: var(--red) }
+strong { color: #fff; background: var(--red); border: 2px solid var(--red) }
 em, .question { border: 2px solid var(--amber) }
 .question { padding: .3rem .8rem; border-radius: .3rem; grid-column: 1 / -1;
   background: var(--page) }
