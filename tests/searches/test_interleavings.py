@@ -459,6 +459,9 @@ class Listener(pybreaker.CircuitBreakerListener):
     def rejected(self, cb, func, *args, **kwargs):
         self.note("rejected")
 
+    def abandoned(self, cb):
+        self.note("abandoned")
+
     def state_change(self, cb, old_state, new_state):
         self.note("state_change", old_state.name)
         self.circuit.moved(self, old_state, new_state)
