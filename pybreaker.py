@@ -294,7 +294,7 @@ class CircuitBreaker:
     _failure_result: Any = None
     _dry_run = False
 
-    _factor: tuple[Any, float] = (None, 1.0)  # an opening, and its random factor
+    _factor: tuple[Any, float] = (object(), 1.0)  # an opening, and its random factor
     _as_made: tuple[Any, ...] | None = None  # settings that CircuitBreakers gave
     _move_under_way: _Move | None = None  # the move that the library is about to make
     _trial: _Trial | None = None  # the trial that holds the place
@@ -696,7 +696,7 @@ class CircuitBreaker:
         """How many failures are remembered, in a row or in the window; reading takes
         no lock. Setting the counter never opens the circuit. With a window, setting n
         stands for n failures counted just now; n is then at most `fail_max`."""
-        if self._window_seconds is None:
+        if self._window_seconds is None or self._storage.state != STATE_CLOSED:
             return self._storage.counter
         return self._era._remembered()
 
@@ -932,12 +932,14 @@ class CircuitBreaker:
         return _FAILURE
 
     def _is_ignored(self, exc: BaseException) -> bool:
-        """Whether `ignore` matches an exception, or every exception in a group."""
+        """Whether `ignore` matches an exception, or every exception in a group that
+        `exclude` does not match."""
+        if self._matches(self._ignore, exc):
+            return True
         leaves = _leaves_of(exc)
-        return self._matches(self._ignore, exc) or (
-            len(leaves) > 0
-            and all(_is_abandonment(each) or self._is_ignored(each) for each in leaves)
-        )
+        if not leaves or self._matches(self._exclude, exc):
+            return False
+        return all(_is_abandonment(each) or self._is_ignored(each) for each in leaves)
 
     def _has_own_judgement(self) -> bool:
         judge = getattr(self.is_system_error, "__func__", None)
@@ -1100,11 +1102,15 @@ class CircuitBreaker:
 
     def _factor_of(self, opening: Any) -> float:
         """A random factor between 0.9 and 1, drawn once for each opening."""
-        if self._factor[0] is not opening:
+        drawn_for, factor = self._factor
+        if drawn_for != opening:
             from random import uniform  # imported here, as few breakers need it
 
-            self._factor = opening, uniform(0.9, 1.0)
-        return self._factor[1]
+            with self._lock:  # so that two threads draw one factor
+                if self._factor[0] != opening:
+                    self._factor = opening, uniform(0.9, 1.0)
+                factor = self._factor[1]
+        return factor
 
     def _longest_trial(self) -> float:
         """Seconds for which a trial may hold its place."""
@@ -1474,7 +1480,7 @@ class CircuitBreaker:
         # circuit is in the parent alone, and the parent logs the records.
         self._lock = threading.RLock()
         self._trial = self._move_under_way = None
-        self._factor = None, 1.0
+        vars(self).pop("_factor", None)
         self._records = ()
 
 
@@ -1668,16 +1674,18 @@ class CircuitClosedState(CircuitBreakerState):
             self._forget(number or next(self._numbers))
 
     def _count_failure(self) -> None:
-        breaker = self._breaker
-        if breaker._storage.counter == breaker._fail_max:
+        breaker, marks = self._breaker, self._marks
+        count = breaker._storage.counter
+        if count == breaker._fail_max or (marks is not None and len(marks) != count):
+            # Time may have forgotten failures, or other code has set the counter.
+            self._forget()
             # The circuit is still closed if a listener, told of the failure that made
             # the counter reach fail_max, causes another failure, or if the counter was
-            # set. In a window, time may have forgotten failures since.
-            self._forget()
+            # set.
             if breaker._storage.counter == breaker._fail_max:
                 return
         breaker._inc_counter()
-        if self._marks is not None:
+        if marks is not None:
             self._forget()
 
     def _failed(self, exc: BaseException) -> BaseException | None:
@@ -1800,7 +1808,9 @@ class CircuitOpenState(CircuitBreakerState):
             length = breaker._reset_timeout
             if breaker._max_reset_timeout is not None:
                 grown = breaker._grown_timeout(self._move.failed_trials)
-                length = grown * breaker._factor_of(self._known_move or self._move)
+                length = grown * breaker._factor_of(
+                    self._known_move or breaker._storage.opened_at
+                )
         left = length - breaker._storage.open_for()
         # If opened_at is None, left may be inf - inf, a NaN, which is not above 0.
         return left if left > 0.0 else breaker._place_wait()

@@ -291,6 +291,20 @@ def test_a_subclass_is_asked_once_about_the_group_that_was_raised(
     assert asked == [exc]
 
 
+def test_what_excludes_a_group_decides_for_all_of_it_in_a_subclass_too(recorder, group):
+    """`exclude` matches the group, and `ignore` only what is in the group."""
+
+    class Watching(CircuitBreaker):
+        def is_system_error(self, exception):
+            return super().is_system_error(exception)
+
+    exc = group(NotFound())
+    for kind in (CircuitBreaker, Watching):
+        breaker = kind(exclude=[group.kind], ignore=[NotFound])
+        recorder.events.clear()
+        assert outcome(breaker, recorder, exc) == "success"
+
+
 def test_a_subclass_that_asks_super_gets_the_answer_of_the_leaves(group):
     """It adds to the library's judgement of a group without taking it apart."""
     asked = []

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import math
+import random
+import threading
 
 import guards
 import pytest
 from internals import after_fork
-from support import boom, fail, while_locked
+from support import at_once, boom, fail, while_locked
 
-from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerStorage,
+    CircuitMemoryStorage,
+)
 
 
 def succeed(breaker):
@@ -85,6 +93,58 @@ def test_the_factor_is_drawn_once_for_each_opening(clock):
         waits = {breaker.retry_after for _ in range(20)}
         waits |= {rejection(breaker).retry_after, breaker.snapshot()["retry_after"]}
         assert len(waits) == 1
+
+
+class Elsewhere(CircuitBreakerStorage):
+    """A storage of the user's own that knows nothing of moves."""
+
+    state, counter, opened_at = "closed", 0, None
+
+    def __init__(self):
+        super().__init__("elsewhere")
+
+    def increment_counter(self):
+        self.counter += 1
+
+    def reset_counter(self):
+        self.counter = 0
+
+    def open_for(self):
+        return 0.0
+
+
+def test_a_breaker_that_has_yet_to_look_draws_one_factor_over_any_storage():
+    storage = Elsewhere()
+    mover = CircuitBreaker(state_storage=storage)
+    looker = CircuitBreaker(max_reset_timeout=1000, state_storage=storage)
+    mover.open()
+    waits = {looker.retry_after for _ in range(20)}
+    mover.open()
+    assert len(waits) == 1
+    assert looker.retry_after not in waits
+
+
+def test_two_threads_that_ask_first_draw_one_factor(clock, monkeypatch):
+    """Both find that the factor of this opening has not been drawn yet."""
+    breaker = CircuitBreaker(reset_timeout=100, max_reset_timeout=1000)
+    breaker.open()
+    both, draw, waits = threading.Barrier(2), random.uniform, []
+
+    def slow(low, high):
+        drawn = draw(low, high)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # which the other thread does not reach if it draws nothing
+        return drawn
+
+    monkeypatch.setattr(random, "uniform", slow)
+
+    def rejected():
+        with pytest.raises(CircuitBreakerError) as caught:
+            breaker.call(int)
+        waits.append(caught.value.retry_after)
+
+    at_once(rejected, rejected)
+    assert waits == [breaker.retry_after] * 2
 
 
 def test_the_factor_differs_between_openings_and_breakers(clock):

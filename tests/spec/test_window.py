@@ -1207,3 +1207,18 @@ def test_a_window_may_be_changed_while_calls_settle():
     assert breaker.fail_counter == 2
     succeed(breaker, 2)
     assert breaker.fail_counter == 0
+
+
+@pytest.mark.parametrize("state", ["open", "half-open"])
+def test_time_forgets_nothing_in_a_circuit_that_another_breaker_has_moved(clock, state):
+    """Nor before this breaker has looked at the storage that the two share."""
+    storage = CircuitMemoryStorage("closed")
+    windowed = CircuitBreaker(fail_max=5, window_seconds=10, state_storage=storage)
+    plain = CircuitBreaker(state_storage=storage)
+    fail(windowed, 2)
+    plain.state = state
+    clock.advance(20)
+    assert windowed.current_state == state
+    assert windowed.fail_counter == windowed.snapshot()["fail_counter"] == 2
+    assert windowed.state.name == state
+    assert windowed.fail_counter == 2
