@@ -1458,8 +1458,14 @@ class CircuitBreaker:
                     continue  # the caller gets no exception of a filter or handler
 
     def _settings(self) -> tuple[Any, ...]:
-        """All that an operator may have changed since the breaker was made."""
-        return tuple(getattr(self, name) for name in _SETTINGS)
+        """All that an operator may have changed since the breaker was made, without
+        listeners that only watch."""
+        telling = [
+            listener
+            for listener in self._told
+            if not getattr(type(listener), "only_watches", False)
+        ]
+        return (*telling, *[getattr(self, name) for name in _SETTINGS])
 
     def _is_dispensable(self) -> bool:
         """Whether `CircuitBreakers` may drop the breaker: closed, without failures and
@@ -1884,9 +1890,9 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
 
     Beyond `maxsize` breakers (a whole number from 1; `math.inf` for no limit), a new
     breaker makes the mapping drop old ones: those among a few of the oldest that are
-    closed, without failures and with their first settings, or open and due for a
-    trial. A dropped breaker is still found by its key as long as anything, such as a
-    running call, refers to the breaker.
+    closed, without failures and with their first settings and listeners (apart from
+    those that only watch), or open and due for a trial. A dropped breaker is still
+    found by its key as long as anything, such as a running call, refers to the breaker.
     """
 
     def __init__(self, maxsize: float = 1024, **settings: Any) -> None:
@@ -2373,7 +2379,12 @@ class CircuitBreakerListener:
     another thread that uses the breaker, nor use a breaker whose listeners use
     this one: both deadlock. An `Exception` in a method is logged on the logger
     ``pybreaker`` and changes nothing; any other `BaseException` reaches the caller.
+
+    A class that sets ``only_watches = True`` says that its listeners only watch:
+    `CircuitBreakers` may drop a breaker to which such a listener was added.
     """
+
+    only_watches: bool = False
 
     def before_call(
         self, cb: CircuitBreaker, func: Callable[..., Any], *args: Any, **kwargs: Any
@@ -2989,7 +3000,6 @@ _SETTINGS = (
     "_success_threshold",
     "_throw_new_error_on_trip",
     "_exclude",
-    "_told",
     "_window_size",
     "_window_seconds",
     "_max_reset_timeout",

@@ -185,6 +185,8 @@ class Watch:
     for it. Each look at the breaker waits for no lock longer than it was told to.
     """
 
+    only_watches = True  # so that a breaker of CircuitBreakers can go
+
     def __init__(
         self,
         breaker: pybreaker.CircuitBreaker,

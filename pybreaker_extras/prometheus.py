@@ -173,6 +173,8 @@ class PrometheusMetrics:
     one in the same registry is a `ValueError`.
     """
 
+    only_watches = True  # so that a breaker of CircuitBreakers can go
+
     def __init__(
         self,
         registry: prometheus_client.CollectorRegistry | None = None,

@@ -516,6 +516,19 @@ def test_iterable_that_a_console_was_given_is_read_anew(serve, weather, payments
     assert hosts["a.example"].name == client.get("/breakers").json()[0]["name"]
 
 
+def test_console_keeps_no_mapping_of_breakers_from_making_room(serve):
+    """A breaker that the console has seen goes like others."""
+    hosts = pybreaker.CircuitBreakers(maxsize=2)
+    client = serve(Console(hosts))
+    for number in range(10):
+        hosts[number].call(int)
+        client.get("/breakers")
+        assert len(hosts[number].listeners) == 1
+    assert len(hosts) == 2
+    gc.collect()
+    assert len(client.get("/breakers").json()) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -678,6 +678,16 @@ def test_scrape_does_not_keep_a_mapping_of_breakers_from_making_room(registry, s
     assert scrape().calls("0")["success"] == 1
 
 
+def test_breaker_of_a_mapping_that_was_watched_later_can_go(metrics, scrape):
+    """The counters of its name go on when it was made anew and is watched again."""
+    hosts = CircuitBreakers(maxsize=2)
+    for number in [*range(10), 0]:
+        metrics.watch(hosts[number])
+        hosts[number].call(int)
+    assert list(hosts) == [9, 0]
+    assert scrape().calls("0")["success"] == 2
+
+
 def test_breakers_that_have_gone_are_forgotten_where_nothing_scrapes(metrics, clock):
     """Of five thousand, one a second, the counters of those are left that have gone not
     long ago, and of what cannot be shown any more nothing."""

@@ -8,6 +8,7 @@ import gc
 import math
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 from internals import lock_of
@@ -358,6 +359,42 @@ def test_a_setting_that_was_put_back_keeps_no_breaker():
     breaker.fail_max, breaker.include = 5, None
     breaker.remove_listener(listener)
     del breaker
+    assert "a" not in ask_for(breakers, range(50))
+
+
+class Watching(CircuitBreakerListener):
+    only_watches = True
+
+
+def test_a_listener_that_only_watches_keeps_no_breaker():
+    breakers = CircuitBreakers(maxsize=10, listeners=[Watching(), Listener()])
+    for key in range(50):
+        breakers[key].add_listener(Watching())
+    breakers[49].remove_listener(breakers[49].listeners[0])
+    assert list(breakers) == list(range(40, 50))
+    assert 49 not in ask_for(breakers, range(100, 150))
+
+
+def test_a_breaker_that_only_watching_listeners_hear_can_still_be_told_from_a_new_one():
+    breakers = CircuitBreakers(maxsize=10, listeners=[Listener()])
+    for key in "abc":
+        breakers[key].add_listener(Watching())
+    breakers["a"].remove_listener(breakers["a"].listeners[0])
+    breakers["b"].add_listener(Listener())
+    fail(breakers["c"])
+    assert {*"abc"} < {*ask_for(breakers, range(50))}
+
+
+def test_only_the_class_of_a_listener_can_say_that_the_listener_only_watches():
+    """A mock has every attribute."""
+    breakers = CircuitBreakers(maxsize=10)
+    breakers["a"].add_listener(mock.Mock())
+    assert "a" in ask_for(breakers, range(50))
+
+
+def test_a_look_at_the_private_list_of_listeners_keeps_no_breaker():
+    breakers = CircuitBreakers(maxsize=10)
+    assert list(breakers["a"]._listeners) == []
     assert "a" not in ask_for(breakers, range(50))
 
 
