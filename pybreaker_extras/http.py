@@ -29,6 +29,7 @@ import importlib
 import re
 import time
 from collections.abc import Callable, Hashable, Iterable
+from datetime import timezone
 from typing import TYPE_CHECKING, Any, Optional
 from urllib.parse import urlsplit
 
@@ -112,7 +113,10 @@ def seconds_to_wait(header: str | None) -> float:
     from email.utils import parsedate_to_datetime  # few responses have a date
 
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # as in asctime's format, which HTTP knows too
+            date = date.replace(tzinfo=timezone.utc)
+        return max(0.0, date.timestamp() - time.time())
     except Exception:  # of any kind: no header of a server may raise here
         return 0.0
 

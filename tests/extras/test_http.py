@@ -506,6 +506,33 @@ def test_a_retry_after_can_be_a_date():
     assert http.seconds_to_wait(" 120 ") == 120
 
 
+@pytest.fixture(params=["UTC", "America/New_York", "Asia/Tokyo"])
+def time_zone(request, monkeypatch):
+    if not hasattr(time, "tzset"):
+        pytest.skip("Windows cannot change the time zone of a process")
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "%a, %d %b %Y %H:%M:%S GMT",
+        "%A, %d-%b-%y %H:%M:%S GMT",
+        "%a %b %d %H:%M:%S %Y",
+        "%a, %d %b %Y %H:%M:%S -0000",
+        "%a, %d %b %Y %H:%M:%S",
+    ],
+)
+def test_a_retry_after_in_any_form_of_date_is_in_universal_time(time_zone, form):
+    """HTTP has three forms of dates, of which one names no zone."""
+    future = time.strftime(form, time.gmtime(time.time() + 100))
+    assert 98 < http.seconds_to_wait(future) <= 100
+
+
 @pytest.mark.parametrize(
     "text",
     [
