@@ -143,6 +143,10 @@ class Layer:
                 f"key must be a function that is called with the request and returns "
                 f"the key of its breaker, or None, not {key!r}"
             )
+        if key is not None and _is_lazy(key):
+            raise TypeError(
+                f"key must be a plain function: nothing would run what {key!r} returns"
+            )
         self.breakers = breakers
         self.key = key
         self.failure_statuses = _checked_statuses("failure_statuses", failure_statuses)
@@ -389,6 +393,22 @@ def _open(breaker: CircuitBreaker, seconds: float, reason: str) -> None:
 
 
 # Checks of arguments.
+
+
+def _is_lazy(function: Any) -> bool:
+    """Whether what a function returns is a coroutine or a generator, which can be
+    hashed, and is another one for each request."""
+    import inspect  # which takes long
+
+    return any(
+        is_lazy(each)
+        for each in (function, type(function).__call__)
+        for is_lazy in (
+            inspect.iscoroutinefunction,
+            inspect.isgeneratorfunction,
+            inspect.isasyncgenfunction,
+        )
+    )
 
 
 def _checked_statuses(parameter: str, statuses: Any) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import gc
 import math
 import os
@@ -1003,6 +1004,41 @@ def test_a_bad_setting_is_refused_with_its_name(make_client, settings, error, ma
     make_client()  # which skips the test where the package is missing
     with pytest.raises(error, match=match):
         make_layer(make_client, **settings)
+
+
+async def coroutine_function(request):
+    return "key"
+
+
+def generator_function(request):
+    yield "key"
+
+
+async def async_generator_function(request):
+    yield "key"
+
+
+class CoroutineFunction:
+    async def __call__(self, request):
+        return "key"
+
+
+@for_each_client
+@pytest.mark.parametrize(
+    "key",
+    [
+        coroutine_function,
+        generator_function,
+        async_generator_function,
+        functools.partial(coroutine_function),
+        CoroutineFunction(),
+    ],
+)
+def test_a_key_function_whose_result_nobody_would_run_is_refused(make_client, key):
+    """Each request would have a key, and so a breaker, of its own."""
+    make_client()  # which skips the test where the package is missing
+    with pytest.raises(TypeError, match="key must be a plain function"):
+        make_layer(make_client, CircuitBreakers(), key=key)
 
 
 def make_layer(make_client, breakers, **settings):
