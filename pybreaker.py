@@ -1926,6 +1926,12 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
     def __deepcopy__(self: _T, memo: object) -> _T:
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{self!r} cannot be pickled, as copies would be other circuits: make "
+            f"CircuitBreakers in the module that uses them, in each process"
+        )
+
     def make(self, key: Any) -> CircuitBreaker:
         """Return a new breaker for `key`. The lock of the mapping is held."""
         return CircuitBreaker(name=str(key), **self._settings)

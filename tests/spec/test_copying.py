@@ -12,7 +12,7 @@ import pytest
 from support import fail
 
 import pybreaker
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakers
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -157,3 +157,10 @@ def test_the_memory_storage_of_a_breaker_still_travels():
     storage = pickle.loads(pickle.dumps(breaker._state_storage))
     assert isinstance(storage, pybreaker.CircuitMemoryStorage)
     assert (storage.state, storage.counter) == ("open", 1)
+
+
+def test_a_mapping_of_breakers_cannot_be_pickled_and_says_what_to_do():
+    breakers = CircuitBreakers()
+    breakers["a"]
+    with pytest.raises(TypeError, match="CircuitBreakers of 1, .*in each process"):
+        pickle.dumps(breakers)
