@@ -202,13 +202,26 @@ def test_trip_that_recovers_is_no_alert(world, check_alerts):
 
 
 def test_circuit_that_nobody_calls_is_one_alert(world, check_alerts):
-    """It is another one than that of an outage, which does not fire."""
+    """It is another one than that of an outage, which does not fire. It ends five
+    minutes after a call has closed the circuit."""
     weather = world.start()
     world.call(weather, 10)
     world.call(weather, 1, is_up=False)
     world.sleep(60 * MINUTE)
     world.call(weather, 40)
-    check_alerts(Uncalled=(15, 100))
+    check_alerts(Uncalled=(15, 75))
+
+
+def test_outage_that_callers_meet_after_a_quiet_night_is_an_alert(world, check_alerts):
+    """The alert that nobody calls ends half an hour after the first call, and another
+    one tells of the outage meanwhile. Both end with the outage, or before."""
+    weather = world.start()
+    world.call(weather, 5)
+    world.call(weather, 1, is_up=False)
+    world.sleep(54 * MINUTE)
+    world.call(weather, 60, is_up=False)
+    world.call(weather, 10)
+    check_alerts(Uncalled=(10, 94), Open=(65, 124))
 
 
 def test_circuit_that_a_new_process_finds_open_is_no_alert(world, check_alerts):
@@ -223,21 +236,23 @@ def test_circuit_that_a_new_process_finds_open_is_no_alert(world, check_alerts):
 
 
 @pytest.mark.parametrize(
-    ("every", "episodes"),
+    ("timeout", "every", "episodes"),
     [
-        (1, {"Open": (16, 138)}),
-        (3, {"Open": (16, 138)}),
-        (4, {"Uncalled": (15, 44), "Open": (20, 138)}),
-        (5, {"Uncalled": (15, 138)}),
-        (7, {"Uncalled": (15, 138)}),
-        (20, {"Uncalled": (15, 138)}),
+        (60, 1, {"Open": (16, 138)}),
+        (60, 3, {"Open": (16, 138)}),
+        (60, 4, {"Uncalled": (15, 49), "Open": (20, 138)}),
+        (60, 5, {"Uncalled": (15, 138)}),
+        (60, 20, {"Uncalled": (15, 138)}),
+        (30, 3, {"Open": (16, 138)}),
+        (30, 4, {"Uncalled": (15, 138)}),
+        (120, 7, {"Uncalled": (16, 138)}),
     ],
 )
 def test_outage_that_few_calls_meet_is_one_alert_as_well(
-    world, check_alerts, every, episodes
+    world, check_alerts, timeout, every, episodes
 ):
     """With a call every so many minutes, one of the alerts fires throughout."""
-    weather = world.start()
+    weather = world.start(reset_timeout=timeout)
     world.call(weather, 10)
     world.call(weather, 1, is_up=False)
     world.call(weather, 120, every=every * MINUTE, is_up=False)
@@ -279,33 +294,15 @@ def test_circuit_that_trips_again_and_again_is_one_alert(world, check_alerts):
     check_alerts(TripsAgain=(31, 175))
 
 
-def test_abandoned_calls_are_recorded(world, check):
-    """Of 720 calls in an hour a fifth is cancelled; it is asked a minute earlier."""
-
-    def cancelled():
-        raise KeyboardInterrupt
-
+def test_circuit_that_is_opened_and_closed_by_hand_is_no_alert(world, check_alerts):
+    """An operator who closes a circuit is no recovery."""
     weather = world.start()
-    for number in range(720):
-        if number % 5:
-            weather.call(int)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                weather.call(cancelled)
-        world.sleep(5)
-    check(
-        {
-            "promql_expr_test": [
-                {
-                    "expr": "round(breaker:circuit_breaker_abandoned_calls:increase1h)",
-                    "eval_time": "59m",
-                    "exp_samples": [
-                        {"labels": '{breaker="weather",job="shop"}', "value": 142}
-                    ],
-                }
-            ]
-        }
-    )
+    for _ in range(6):
+        world.call(weather, 8)
+        weather.open()
+        world.call(weather, 0.5)
+        weather.close()
+    check_alerts()
 
 
 def test_texts_of_an_alert_name_the_circuit(world, check):
@@ -328,8 +325,8 @@ def test_texts_of_an_alert_name_the_circuit(world, check):
                             "exp_annotations": {
                                 "summary": "The circuit weather has been open for "
                                 "five minutes",
-                                "description": "1 circuits of that name are open, and "
-                                "what they guard fails in each trial.",
+                                "description": "1 circuits of that name are open and "
+                                "called. No trial has closed them.",
                             },
                         }
                     ],
