@@ -4,7 +4,7 @@
 
 Needs prometheus-client. Times a successful call of a decorated function, with each
 kind of listener by turns, in short rounds that meet the same machine; prints the
-shortest time, and the median ratio to the listener whose five methods do nothing. Then
+shortest time, and the median ratio to the listener whose six methods do nothing. Then
 says how long a scrape of a thousand breakers takes.
 """
 
@@ -26,7 +26,7 @@ CALLS = 300  # in a round: short enough to be over before another process has it
 
 
 class HearsAll:
-    """Five methods that do nothing."""
+    """Six methods that do nothing."""
 
     def before_call(self, cb, func, *args, **kwargs):
         """Hears."""
@@ -38,6 +38,9 @@ class HearsAll:
         """Hears."""
 
     def rejected(self, cb, func, *args, **kwargs):
+        """Hears."""
+
+    def abandoned(self, cb):
         """Hears."""
 
     def state_change(self, cb, old_state, new_state):

@@ -21,10 +21,16 @@ The metrics are then at the endpoint that the program has already, or at that of
 #
 # In multiprocess mode a scrape reads files that each process keeps, and asks no
 # collector. So a thread in each process writes what `collect` gives into these files.
+#
+# A breaker and its state refer to each other, so a breaker that the program has thrown
+# away is alive until Python collects garbage, which some processes never do. A scrape
+# would show its circuit as open for all that time. Therefore garbage is collected now
+# and then before breakers are read, while some circuit looks as if nobody called it.
 
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import math
 import os
@@ -56,6 +62,8 @@ __all__ = ("PrometheusMetrics",)
 
 PUBLISHED_EVERY = 5.0  # seconds, in multiprocess mode
 KEPT = 300.0  # seconds for which a name's counters outlive its last breaker
+COLLECTED_EVERY = 120.0  # seconds, at least, from one collection of garbage to the next
+COLLECTING = 0.01  # the share of the time, at most, in which garbage is collected
 PATIENCE = 0.1  # seconds that a scrape waits, in all, for breakers whose lock is held
 
 logger = logging.getLogger("pybreaker")
@@ -89,13 +97,8 @@ class _Family(NamedTuple):
 
 CALLS = _Family(
     "circuit_breaker_calls",
-    "Calls by outcome: they succeeded, failed or were rejected.",
+    "Calls by outcome: they succeeded, failed, were abandoned or were rejected.",
     ("breaker", "outcome"),
-    is_counter=True,
-)
-ADMITTED = _Family(
-    "circuit_breaker_admitted_calls",
-    "Calls that were let through. Those that neither succeed nor fail are abandoned.",
     is_counter=True,
 )
 DRY_RUN_REJECTIONS = _Family(
@@ -143,7 +146,6 @@ OUTAGE_START = _Family(
 )
 FAMILIES = (
     CALLS,
-    ADMITTED,
     DRY_RUN_REJECTIONS,
     TRANSITIONS,
     STATE,
@@ -186,6 +188,8 @@ class PrometheusMetrics:
         self._lock = threading.RLock()
         self._tallies = _Tallies()
         self._stories: dict[int, _Story] = {}
+        self._has_idle = False  # whether some circuit looked idle, at the last reading
+        self._next_collection = -math.inf
         self._publisher: _Publisher | None = None
         (prometheus_client.REGISTRY if registry is None else registry).register(self)
         if _is_multiprocess():
@@ -217,12 +221,6 @@ class PrometheusMetrics:
     # The listener. The breaker's lock is held. The parameters are positional-only,
     # because keyword arguments of guarded functions may have the same names.
 
-    def before_call(
-        self, cb: pybreaker.CircuitBreaker, func: Any, /, *args: Any, **kwargs: Any
-    ) -> None:
-        with self._lock:
-            self._tallies[cb.name].admitted += 1
-
     def success(self, cb: pybreaker.CircuitBreaker, /) -> None:
         with self._lock:
             self._tallies[cb.name].success += 1
@@ -230,6 +228,10 @@ class PrometheusMetrics:
     def failure(self, cb: pybreaker.CircuitBreaker, exc: BaseException, /) -> None:
         with self._lock:
             self._tallies[cb.name].failure += 1
+
+    def abandoned(self, cb: pybreaker.CircuitBreaker, /) -> None:
+        with self._lock:
+            self._tallies[cb.name].abandoned += 1
 
     def rejected(
         self, cb: pybreaker.CircuitBreaker, func: Any, /, *args: Any, **kwargs: Any
@@ -284,36 +286,64 @@ class PrometheusMetrics:
 
     def _read(self) -> dict[_Family, _Series]:
         """The values of each metric, by the values of the metric's labels."""
+        self._collect_garbage()
         series: dict[_Family, _Series] = {family: {} for family in FAMILIES}
         deadline = time.monotonic() + PATIENCE
         counted = set()
+        has_idle = False
         for breaker in self._chosen():
             try:
                 name, label = breaker.name, _label(breaker.name)
-                seen = _look_at(breaker, deadline)
+                seen, story = self._look_at(breaker, deadline)
                 heard = self._hears(breaker)
             except Exception:  # a storage out of reach must not hide other breakers
                 logger.warning("%r could not be read", breaker.name, exc_info=True)
                 continue
             if heard:
                 counted.add(name)
-                self._show_times(series, label, breaker, seen)
+                _put(series[LAST_TRANSITION], (label,), story.moved, max)
+            if story.outage or seen["state"] == CLOSED:  # else it is not known
+                _put(series[OUTAGE_START], (label,), story.outage, _earlier)
             _show(series, label, seen)
+            has_idle = has_idle or _looks_idle(seen)
+        self._has_idle = has_idle
         with self._lock:
             for name, tally in self._tallies.current(counted):
                 _show_tally(series, _label(name), tally)
         return series
 
-    def _show_times(
-        self,
-        series: dict[_Family, _Series],
-        label: str,
-        breaker: pybreaker.CircuitBreaker,
-        seen: dict[str, Any],
-    ) -> None:
-        story = self._find_outage(breaker, seen)
-        _put(series[LAST_TRANSITION], (label,), story.moved, max)
-        _put(series[OUTAGE_START], (label,), story.outage, _earlier)
+    def _collect_garbage(self) -> None:
+        """Let breakers go that the program has thrown away, but not often."""
+        now = time.monotonic()
+        # A program that has switched the collector off has its reasons.
+        if self._has_idle and now >= self._next_collection and gc.isenabled():
+            gc.collect()
+            took = time.monotonic() - now
+            self._next_collection = now + max(COLLECTED_EVERY, took / COLLECTING)
+
+    def _look_at(
+        self, breaker: pybreaker.CircuitBreaker, deadline: float
+    ) -> tuple[dict[str, Any], _Story]:
+        """A breaker's snapshot, and the breaker's story. If another thread holds the
+        breaker's lock until `deadline` (monotonic), the first is only what can be read
+        without the lock."""
+        lock = breaker._lock
+        if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            try:
+                seen = breaker.snapshot()
+                # The lock is still held. Otherwise: thread A sees the circuit closed,
+                # thread B trips it, and A wipes out the beginning of the outage.
+                return seen, self._find_outage(breaker, seen)
+            finally:
+                lock.release()
+        seen = {
+            "state": breaker.current_state,
+            "fail_counter": breaker.fail_counter,
+            "fail_max": breaker.fail_max,
+            "dry_run": breaker.dry_run,
+        }
+        with self._lock:
+            return seen, self._story_of(breaker)
 
     def _find_outage(
         self, breaker: pybreaker.CircuitBreaker, seen: dict[str, Any]
@@ -323,8 +353,8 @@ class PrometheusMetrics:
             if seen["state"] == CLOSED:
                 story.outage = 0.0
             elif not story.outage and seen.get("opened_at"):
-                # The circuit was not closed when it was first watched. The outage is at
-                # least as old as the last opening.
+                # No listener heard the outage begin: the breaker is not watched, or was
+                # not yet. The outage is at least as old as this opening.
                 story.outage = datetime.fromisoformat(seen["opened_at"]).timestamp()
             return story
 
@@ -354,9 +384,9 @@ class _Tally:
     """What has been counted of the breakers with one name."""
 
     __slots__ = (
-        "admitted",
         "success",
         "failure",
+        "abandoned",
         "rejected",
         "would_be_rejected",
         "moves",
@@ -364,7 +394,7 @@ class _Tally:
     )
 
     def __init__(self) -> None:
-        self.admitted = self.success = self.failure = 0
+        self.success = self.failure = self.abandoned = 0
         self.rejected = self.would_be_rejected = 0
         self.moves: dict[tuple[str, str], int] = {}
         self.alive = time.monotonic()  # when a breaker with the name was last seen
@@ -423,21 +453,10 @@ class _Story:
 # What is read.
 
 
-def _look_at(breaker: pybreaker.CircuitBreaker, deadline: float) -> dict[str, Any]:
-    """A breaker's snapshot; if another thread holds the breaker's lock until `deadline`
-    (monotonic), only what can be read without the lock."""
-    lock = breaker._lock
-    if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        try:
-            return breaker.snapshot()
-        finally:
-            lock.release()
-    return {
-        "state": breaker.current_state,
-        "fail_counter": breaker.fail_counter,
-        "fail_max": breaker.fail_max,
-        "dry_run": breaker.dry_run,
-    }
+def _looks_idle(seen: dict[str, Any]) -> bool:
+    """Whether a circuit that is not closed may belong to a breaker that nobody has: a
+    trial is due, which the next call would begin, or the circuit waits for ever."""
+    return seen["state"] != CLOSED and seen.get("retry_after", 1) in (0, None)
 
 
 def _show(series: dict[_Family, _Series], label: str, seen: dict[str, Any]) -> None:
@@ -448,17 +467,17 @@ def _show(series: dict[_Family, _Series], label: str, seen: dict[str, Any]) -> N
     _put(series[DRY_RUN], (label,), seen["dry_run"], _sum)
     _put(series[FAILURES], (label,), seen["fail_counter"], max)
     _put(series[FAILURES_LIMIT], (label,), _or_infinity(seen["fail_max"]), min)
+    is_due = False  # while another thread holds the lock, no call is admitted
     if "retry_after" in seen:
         wait = _or_infinity(seen["retry_after"])
         is_due = seen["state"] != CLOSED and not wait
         _put(series[RETRY_AFTER], (label,), wait, max)
-        _put(series[TRIAL_DUE], (label,), is_due, _sum)
+    _put(series[TRIAL_DUE], (label,), is_due, _sum)
 
 
 def _show_tally(series: dict[_Family, _Series], label: str, tally: _Tally) -> None:
-    for outcome in ("success", "failure", "rejected"):
+    for outcome in ("success", "failure", "abandoned", "rejected"):
         _put(series[CALLS], (label, outcome), getattr(tally, outcome), _sum)
-    _put(series[ADMITTED], (label,), tally.admitted, _sum)
     _put(series[DRY_RUN_REJECTIONS], (label,), tally.would_be_rejected, _sum)
     for move in MOVES:
         _put(series[TRANSITIONS], (label, *move), tally.moves.get(move, 0), _sum)

@@ -14,7 +14,7 @@ from pybreaker import CircuitBreaker
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
-from pybreaker_extras.prometheus import FAMILIES  # noqa: E402
+from pybreaker_extras.prometheus import FAMILIES, PrometheusMetrics  # noqa: E402
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "metrics.rst"
 SOURCE = GUIDE.read_text("utf-8")
@@ -50,7 +50,7 @@ def test_every_piece_of_code_in_the_guide_is_run():
         "Several processes",
         "OpenTelemetry",
     }
-    assert {block.kind for block in blocks_of(SOURCE)} == {"python", "text"}
+    assert {block.kind for block in blocks_of(SOURCE)} == {"python"}
 
 
 def test_table_of_the_guide_names_every_metric_and_label():
@@ -64,6 +64,15 @@ def test_table_of_the_guide_names_every_metric_and_label():
     }
     assert {name: re.findall(r"\w+", labels) for name, labels in rows} == expected
     assert set(re.findall(r"circuit_breaker_\w+", SOURCE)) == EXPOSED
+
+
+def test_name_makes_as_many_series_as_the_guide_says():
+    """Those of a breaker to which nothing has happened."""
+    registry = prometheus_client.CollectorRegistry()
+    weather = CircuitBreaker(name="weather")
+    PrometheusMetrics(registry, breakers=[weather]).watch(weather)
+    series = sum(len(family.samples) for family in registry.collect())
+    assert f"each name makes {series} series" in SOURCE
 
 
 def test_prometheus_is_used_as_the_guide_says(monkeypatch):
@@ -137,8 +146,14 @@ def attributes(name="weather", **more):
 
 def test_opentelemetry_counts_calls_and_transitions(telemetry, fail):
     """Monotonic sums, in units of calls and transitions."""
+
+    def cancel():
+        raise KeyboardInterrupt
+
     weather, collect = telemetry
     weather.call(int)
+    with pytest.raises(KeyboardInterrupt):
+        weather.call(cancel)
     for _ in range(3):
         with pytest.raises(Exception):  # noqa: B017
             weather.call(fail)
@@ -147,6 +162,7 @@ def test_opentelemetry_counts_calls_and_transitions(telemetry, fail):
     outcome = "circuit_breaker__call__outcome"
     assert points == {
         attributes(**{outcome: "success"}): 1,
+        attributes(**{outcome: "abandoned"}): 1,
         attributes(**{outcome: "failure", "error__type": "Boom"}): 2,
         attributes(**{outcome: "rejected"}): 1,
     }
