@@ -28,8 +28,9 @@ with a lock held.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import copy
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -41,6 +42,7 @@ import threading
 import time
 import weakref
 from datetime import datetime, timedelta, timezone
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
 
 from pybreaker import (
@@ -52,8 +54,11 @@ from pybreaker import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     _T = TypeVar("_T")
-    _Command = tuple[Any, ...]  # its name, a key without the prefix, and the rest
+    _Command = tuple[Any, ...]  # its name, a key, and the rest
+    _Steps = Generator[list[_Command], Any, None]  # see `_Exchange.steps`
 
 __all__ = ("CircuitRedisStorage",)
 
@@ -349,11 +354,6 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             trip = membership.unconfirmed
             return math.inf if trip is None else trip.due
 
-    def _begin_exchange(self) -> _Exchange:
-        with self._mutex:
-            self._is_under_way = True
-            return _Exchange(self)
-
     def _take_in(
         self, view: _View, has_moved: bool, age: float, trip: _Trip | None
     ) -> None:
@@ -517,6 +517,7 @@ class _Outbox:
     def put_under(self, older: _Outbox) -> None:
         """Put back what was taken before. What is here is newer and wins."""
         self.counts = {**older.counts, **self.counts}
+        self.asked = older.asked + self.asked
         self.state = self.state or older.state
         self.opening |= older.opening
         self.returned += [claim for claim in older.returned if claim.is_safe()]
@@ -592,16 +593,24 @@ class _View:
             self.lease = trial[1]
 
     def _value(self, key: str, reply: Any, read: Callable[[Any], _T]) -> _T | None:
+        self.note_error(key, reply)
+        if reply is None or isinstance(reply, Exception):
+            return None
+        try:
+            return read(reply)
+        except Exception:  # whatever comes of reading nonsense
+            self.broken.add(key)
+            return None
+
+    def note_error(self, key: str, reply: Any) -> None:
+        """Note that the key is broken if Redis complains of what lies under it. Any
+        other complaint is raised."""
         if isinstance(reply, Exception):
-            if not _is_about_a_value(reply):
+            text = str(reply)
+            about_values = "WRONGTYPE", "wrong kind", "not an integer"
+            if not any(part in text for part in about_values):
                 raise reply
             self.broken.add(key)
-        elif reply is not None:
-            try:
-                return read(reply)
-            except Exception:  # whatever comes of reading nonsense
-                self.broken.add(key)
-        return None
 
 
 def _known_state(text: str) -> str:
@@ -645,51 +654,53 @@ def _opening(text: str) -> tuple[str, _FoundMove]:
     )
 
 
-def _is_about_a_value(error: Exception) -> bool:
-    """Whether Redis complains of what lies under the key, and of nothing else."""
-    text = str(error)
-    return any(part in text for part in ("WRONGTYPE", "wrong kind", "not an integer"))
-
-
 class _Exchange:
-    """One circuit's part in a pass: what is sent, and what Redis answers."""
+    """One circuit's part in a pass: what it sends, and what comes of the answers."""
 
     def __init__(self, storage: CircuitRedisStorage) -> None:
-        """Take the outbox, and what is needed to send it. Mutex held."""
-        self.storage = storage
-        self.outbox, storage._outbox = storage._outbox, _Outbox()
-        self.view: _View | None = None
-        self.has_failed = False
-        self.afterwards: list[_Command] = []  # to be sent when the claims are answered
-        membership, now = storage._membership, time.monotonic()
-        self._is_away, self._is_new = membership.is_away, membership.is_new
-        self._opened, self._move = now - storage.open_for(), storage._opening.move
-        # A trip is judged by a view that is younger than `due`, with all that was
-        # counted before it.
-        trip = membership.unconfirmed
-        self._trip = trip if trip is not None and now >= trip.due else None
-        self._writes: list[_Command] = []
-        # What Redis has when this is sent, if no other process has moved the circuit.
-        self._expected = storage._view.circuit
+        """Take the outbox, and what is needed to send it."""
+        with storage._mutex:
+            self.storage = storage
+            self.outbox, storage._outbox = storage._outbox, _Outbox()
+            self.membership = copy.copy(storage._membership)
+            self.began = now = time.monotonic()
+            self.opened, self.move = now - storage.open_for(), storage._opening.move
+            # What Redis has after the writes, if no other process moves the circuit.
+            self.expected = storage._view.circuit
 
-    @property
-    def is_pending(self) -> bool:
-        return self.view is None and not self.has_failed
+    def steps(self, clock: _Clock) -> _Steps:
+        """Each step yields commands and is sent the replies of Redis. If one fails, or
+        the pipeline does, it fails for this circuit, and the outbox is put back."""
+        storage, outbox = self.storage, self.outbox
+        try:
+            view = yield from self._send(self._writes(clock))
+            returns = self._take_in(view, clock)
+            if returns:
+                yield self._with_prefix(returns)
+            if time.monotonic() - self.began <= 2 * storage._courier.refresh:
+                storage._come_back()
+        except Exception as exc:
+            storage._go_away(f"{type(exc).__name__}: {exc}", outbox)
+        finally:
+            storage._is_under_way = False
+            for done in outbox.waiting:
+                done.set()
 
-    def prepare(self, clock: _Clock) -> None:
-        """Put the outbox into commands."""
-        outbox, writes = self.outbox, self._writes
-        if outbox.state is not None and self._is_away:
+    def _writes(self, clock: _Clock) -> list[_Command]:
+        """The outbox as commands."""
+        outbox = self.outbox
+        writes: list[_Command] = []
+        if outbox.state is not None and self.membership.is_away:
             # What a move resets was not kept.
             reset = _COUNTERS if outbox.state == STATE_CLOSED else _COUNTERS[1:]
             for key in reset:
                 outbox.counts.setdefault(key, _Count(0, is_absolute=True))
         for key, (number, is_absolute) in outbox.counts.items():
             writes.append(("SET" if is_absolute else "INCRBY", key, number))
-        state, opened_at, opening = self._expected
+        state, opened_at, opening = self.expected
         if outbox.opening:
-            opened_at = clock.moment_of(self._opened)
-            opening = _opening_text(opened_at, self._move)
+            opened_at = clock.moment_of(self.opened)
+            opening = _opening_text(opened_at, self.move)
             for key, text in (("opening", opening), ("opened_at", opened_at)):
                 writes.append(("DEL", key) if text is None else ("SET", key, text))
         if outbox.state is not None:
@@ -699,35 +710,34 @@ class _Exchange:
                 writes.append(("DEL", "opening"))
         if state != STATE_OPEN:
             opened_at = opening = None
-        self._expected = _Circuit(state, opened_at, opening)
+        self.expected = _Circuit(state, opened_at, opening)
         writes += [claim.command for claim in outbox.asked]
-        if self._is_away:
+        if self.membership.is_away:
             # A Redis that can be read may still refuse writes.
-            writes += [(*command, "NX") for command in self._expected.commands()]
+            writes += [(*command, "NX") for command in self.expected.commands()]
+        return writes
 
-    def commands(self) -> list[_Command]:
-        """The writes, and the questions what Redis has then."""
-        for_trial = bool(self.outbox.asked or self.outbox.returned)
-        commands = self._writes + _View.commands(for_trial)
+    def _send(self, writes: list[_Command]) -> Generator[list[_Command], Any, _View]:
+        """Send the writes, and return what Redis has then. What is missing or makes no
+        sense is put in order before: a flush does not close a circuit."""
+        reads = _View.commands(bool(self.outbox.asked or self.outbox.returned))
+        for _ in range(3):
+            replies = yield self._with_prefix(writes + reads)
+            view = _View(replies[len(writes) :])
+            for (_, key, *_), reply in zip(writes, replies):
+                view.note_error(key, reply)
+            if view.state is not None and not view.broken:
+                return view
+            writes = self._repairs(view)
+        raise ValueError("Redis does not keep what it is given")
+
+    def _with_prefix(self, commands: list[_Command]) -> list[_Command]:
         prefix = self.storage._prefix
         return [(name, prefix + key, *rest) for name, key, *rest in commands]
 
-    def read(self, replies: list[Any]) -> None:
-        """Take the view from the replies. What is missing or makes no sense is put in
-        order first, by the next round of commands: a flush does not close a circuit."""
-        view = _View(replies[len(self._writes) :])
-        for (_, key, *_), reply in zip(self._writes, replies):
-            if isinstance(reply, Exception):
-                if not _is_about_a_value(reply):
-                    raise reply
-                view.broken.add(key)
-        if view.state is not None and not view.broken:
-            self.view = view
-        else:
-            self._writes = self._repairs(view)
-
     def _repairs(self, view: _View) -> list[_Command]:
-        storage, known = self.storage, self._expected.commands()
+        storage, known = self.storage, self.expected.commands()
+        is_alone = self.membership.is_away or self.membership.is_new
         repairs: list[_Command] = []
         if "trial" in view.broken:
             repairs.append(("DEL", "trial"))
@@ -735,7 +745,7 @@ class _Exchange:
             count = getattr(storage, "_" + key)
             if key in view.broken:
                 repairs.append(("SET", key, count))
-            elif view.state is None and not (self._is_away or self._is_new):
+            elif view.state is None and not is_alone:
                 repairs.append(("SET", key, count, "NX"))
         for key in ("opening", "opened_at"):
             if key in view.broken and key not in [name for _, name, _ in known]:
@@ -749,17 +759,22 @@ class _Exchange:
             _log(logging.WARNING, message, storage._prefix, keys)
         return repairs
 
-    def finish(self, clock: _Clock) -> None:
-        """Take the view in, and answer the claims."""
-        storage, view = self.storage, self.view
-        assert view is not None
-        circuit = view.circuit
-        has_moved = self._is_new or circuit.differs_from(self._expected)
+    def _take_in(self, view: _View, clock: _Clock) -> list[_Command]:
+        """Have the storage follow the view, and answer the claims. Returns the commands
+        that give claims back."""
+        storage, circuit = self.storage, view.circuit
+        has_moved = self.membership.is_new or circuit.differs_from(self.expected)
         is_opening = has_moved and circuit.state == STATE_OPEN
         age = clock.age_of(circuit.opened_at) if is_opening else 0.0
-        storage._take_in(view, has_moved, age, self._trip)
+        # A trip is judged by a view that is younger than `due`, with all that was
+        # counted before it.
+        trip = self.membership.unconfirmed
+        if trip is not None and self.began < trip.due:
+            trip = None
+        storage._take_in(view, has_moved, age, trip)
         asked, returned = self.outbox.asked, self.outbox.returned
         own = [claim.token for claim in returned]
+        commands: list[_Command] = []
         for claim in asked:
             if view.holder in own and claim.token not in own:
                 # The claim before it, of the same process, is given back below.
@@ -773,31 +788,11 @@ class _Exchange:
             if claim.granted is False:
                 returned.append(claim)
                 if view.lease == -1:  # a claim of no process: theirs have a lease
-                    self._afterwards("PEXPIRE", "trial", claim.lease)
+                    commands.append(("PEXPIRE", "trial", claim.lease))
         for claim in returned:
             if view.holder == claim.token and claim.is_safe():
-                self._afterwards("DEL", "trial")
-
-    def _afterwards(self, name: str, key: str, *rest: Any) -> None:
-        self.afterwards.append((name, self.storage._prefix + key, *rest))
-
-    def attempt(self, step: Callable[..., None], *args: Any) -> None:
-        """Take a step of this circuit. If it fails, it fails for no other circuit."""
-        try:
-            step(*args)
-        except Exception as exc:
-            self.fail(exc)
-
-    def fail(self, exc: Exception) -> None:
-        self.has_failed = True
-        self.storage._go_away(f"{type(exc).__name__}: {exc}", self.outbox)
-        for claim in self.outbox.asked:
-            claim.answer(True)
-
-    def end(self) -> None:
-        self.storage._is_under_way = False
-        for done in self.outbox.waiting:
-            done.set()
+                commands.append(("DEL", "trial"))
+        return commands
 
 
 class _Courier:
@@ -919,7 +914,7 @@ class _Courier:
             kept = self._kept.copy().values()
             due = [storage for storage in kept if storage._due_at() <= start]
         if due:
-            self._exchange([storage._begin_exchange() for storage in due], start)
+            self._exchange(due)
         next_due = self._next_round
         for storage in [*due, *self._kept.copy().values()]:
             # In this order, as meanwhile the storage may get something to say.
@@ -930,46 +925,31 @@ class _Courier:
             next_due = min(next_due, due_at)
         return max(0.0, next_due - time.monotonic())
 
-    def _exchange(self, exchanges: list[_Exchange], start: float) -> None:
+    def _exchange(self, storages: list[CircuitRedisStorage]) -> None:
+        """Let these circuits take their steps together, each in one pipeline."""
         clock = _Clock(self.link)
-        try:
-            for exchange in exchanges:
-                exchange.attempt(exchange.prepare, clock)
-            for _ in range(3):  # more than once where something has to be put in order
-                pending = [e for e in exchanges if e.is_pending]
-                replies = self._send(pending, [e.commands() for e in pending])
-                for exchange, own in zip(pending, replies):
-                    exchange.attempt(exchange.read, own)
-            for exchange in exchanges:
-                if exchange.is_pending:
-                    exchange.fail(ValueError("Redis does not keep what it is given"))
-                elif not exchange.has_failed:
-                    exchange.attempt(exchange.finish, clock)
-            last = [e for e in exchanges if e.afterwards and not e.has_failed]
-            self._send(last, [e.afterwards for e in last])
-            if time.monotonic() - start <= 2 * self.refresh:
-                for exchange in exchanges:
-                    if not exchange.has_failed:
-                        exchange.storage._come_back()
-        finally:
-            for exchange in exchanges:
-                exchange.end()
+        replies: dict[_Steps, Any] = {}
+        for storage in storages:
+            storage._is_under_way = True
+            replies[_Exchange(storage).steps(clock)] = None
+        while replies:
+            commands: dict[_Steps, list[_Command]] = {}
+            for steps, reply in replies.items():
+                with contextlib.suppress(StopIteration):
+                    commands[steps] = steps.send(reply)
+            replies = self._send(commands) if commands else {}
 
-    def _send(
-        self, exchanges: list[_Exchange], parts: list[list[_Command]]
-    ) -> list[list[Any]]:
+    def _send(self, commands: dict[_Steps, list[_Command]]) -> dict[_Steps, Any]:
         """Send the commands of all these circuits in one pipeline, and share out the
         replies. There are none if it fails, and then it fails for all."""
-        if not exchanges:
-            return []
         try:
-            replies = self.link.run(list(itertools.chain.from_iterable(parts)))
+            replies = iter(self.link.run(list(chain.from_iterable(commands.values()))))
         except Exception as exc:
-            for exchange in exchanges:
-                exchange.fail(exc)
-            return []
-        ends = itertools.accumulate(map(len, parts))
-        return [replies[end - len(part) : end] for part, end in zip(parts, ends)]
+            for steps in commands:
+                with contextlib.suppress(StopIteration):
+                    steps.throw(exc)
+            return {}
+        return {s: list(islice(replies, len(own))) for s, own in commands.items()}
 
     def _watch(self, over: threading.Event) -> None:
         period = 0.0
