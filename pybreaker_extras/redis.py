@@ -132,7 +132,6 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         self._outbox = _Outbox()
         self._view = _View([state, None, None, None, None])
         self._membership = _Membership()
-        self._is_under_way = False  # what was in the outbox, to Redis
         self._opening = _Opening.at(None)
         self._last_move: Any = None
         self._refused_at = -math.inf
@@ -418,7 +417,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         with self._mutex:
             if self._membership.unconfirmed is not None:
                 self._announce(STATE_OPEN)  # nobody will be here to confirm it
-            if not self._outbox and not self._is_under_way:
+            if not self._outbox and not self._courier.keeps(self):
                 return None
         return self._notify_when_sent()
 
@@ -426,7 +425,6 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         """In the child of a fork, whose parent sends what is in the outbox."""
         self._mutex = threading.RLock()
         self._outbox = _Outbox()
-        self._is_under_way = False
         self._claim = self._lapsing = None
         self._courier = _join_courier(self)
 
@@ -682,7 +680,6 @@ class _Exchange:
         except Exception as exc:
             storage._go_away(f"{type(exc).__name__}: {exc}", outbox)
         finally:
-            storage._is_under_way = False
             for done in outbox.waiting:
                 done.set()
 
@@ -804,59 +801,62 @@ class _Courier:
         self.link = _Link(client)
         self.refresh = math.inf  # the smallest of the storages'
         self.patience = 0.0  # the longest
-        self._members: list[weakref.ref[CircuitRedisStorage]] = []
-        self._has_lost = False  # a member
-        # Those with something to say, by their id: it must not be lost with them.
+        self._members: dict[int, weakref.ref[CircuitRedisStorage]] = {}  # by their id
+        # Those that have something to say or are in a pass, by their id. What they have
+        # to say must not be lost with them.
         self._kept: dict[int, CircuitRedisStorage] = {}
         self._next_round = -math.inf  # when all storages are to travel
         self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._is_signalled = False
-        self._is_running = self._is_stopping = False
+        self._is_stopping = False
+        self._over = threading.Event()  # is set while the courier does not run
+        self._over.set()
         self._threads: list[threading.Thread] = []
 
     def wake(self, storage: CircuitRedisStorage) -> None:
         """The storage has something to send, or to have confirmed."""
         self._kept[id(storage)] = storage
-        if not self._is_signalled:
-            self._is_signalled = True
+        if self._signals.empty():  # a million failures leave one signal
             self._signals.put(None)
+
+    def keeps(self, storage: CircuitRedisStorage) -> bool:
+        """Whether the storage may have something to say, or something under way."""
+        return id(storage) in self._kept
 
     def add(self, storage: CircuitRedisStorage) -> None:
         """Carry for this storage too. Gate held."""
 
         # This takes no lock, as a storage may be collected anywhere.
-        def lose(_: object) -> None:
-            self._has_lost = True
+        def lose(_: object, key: int = id(storage)) -> None:
+            self._members.pop(key, None)
             self._signals.put(None)
 
-        self._members = [*self._members, weakref.ref(storage, lose)]
+        self._members[id(storage)] = weakref.ref(storage, lose)
         self.refresh = min(self.refresh, storage._refresh)
         self.patience = max(self.patience, storage._patience)
 
     def storages(self) -> list[CircuitRedisStorage]:
         """Those that are alive, and are kept alive by the list."""
-        found = (member() for member in self._members)
+        found = (member() for member in self._members.copy().values())
         return [storage for storage in found if storage is not None]
 
     def start(self) -> None:
         """Begin, or go on after `stop`. Gate held."""
         self._is_stopping = False
-        if self._is_running:
+        if not self._over.is_set():
             return
-        self._is_running = True
-        over = threading.Event()
-        self._threads = [
-            threading.Thread(target=target, args=(over,), name=name, daemon=True)
-            for target, name in (
-                (self._carry, "pybreaker courier"),
-                (self._watch, "pybreaker courier's watch"),
-            )
-        ]
+        over = self._over = threading.Event()
+        self._threads = []
         try:
-            for thread in self._threads:
+            for target, name in (
+                (self._watch, "pybreaker courier's watch"),
+                (self._carry, "pybreaker courier"),
+            ):
+                thread = threading.Thread(
+                    target=target, args=(over,), name=name, daemon=True
+                )
                 thread.start()
+                self._threads.append(thread)
         except BaseException:  # no thread can be had, so the next storage tries again
-            self._is_running = False
             over.set()
             raise
 
@@ -876,28 +876,18 @@ class _Courier:
                 time.sleep(0.0001)
 
     def _carry(self, over: threading.Event) -> None:
-        delay = 0.0
-        while self._goes_on():
+        while self._goes_on(over):
             delay = self.make_pass()
-            try:
-                # Told to block for 0 s, Python 3.9 may wait for ever.
+            # Told to block for 0 s, Python 3.9 may wait for ever.
+            with contextlib.suppress(queue.Empty):
                 self._signals.get(delay > 0.0, delay or None)
-            except queue.Empty:
-                pass
-            self._is_signalled = False
-        over.set()
         self.link.close()
 
-    def _goes_on(self) -> bool:
+    def _goes_on(self, over: threading.Event) -> bool:
         with _gate:
-            if self._has_lost:
-                self._has_lost = False
-                self._members = [m for m in self._members if m() is not None]
-                refreshes = (storage._refresh for storage in self.storages())
-                self.refresh = min(refreshes, default=self.refresh)
             if self._members and not self._is_stopping:
                 return True
-            self._is_running = False
+            over.set()
             if not self._members:
                 _couriers.pop(id(self.link.client), None)
             return False
@@ -907,12 +897,17 @@ class _Courier:
         storage is due again."""
         start = time.monotonic()
         self._next_round = min(self._next_round, start + self.refresh)
-        if start >= self._next_round:
-            due = self.storages()
+        is_round = start >= self._next_round
+        if is_round:
+            with _gate:  # so that none joins with a smaller refresh meanwhile
+                storages = self.storages()
+                refreshes = (storage._refresh for storage in storages)
+                self.refresh = min(refreshes, default=self.refresh)
             self._next_round = start + self.refresh
-        else:  # what two hundred idle circuits would cost, no trial waits for
-            kept = self._kept.copy().values()
-            due = [storage for storage in kept if storage._due_at() <= start]
+            self._kept.update((id(storage), storage) for storage in storages)
+        # For what two hundred idle circuits would cost, no trial waits.
+        kept = self._kept.copy().values()
+        due = [storage for storage in kept if is_round or storage._due_at() <= start]
         if due:
             self._exchange(due)
         next_due = self._next_round
@@ -930,7 +925,6 @@ class _Courier:
         clock = _Clock(self.link)
         replies: dict[_Steps, Any] = {}
         for storage in storages:
-            storage._is_under_way = True
             replies[_Exchange(storage).steps(clock)] = None
         while replies:
             commands: dict[_Steps, list[_Command]] = {}

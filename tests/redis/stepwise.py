@@ -46,8 +46,8 @@ class OpenCourier(LibrarysCourier):
     """The library's, for tests of its threads."""
 
     carry, watch, threads = Alias("_carry"), Alias("_watch"), Alias("_threads")
-    signals, is_signalled = Alias("_signals"), Alias("_is_signalled")
-    is_running, is_stopping = Alias("_is_running"), Alias("_is_stopping")
+    signals, over = Alias("_signals"), Alias("_over")
+    is_stopping = Alias("_is_stopping")
 
 
 class OpenLink(shared._Link):
@@ -344,7 +344,7 @@ class Courier(LibrarysCourier):
 
     def looks_after_its_storages(self):
         """Whether there are any, as before each pass."""
-        return self._goes_on()
+        return self._goes_on(threading.Event())
 
     def start(self):
         self.done.append("start")

@@ -1544,20 +1544,6 @@ def test_a_courier_that_has_a_signal_is_given_no_other(courier):
     assert courier.signals.qsize() == 1
 
 
-def test_a_courier_that_is_quicker_than_who_wakes_it_can_be_woken_again(courier):
-    """The courier may have got its signal before wake() goes on."""
-    signals = []
-
-    def put(signal):
-        signals.append(signal)
-        courier.is_signalled = False  # as the courier says when it has got a signal
-
-    courier.signals = types.SimpleNamespace(put=put)
-    courier.wake(courier.member)
-    courier.wake(courier.member)
-    assert signals == [None, None]
-
-
 def test_a_courier_that_is_started_twice_is_started_once(courier, monkeypatch):
     started = []
 
@@ -1588,9 +1574,9 @@ def test_a_courier_that_can_have_no_thread_is_started_by_the_next_storage(
         stepwise.replace(patch, "threading", Thread=NoThread)
         with pytest.raises(RuntimeError):
             courier.start()
-    assert not courier.is_running
+    assert courier.over.is_set()
     courier.start()
-    assert courier.is_running
+    assert not courier.over.is_set()
     courier.stop()
     courier.wait(time.monotonic() + PATIENCE)
 
@@ -1613,12 +1599,10 @@ class Gate:
 def test_a_courier_says_at_the_gate_that_it_ends(courier, monkeypatch):
     """So whoever starts one meanwhile starts another."""
     gate, over = stepwise.set_gate(monkeypatch, Gate()), threading.Event()
-    courier.is_running = True
     courier.stop()
     courier.carry(over)
     assert gate.passed == 1
     assert over.is_set()
-    assert not courier.is_running
     assert courier.heard == ["close"]
 
 
@@ -1651,9 +1635,11 @@ def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
 
 
 def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
-    courier.is_running = courier.is_stopping = True
+    courier.is_stopping = True
+    courier.over.clear()
     courier.start()
     assert not courier.is_stopping
+    assert courier.threads == []
 
 
 def test_a_courier_that_is_woken_during_its_pass_makes_another(courier):
