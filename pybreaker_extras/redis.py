@@ -673,6 +673,8 @@ class _Exchange:
         try:
             view = yield from self._send(self._writes(clock))
             returns = self._take_in(view, clock)
+            # These have arrived. Sent again, they would undo what came after them.
+            outbox.counts, outbox.state, outbox.opening = {}, None, False
             if returns:
                 yield self._with_prefix(returns)
             if time.monotonic() - self.began <= 2 * storage._courier.refresh:

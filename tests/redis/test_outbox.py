@@ -1304,6 +1304,26 @@ def test_a_claim_that_is_given_back_while_a_word_is_lost_is_not_lost(
     assert keys["trial"] is None
 
 
+def test_a_move_that_has_arrived_is_not_sent_again_with_a_claim(due, keys):
+    """Redis goes away when a claim is to be given back. Meanwhile another process has
+    opened the circuit by hand."""
+    mine, theirs = due()
+    ends(trial_of(mine.breaker))
+
+    def go_away():
+        mine.client.trouble = redis.ConnectionError("gone")
+
+    mine.client.meanwhile = go_away
+    mine.makes_passes()
+    assert keys["state"] == "closed"
+    theirs.makes_passes()
+    theirs.breaker.open()
+    theirs.makes_passes()
+    mine.is_back()
+    assert mine.state == keys["state"] == "open"
+    assert keys["trial"] is None
+
+
 def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process, keys):
     """It was away, and each counted alone."""
     process = process()
