@@ -315,7 +315,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             setattr(self, name, getattr(self, name) + 1)
             if self._membership.is_alone:
                 return
-            self._outbox.add_one(key)
+            self._outbox.count(key, _ADD_ONE)
         self._courier.wake(self)
 
     def _set_count(self, key: str, count: int) -> None:
@@ -324,7 +324,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             is_alone = self._membership.is_alone
             # While Redis is away failures stay here, and a success is told later.
             if not is_alone or (self._membership.is_away and count == 0):
-                self._outbox.counts[key] = _Count(count, is_absolute=True)
+                self._outbox.count(key, _Count(count, 0))
         if not is_alone:
             self._courier.wake(self)
 
@@ -375,9 +375,9 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             if membership.is_apart and membership.unconfirmed is None:
                 return
             for key in _COUNTERS:
-                unsent = self._outbox.counts.get(key, _NOTHING)
-                if not unsent.is_absolute:
-                    setattr(self, "_" + key, getattr(view, key) + unsent.number)
+                unsent = self._outbox.counts.get(key, _ADD_NOTHING)
+                if unsent.base is None:
+                    setattr(self, "_" + key, getattr(view, key) + unsent.added)
 
     def _go_away(self, why: str, unsent: _Outbox | None = None) -> None:
         """Put the outbox back. From now on this process goes by its own circuit."""
@@ -480,13 +480,20 @@ class _Trip(NamedTuple):
 
 
 class _Count(NamedTuple):
-    """What is to be sent of a counter: its value, or what is to be added to it."""
+    """What is to be sent of a counter."""
 
-    number: int
-    is_absolute: bool
+    base: int | None  # what it has been set to, or None
+    added: int  # to that, or to what Redis has
+
+    def plus(self, later: _Count) -> _Count:
+        return (
+            later
+            if later.base is not None
+            else _Count(self.base, self.added + later.added)
+        )
 
 
-_NOTHING = _Count(0, is_absolute=False)
+_ADD_NOTHING, _ADD_ONE, _RESET = _Count(None, 0), _Count(None, 1), _Count(0, 0)
 
 
 class _Outbox:
@@ -508,13 +515,14 @@ class _Outbox:
             self.counts or self.state or self.opening or self.asked or self.returned
         )
 
-    def add_one(self, key: str) -> None:
-        number, is_absolute = self.counts.get(key, _NOTHING)
-        self.counts[key] = _Count(number + 1, is_absolute)
+    def count(self, key: str, count: _Count) -> None:
+        self.counts[key] = self.counts.get(key, _ADD_NOTHING).plus(count)
 
     def put_under(self, older: _Outbox) -> None:
         """Put back what was taken before. What is here is newer and wins."""
-        self.counts = {**older.counts, **self.counts}
+        newer, self.counts = self.counts, older.counts
+        for key, count in newer.items():
+            self.count(key, count)
         self.asked = older.asked + self.asked
         self.state = self.state or older.state
         self.opening |= older.opening
@@ -522,8 +530,7 @@ class _Outbox:
 
     def drop_failures(self) -> None:
         """Keep of the counts only that they were reset."""
-        reset = _Count(0, is_absolute=True)
-        self.counts = {key: c for key, c in self.counts.items() if c == reset}
+        self.counts = {key: _RESET for key, c in self.counts.items() if c.base == 0}
 
 
 class _Circuit(NamedTuple):
@@ -693,9 +700,12 @@ class _Exchange:
             # What a move resets was not kept.
             reset = _COUNTERS if outbox.state == STATE_CLOSED else _COUNTERS[1:]
             for key in reset:
-                outbox.counts.setdefault(key, _Count(0, is_absolute=True))
-        for key, (number, is_absolute) in outbox.counts.items():
-            writes.append(("SET" if is_absolute else "INCRBY", key, number))
+                outbox.counts.setdefault(key, _RESET)
+        for key, (base, added) in outbox.counts.items():
+            if base is None:
+                writes.append(("INCRBY", key, added))
+            else:
+                writes.append(("SET", key, base + added))
         state, opened_at, opening = self.expected
         if outbox.opening:
             opened_at = clock.moment_of(self.opened)

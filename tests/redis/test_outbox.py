@@ -454,6 +454,25 @@ def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
     assert keys["fail_counter"] == "0"
 
 
+@pytest.mark.parametrize("when", ["before it", "during it"])
+def test_a_failure_after_a_success_that_could_not_be_sent_does_not_hide_it(
+    process, keys, when
+):
+    """The failure itself stays here, as others do."""
+    mine = process()
+    fail(mine.breaker, 2)
+    mine.makes_passes()
+    mine.breaker.call(int)
+    if when == "before it":
+        fail(mine.breaker)
+    else:
+        mine.client.meanwhile = lambda: fail(mine.breaker)
+    mine.is_cut_off()
+    assert mine.breaker.fail_counter == 1
+    mine.is_back()
+    assert keys["fail_counter"] == "0"
+
+
 def test_who_was_away_and_made_no_move_sets_no_count_back(process, keys):
     mine = process(success_threshold=3)
     mine.is_cut_off()
