@@ -205,7 +205,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     def opened_at(self, moment: datetime | None) -> None:
         with self._mutex:
             self._opening = _Opening.at(moment, move=self._opening.move)
-            self._outbox.opening |= not self._membership.is_apart
+            self._outbox.opening |= not self._membership.opened_alone
         self._courier.wake(self)
 
     def open_for(self) -> float:
@@ -233,12 +233,11 @@ class CircuitRedisStorage(CircuitBreakerStorage):
                     self._announce(STATE_OPEN)
                 else:
                     due = time.monotonic() + self._refresh
-                    membership.is_apart = True
                     membership.unconfirmed = _Trip(due, move.fail_max)
             elif move.by == "outcome":
                 if move.state == STATE_OPEN:  # no other trial before the claim lapses
                     self._lapsing, self._claim = self._claim, None
-                if not membership.is_apart:
+                if not membership.opened_alone:
                     self._announce(move.state)
                 elif move.state == STATE_CLOSED:
                     membership.rejoin()
@@ -359,8 +358,6 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         """Follow the circuit in Redis if that has moved, or judge `trip`."""
         with self._mutex:
             membership = self._membership
-            membership.is_new = False
-            self._view = view
             if has_moved and self._outbox.state is None:
                 if view.state == STATE_OPEN:
                     self._opening = _Opening.at(view.moment, age, view.move)
@@ -369,15 +366,16 @@ class CircuitRedisStorage(CircuitBreakerStorage):
                 self._last_move, self._state = view.move, view.state
                 membership.rejoin()
             elif trip is not None and trip is membership.unconfirmed:
-                membership.unconfirmed = None
+                membership.unconfirmed, membership.is_apart = None, True
                 if view.fail_counter >= trip.fail_max:
                     self._announce(STATE_OPEN)
-            if membership.is_apart and membership.unconfirmed is None:
-                return
             for key in _COUNTERS:
                 unsent = self._outbox.counts.get(key, _ADD_NOTHING)
-                if unsent.base is None:
+                if unsent.base is None and not membership.is_apart:
                     setattr(self, "_" + key, getattr(view, key) + unsent.added)
+            # Last, so that the storage follows again what it has followed by half: a
+            # fork may come in between.
+            self._view, membership.is_new = view, False
 
     def _go_away(self, why: str, unsent: _Outbox | None = None) -> None:
         """Put the outbox back. From now on this process goes by its own circuit."""
@@ -459,17 +457,22 @@ class _Membership:
     def __init__(self) -> None:
         self.is_new = True  # Redis has never answered
         self.is_away = False  # Redis does not answer now
-        self.is_apart = False  # open by the count of this process, and Redis is not
         self.unconfirmed: _Trip | None = None  # the trip that Redis may still confirm
+        self.is_apart = False  # open by a trip that Redis has not confirmed
 
     @property
     def is_alone(self) -> bool:
         """Whether counts and trials are this process's own."""
-        return self.is_away or (self.is_apart and self.unconfirmed is None)
+        return self.is_away or self.is_apart
+
+    @property
+    def opened_alone(self) -> bool:
+        """Whether the opening here is not, or not yet, the fleet's."""
+        return self.is_apart or self.unconfirmed is not None
 
     def rejoin(self) -> None:
         """What this process says is the fleet's state again, or the other way round."""
-        self.is_apart, self.unconfirmed = False, None
+        self.unconfirmed, self.is_apart = None, False
 
 
 class _Trip(NamedTuple):

@@ -160,6 +160,15 @@ def courier_of(storage):
     return storage._courier
 
 
+def let_openings_fail(monkeypatch):
+    """A storage that follows an opening of another process is interrupted."""
+
+    def interrupted(*_):
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(shared._Opening, "at", interrupted)
+
+
 def go_at_once(storage):
     """The courier goes to Redis and back, though there may be nothing to send."""
     return storage._notify_when_sent()

@@ -1918,6 +1918,21 @@ def test_a_child_begins_with_an_outbox_of_its_own(process, waits, monkeypatch):
     assert waits == []
 
 
+def test_an_opening_that_was_followed_by_half_is_followed_again(process, monkeypatch):
+    """A fork in the middle leaves such a storage to the child, where the courier's
+    thread does not go on."""
+    mine, theirs = process(), process()
+    theirs.breaker.open(9, "maintenance")
+    theirs.makes_passes()
+    with monkeypatch.context() as patch:
+        stepwise.let_openings_fail(patch)
+        mine.makes_passes()
+    assert mine.state == "closed"
+    mine.makes_passes()
+    assert mine.state == "open"
+    assert known(mine) == ("open", "maintenance", 9, 0)
+
+
 def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(process, monkeypatch):
     """In the child there is no thread that would release it."""
     mine = process()
