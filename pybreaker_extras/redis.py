@@ -1020,20 +1020,22 @@ class _Link:
                 loop.close()
 
     def _connected(self) -> Any:
+        """The client; or one like it where it is for asyncio, as such a client belongs
+        to the loop of the program."""
         if not _is_async(self.client):
             return self.client
         if self._own is None:
-            # An asyncio client belongs to its loop, so this one is made like it.
-            import asyncio
-
-            pool = self.client.connection_pool
-            self._loop = asyncio.new_event_loop()
-            # Python 3.9's locks look for the loop when they are made.
-            asyncio.set_event_loop(self._loop)
-            own_pool = type(pool)(
-                connection_class=pool.connection_class, **pool.connection_kwargs
-            )
-            self._own = type(self.client)(connection_pool=own_pool)
+            loop = _new_loop()
+            try:
+                pool = self.client.connection_pool
+                own_pool = type(pool)(
+                    connection_class=pool.connection_class, **pool.connection_kwargs
+                )
+                self._own = type(self.client)(connection_pool=own_pool)
+            except BaseException:
+                loop.close()
+                raise
+            self._loop = loop
         return self._own
 
     def _answer(self, ask: Callable[..., Any], **options: Any) -> Any:
@@ -1045,6 +1047,23 @@ class _Link:
             return answer
         finally:
             self.asked_at = None
+
+
+def _new_loop() -> Any:
+    """An event loop for this thread."""
+    import asyncio
+    import socket
+
+    async def getaddrinfo(*args: Any, **options: Any) -> Any:
+        return socket.getaddrinfo(*args, **options)
+
+    loop = asyncio.new_event_loop()
+    # Python 3.9's locks look for the loop when they are made.
+    asyncio.set_event_loop(loop)
+    # A loop's own looks names up in another thread. At the end of a process there is
+    # none to be had any more, and after a fork there should be none.
+    setattr(loop, "getaddrinfo", getaddrinfo)  # noqa: B010
+    return loop
 
 
 class _Clock:

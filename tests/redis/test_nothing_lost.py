@@ -95,6 +95,23 @@ def test_all_circuits_of_a_program_are_delivered_at_its_end(run, key):
 
 
 @needs_fork
+def test_an_asyncio_client_may_look_names_up_after_a_fork_and_at_the_end(run, key):
+    """A process that ends has no threads for that, and a fork wants none."""
+    run("""
+        import atexit, redis.asyncio, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork
+        client = redis.asyncio.Redis(host="localhost", port=port)
+        breaker = breaker_of(10, client=client, refresh=60, patience=5)
+        names = [thread.name for thread in threading.enumerate()]
+        assert not [name for name in names if "asyncio" in name], names
+        if not os.fork():
+            os._exit(0)
+        atexit.register(fail, breaker)
+    """)
+    assert key("fail_counter") == "1"
+
+
+@needs_fork
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_a_child_that_ends_at_once_delivers_its_counts(run, key, method, tmp_path):
     """A `multiprocessing.Process` runs no functions of `atexit`."""

@@ -2147,6 +2147,28 @@ def test_a_connection_that_was_lost_is_closed_all_the_same(keys, caplog):
     assert record.getMessage() == "the connection to Redis was lost: Boom()"
 
 
+def test_a_pool_that_cannot_be_made_leaves_no_loop(keys, monkeypatch):
+    """The courier tries again in each pass."""
+    loops = []
+
+    class Impossible(Pool):
+        def __init__(self, *args, **options):
+            if hasattr(Impossible, "first"):
+                loops.append(asyncio.get_event_loop())
+                raise TypeError("no such option")
+            super().__init__(*args, **options)
+            Impossible.first = self
+
+    pool = Impossible(dict, client=Client(keys), heard=[])
+    link = stepwise.OpenLink(asyncio.run(made(AsyncClient, pool)))
+    for _ in range(2):
+        with pytest.raises(TypeError, match="no such option"):
+            link.run([("GET", "state")])
+    link.close()
+    assert [loop.is_closed() for loop in loops] == [True, True]
+    asyncio.set_event_loop(None)
+
+
 def test_the_clock_of_a_cluster_is_that_of_one_of_its_nodes(process):
     """Each answers."""
     mine = process()
