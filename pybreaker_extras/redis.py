@@ -861,6 +861,9 @@ class _Courier:
             return
         over = self._over = threading.Event()
         self._threads = []
+        self.link = _Link(
+            self.link.client
+        )  # a thread that ends may still close its own
         try:
             for target, name in (
                 (self._watch, "pybreaker courier's watch"),
@@ -891,12 +894,13 @@ class _Courier:
                 time.sleep(0.0001)
 
     def _carry(self, over: threading.Event) -> None:
+        link = self.link
         while self._goes_on(over):
             delay = self.make_pass()
             # Told to block for 0 s, Python 3.9 may wait for ever.
             with contextlib.suppress(queue.Empty):
                 self._signals.get(delay > 0.0, delay or None)
-        self.link.close()
+        link.close()
 
     def _goes_on(self, over: threading.Event) -> bool:
         with _gate:

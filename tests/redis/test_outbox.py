@@ -1600,19 +1600,27 @@ def test_a_courier_that_is_started_twice_is_started_once(courier, monkeypatch):
     assert sorted(started) == ["pybreaker courier", "pybreaker courier's watch"]
 
 
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_courier_that_can_have_no_thread_is_started_by_the_next_storage(
-    courier, monkeypatch
+    courier, monkeypatch, number
 ):
-    """The system may have no thread to give, for a while."""
+    """The system may have no thread to give, for a while, or no second one. Then the
+    first ends."""
+    started = []
 
     class NoThread(threading.Thread):
         def start(self):
-            raise RuntimeError("can't start new thread")
+            if len(started) == number:
+                raise RuntimeError("can't start new thread")
+            started.append(self)
+            super().start()
 
     with monkeypatch.context() as patch:
         stepwise.replace(patch, "threading", Thread=NoThread)
         with pytest.raises(RuntimeError):
             courier.start()
+    courier.wait(time.monotonic() + PATIENCE)
+    assert not any(thread.is_alive() for thread in started)
     assert courier.over.is_set()
     courier.start()
     assert not courier.over.is_set()
@@ -1671,6 +1679,20 @@ def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     courier.carry(threading.Event())
     # Told to block for 0 s, Python 3.9 may wait for ever.
     assert waited == [(True, 7.0), (False, None), (True, 8.0)]
+
+
+def test_a_courier_that_begins_again_does_not_wait_until_its_connection_is_closed(
+    courier, monkeypatch
+):
+    """The thread that ends closes its own, and the next thread has another."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    closed = []
+    courier.link.close = lambda: [courier.start(), closed.append(courier.link)]
+    link = courier.link
+    courier.stop()
+    courier.carry(threading.Event())
+    assert closed[0] is not link
+    assert courier.link.client is link.client
 
 
 def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
