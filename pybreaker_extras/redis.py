@@ -43,7 +43,7 @@ import time
 import weakref
 from datetime import datetime, timedelta, timezone
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from pybreaker import (
     STATE_CLOSED,
@@ -56,7 +56,6 @@ from pybreaker import (
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    _T = TypeVar("_T")
     _Command = tuple[Any, ...]  # its name, a key, and the rest
     _Steps = Generator[list[_Command], Any, None]  # see `_Exchange.steps`
 
@@ -168,7 +167,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
 
     @counter.setter
     def counter(self, count: int) -> None:
-        self._set_count("fail_counter", _checked_count("counter", count))
+        self._count("fail_counter", _Count(_checked_count("counter", count), 0))
 
     @property
     def success_counter(self) -> int:
@@ -177,23 +176,25 @@ class CircuitRedisStorage(CircuitBreakerStorage):
 
     @success_counter.setter
     def success_counter(self, count: int) -> None:
-        self._set_count("success_counter", _checked_count("success_counter", count))
+        self._count(
+            "success_counter", _Count(_checked_count("success_counter", count), 0)
+        )
 
     def increment_counter(self) -> None:
         """Add one to `counter`."""
-        self._add_one("fail_counter")
+        self._count("fail_counter", _ADD_ONE)
 
     def reset_counter(self) -> None:
         """Set `counter` to 0."""
-        self._set_count("fail_counter", 0)
+        self._count("fail_counter", _RESET)
 
     def increment_success_counter(self) -> None:
         """Add one to `success_counter`."""
-        self._add_one("success_counter")
+        self._count("success_counter", _ADD_ONE)
 
     def reset_success_counter(self) -> None:
         """Set `success_counter` to 0."""
-        self._set_count("success_counter", 0)
+        self._count("success_counter", _RESET)
 
     @property
     def opened_at(self) -> datetime | None:
@@ -288,12 +289,12 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         with self._mutex:
             if self._membership.is_alone:
                 claim.answer(True)
-                return claim
-            if time.monotonic() - self._refused_at < _PAUSE:
+            elif time.monotonic() - self._refused_at < _PAUSE:
                 claim.answer(False)
-                return claim
-            self._outbox.asked.append(claim)
-        self._courier.wake(self)
+            else:
+                self._outbox.asked.append(claim)
+        if claim.granted is None:
+            self._courier.wake(self)
         return claim
 
     def _conclude(self, claim: _Claim) -> bool:
@@ -308,23 +309,16 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             self._outbox.returned.append(claim)
         self._courier.wake(self)
 
-    def _add_one(self, key: str) -> None:
+    def _count(self, key: str, count: _Count) -> None:
         with self._mutex:
-            name = "_" + key
-            setattr(self, name, getattr(self, name) + 1)
-            if self._membership.is_alone:
-                return
-            self._outbox.count(key, _ADD_ONE)
-        self._courier.wake(self)
-
-    def _set_count(self, key: str, count: int) -> None:
-        with self._mutex:
-            setattr(self, "_" + key, count)
-            is_alone = self._membership.is_alone
+            setattr(self, "_" + key, count.after(getattr(self, "_" + key)))
+            membership = self._membership
             # While Redis is away failures stay here, and a success is told later.
-            if not is_alone or (self._membership.is_away and count == 0):
-                self._outbox.count(key, _Count(count, 0))
-        if not is_alone:
+            is_reset = membership.is_away and count == _RESET
+            is_told = is_reset or not membership.is_alone
+            if is_told:
+                self._outbox.count(key, count)
+        if is_told:
             self._courier.wake(self)
 
     # Mutex held.
@@ -352,7 +346,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             trip = membership.unconfirmed
             return math.inf if trip is None else trip.due
 
-    def _take_in(
+    def _follow(
         self, view: _View, has_moved: bool, age: float, trip: _Trip | None
     ) -> None:
         """Follow the circuit in Redis if that has moved, or judge `trip`."""
@@ -372,7 +366,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             for key in _COUNTERS:
                 unsent = self._outbox.counts.get(key, _ADD_NOTHING)
                 if unsent.base is None and not membership.is_apart:
-                    setattr(self, "_" + key, getattr(view, key) + unsent.added)
+                    setattr(self, "_" + key, unsent.after(getattr(view, key)))
             # Last, so that the storage follows again what it has followed by half: a
             # fork may come in between.
             self._view, membership.is_new = view, False
@@ -483,16 +477,21 @@ class _Trip(NamedTuple):
 
 
 class _Count(NamedTuple):
-    """What is to be sent of a counter."""
+    """What has become of a counter."""
 
-    base: int | None  # what it has been set to, or None
-    added: int  # to that, or to what Redis has
+    base: int | None  # the number that it was set to, or None
+    added: int  # what was added to that number, or else to the one that was there
 
-    def plus(self, later: _Count) -> _Count:
+    def after(self, number: int) -> int:
+        """What the counter says, where it said `number`."""
+        return (number if self.base is None else self.base) + self.added
+
+    def then(self, later: _Count) -> _Count:
+        """This, and then `later`."""
         return (
             later
             if later.base is not None
-            else _Count(self.base, self.added + later.added)
+            else _Count(self.base, later.after(self.added))
         )
 
 
@@ -519,7 +518,7 @@ class _Outbox:
         )
 
     def count(self, key: str, count: _Count) -> None:
-        self.counts[key] = self.counts.get(key, _ADD_NOTHING).plus(count)
+        self.counts[key] = self.counts.get(key, _ADD_NOTHING).then(count)
 
     def put_under(self, older: _Outbox) -> None:
         """Put back what was taken before. What is here is newer and wins."""
@@ -534,6 +533,32 @@ class _Outbox:
     def drop_failures(self) -> None:
         """Keep of the counts only that they were reset."""
         self.counts = {key: _RESET for key, c in self.counts.items() if c.base == 0}
+
+
+class _Claim:
+    """A question to Redis: may this process run the trial?"""
+
+    def __init__(self, timeout: float, hear: Callable[[], object]) -> None:
+        self.token = os.urandom(16).hex()
+        self.lease = max(1, math.ceil(1000 * min(timeout, _LONGEST_LEASE)))
+        self.command = "SET", "trial", self.token, "NX", "PX", self.lease
+        self.granted: bool | None = None
+        self._hear = hear
+        self._end = time.monotonic() + self.lease / 1000
+
+    def answer(self, granted: bool) -> None:
+        if self.granted is None:
+            self.granted = granted
+            try:
+                self._hear()
+            except Exception as exc:  # the event loop of the caller is gone
+                _log(logging.DEBUG, "nobody waits for the answer any more: %r", exc)
+
+    def is_safe(self) -> bool:
+        """Whether the claim will not lapse, and be another process's, before Redis is
+        told that it is given back."""
+        left = self._end - time.monotonic()
+        return left > min(_SAFE, self.lease / 4000)
 
 
 class _Circuit(NamedTuple):
@@ -582,15 +607,15 @@ class _View:
     def __init__(self, replies: list[Any]) -> None:
         state, fail_counter, success_counter, opened_at, opening, *trial = replies
         self.broken: set[str] = set()  # keys under which there is nonsense
-        self.state: Any = self._value("state", state, _known_state)
-        self.fail_counter: int = self._value("fail_counter", fail_counter, _count) or 0
-        self.success_counter: int = (
-            self._value("success_counter", success_counter, _count) or 0
+        self.state = self._value("state", state, _read_state)
+        self.fail_counter = self._value("fail_counter", fail_counter, _read_count) or 0
+        self.success_counter = (
+            self._value("success_counter", success_counter, _read_count) or 0
         )
-        self.moment = self._value("opened_at", opened_at, _moment)
+        self.moment = self._value("opened_at", opened_at, _read_moment)
         if self.moment is None or self.state != STATE_OPEN:
             opened_at = None
-        about, move = self._value("opening", opening, _opening) or (None, None)
+        about, move = self._value("opening", opening, _read_opening) or (None, None)
         if about is None or about != opened_at:
             opening = move = None
         self.move = move  # that has opened the circuit, where it is open
@@ -600,7 +625,7 @@ class _View:
             self.holder = self._value("trial", trial[0], str)
             self.lease = trial[1]
 
-    def _value(self, key: str, reply: Any, read: Callable[[Any], _T]) -> _T | None:
+    def _value(self, key: str, reply: Any, read: Callable[[Any], Any]) -> Any:
         self.note_error(key, reply)
         if reply is None or isinstance(reply, Exception):
             return None
@@ -621,18 +646,15 @@ class _View:
             self.broken.add(key)
 
 
-def _known_state(text: str) -> str:
-    return str(_checked_state("state", text))
+def _read_state(text: str) -> Any:
+    return _checked_state("state", text)
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 0:
-        raise ValueError(text)
-    return count
+def _read_count(text: str) -> int:
+    return _checked_count("count", int(text))
 
 
-def _moment(text: str) -> datetime:
+def _read_moment(text: str) -> datetime:
     return datetime.fromtimestamp(int(text), timezone.utc)
 
 
@@ -649,7 +671,7 @@ def _opening_text(opened_at: str | None, move: Any) -> str | None:
     return json.dumps(opening)
 
 
-def _opening(text: str) -> tuple[str, _FoundMove]:
+def _read_opening(text: str) -> tuple[str, _FoundMove]:
     """What such a text says: which opening it is about, and how that came about."""
     opening = json.loads(text)
     seconds, failed_trials = opening["seconds"], opening["failed_trials"]
@@ -681,7 +703,7 @@ class _Exchange:
         the pipeline does, it fails for this circuit, and the outbox is put back."""
         storage, outbox = self.storage, self.outbox
         try:
-            view = yield from self._send(self._writes(clock))
+            view = yield from self._view_after(self._writes(clock))
             returns = self._take_in(view, clock)
             # These have arrived. Sent again, they would undo what came after them.
             outbox.counts, outbox.state, outbox.opening = {}, None, False
@@ -704,11 +726,9 @@ class _Exchange:
             reset = _COUNTERS if outbox.state == STATE_CLOSED else _COUNTERS[1:]
             for key in reset:
                 outbox.counts.setdefault(key, _RESET)
-        for key, (base, added) in outbox.counts.items():
-            if base is None:
-                writes.append(("INCRBY", key, added))
-            else:
-                writes.append(("SET", key, base + added))
+        for key, count in outbox.counts.items():
+            name = "INCRBY" if count.base is None else "SET"
+            writes.append((name, key, count.after(0)))
         state, opened_at, opening = self.expected
         if outbox.opening:
             opened_at = clock.moment_of(self.opened)
@@ -729,7 +749,9 @@ class _Exchange:
             writes += [(*command, "NX") for command in self.expected.commands()]
         return writes
 
-    def _send(self, writes: list[_Command]) -> Generator[list[_Command], Any, _View]:
+    def _view_after(
+        self, writes: list[_Command]
+    ) -> Generator[list[_Command], Any, _View]:
         """Send the writes, and return what Redis has then. What is missing or makes no
         sense is put in order before: a flush does not close a circuit."""
         reads = _View.commands(bool(self.outbox.asked or self.outbox.returned))
@@ -751,15 +773,13 @@ class _Exchange:
         storage, known = self.storage, self.expected.commands()
         is_alone = self.membership.is_away or self.membership.is_new
         repairs: list[_Command] = []
-        if "trial" in view.broken:
-            repairs.append(("DEL", "trial"))
         for key in _COUNTERS:
             count = getattr(storage, "_" + key)
             if key in view.broken:
                 repairs.append(("SET", key, count))
             elif view.state is None and not is_alone:
                 repairs.append(("SET", key, count, "NX"))
-        for key in ("opening", "opened_at"):
+        for key in ("trial", "opening", "opened_at"):
             if key in view.broken and key not in [name for _, name, _ in known]:
                 repairs.append(("DEL", key))
         for command in known:
@@ -783,7 +803,7 @@ class _Exchange:
         trip = self.membership.unconfirmed
         if trip is not None and self.began < trip.due:
             trip = None
-        storage._take_in(view, has_moved, age, trip)
+        storage._follow(view, has_moved, age, trip)
         asked, returned = self.outbox.asked, self.outbox.returned
         own = [claim.token for claim in returned]
         commands: list[_Command] = []
@@ -977,6 +997,93 @@ class _Courier:
                 storage._go_away(f"no answer for {silence:.1f} s")
 
 
+# The couriers that have storages, by the id of the client, which each keeps alive. The
+# gate is held for moments where a courier begins, gets a storage, or ends.
+_couriers: dict[int, _Courier] = {}
+_gate = threading.RLock()
+
+
+def _join_courier(storage: CircuitRedisStorage) -> _Courier:
+    """The courier for the storage's client, which carries for the storage from now."""
+    client = storage._client
+    _deliver_at_the_end_of_processes()
+    with _gate:
+        courier = _couriers.get(id(client))
+        if courier is None:
+            courier = _couriers[id(client)] = _Courier(client)
+        courier.add(storage)
+        courier.start()
+        return courier
+
+
+# A fork copies the thread that forks and no other. So all couriers end before it, in
+# good order, and begin again in the parent; the child gets couriers of its own.
+
+
+def _before_fork() -> None:
+    _deliver_at_the_end_of_processes()
+    with _gate:
+        couriers = list(_couriers.values())
+        for courier in couriers:
+            courier.stop()
+    begin = time.monotonic()
+    for courier in couriers:
+        courier.wait(begin + courier.patience)
+
+
+def _after_fork_in_parent() -> None:
+    with _gate:
+        for courier in _couriers.values():
+            courier.start()
+
+
+def _after_fork_in_child() -> None:
+    global _gate
+    _gate = threading.RLock()
+    couriers = list(_couriers.values())
+    _couriers.clear()
+    for courier in couriers:
+        for storage in courier.storages():
+            storage._renew()
+
+
+def _at_exit() -> None:
+    """Wait until all storages have said what they have to say, but for no longer than
+    the patience that they have."""
+    begin = time.monotonic()
+    with _gate:
+        storages = [s for courier in _couriers.values() for s in courier.storages()]
+    told = [(storage, storage._last_words()) for storage in storages]
+    for storage, done in told:
+        if done is not None:
+            done.wait(max(0.0, begin + storage._patience - time.monotonic()))
+
+
+def _deliver_at_the_end_of_processes() -> None:
+    """A `multiprocessing.Process` that was forked runs no `atexit` functions, but what
+    is registered with `multiprocessing` in that process."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None and not _registered:
+        _registered.append(True)
+
+        def register(at_exit: Callable[[], None]) -> None:
+            util.Finalize(None, at_exit, exitpriority=0)
+
+        register(_at_exit)  # this process may be one itself
+        util.register_after_fork(_at_exit, register)
+
+
+_registered: list[bool] = []
+
+# Windows has no forks.
+getattr(os, "register_at_fork", lambda **_: None)(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
+atexit.register(_at_exit)
+
+
 class _Link:
     """The way to Redis, for the courier's thread alone. Whatever the client is, texts
     are str here, and coroutines of asyncio clients are run to their end here."""
@@ -1075,8 +1182,7 @@ class _Clock:
 
     def __init__(self, link: _Link) -> None:
         self._link = link
-        self._ahead: float | None = None  # of the monotonic clock of this host
-        self._error = ""
+        self._ahead: float | None = None  # of the monotonic clock here; NaN: no answer
 
     def moment_of(self, opened: float) -> str | None:
         """What to write for a moment of the monotonic clock: whole seconds,
@@ -1090,14 +1196,11 @@ class _Clock:
         return max(0.0, time.monotonic() + self._asked() - int(opened_at))
 
     def _asked(self) -> float:
-        if self._error:
-            raise RuntimeError(self._error)
         if self._ahead is None:
-            try:
-                self._ahead = self._link.time() - time.monotonic()
-            except Exception as exc:  # as text: the exception would keep storages alive
-                self._error = f"no time from Redis: {exc}"
-                raise
+            self._ahead = math.nan  # so that it is not asked again if this fails
+            self._ahead = self._link.time() - time.monotonic()
+        if math.isnan(self._ahead):
+            raise RuntimeError("Redis has not told the time")
         return self._ahead
 
 
@@ -1123,49 +1226,18 @@ def _is_async(client: Any) -> bool:
     return inspect.iscoroutinefunction(inspect.unwrap(client.execute_command))
 
 
-class _Claim:
-    """A question to Redis: may this process run the trial?"""
-
-    def __init__(self, timeout: float, hear: Callable[[], object]) -> None:
-        self.token = os.urandom(16).hex()
-        self.lease = max(1, math.ceil(1000 * min(timeout, _LONGEST_LEASE)))
-        self.command = "SET", "trial", self.token, "NX", "PX", self.lease
-        self.granted: bool | None = None
-        self._hear = hear
-        self._end = time.monotonic() + self.lease / 1000
-
-    def answer(self, granted: bool) -> None:
-        if self.granted is None:
-            self.granted = granted
-            try:
-                self._hear()
-            except Exception as exc:  # the event loop of the caller is gone
-                _log(logging.DEBUG, "nobody waits for the answer any more: %r", exc)
-
-    def is_safe(self) -> bool:
-        """Whether the claim will not lapse, and be another process's, before Redis is
-        told that it is given back."""
-        left = self._end - time.monotonic()
-        return left > min(_SAFE, self.lease / 4000)
-
-
 def _waiter(patience: float) -> Any:
     """A coroutine function that waits on the event loop that runs here, for at
     most `patience` seconds, and what ends the waiting, from any thread."""
-    # None has no such attributes, which is an AttributeError too.
-    trio: Any = sys.modules.get("trio")
-    asyncio: Any = sys.modules.get("asyncio")
-    try:
+    # Where one is not loaded or does not run here, there is no such thing to ask.
+    with contextlib.suppress(KeyError, AttributeError, RuntimeError):
+        trio: Any = sys.modules["trio"]
         trio.lowlevel.current_task()
-    except (AttributeError, RuntimeError):
-        pass
-    else:
         return _trio_waiter(trio, patience)
-    try:
-        loop = asyncio.get_running_loop()
-    except (AttributeError, RuntimeError):
-        return _other_waiter(patience)
-    return _asyncio_waiter(loop, patience)
+    with contextlib.suppress(KeyError, AttributeError, RuntimeError):
+        asyncio: Any = sys.modules["asyncio"]
+        return _asyncio_waiter(asyncio.get_running_loop(), patience)
+    return _other_waiter(patience)
 
 
 def _asyncio_waiter(loop: Any, patience: float) -> Any:
@@ -1244,90 +1316,3 @@ def _index(parameter: str, value: Any, what: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{parameter} must be {what}, not {value!r}") from None
-
-
-# The couriers that have storages, by the id of the client, which each keeps alive. The
-# gate is held for moments where a courier begins, gets a storage, or ends.
-_couriers: dict[int, _Courier] = {}
-_gate = threading.RLock()
-
-
-def _join_courier(storage: CircuitRedisStorage) -> _Courier:
-    """The courier for the storage's client, which carries for the storage from now."""
-    client = storage._client
-    _deliver_at_the_end_of_processes()
-    with _gate:
-        courier = _couriers.get(id(client))
-        if courier is None:
-            courier = _couriers[id(client)] = _Courier(client)
-        courier.add(storage)
-        courier.start()
-        return courier
-
-
-# A fork copies the thread that forks and no other. So all couriers end before it, in
-# good order, and begin again in the parent; the child gets couriers of its own.
-
-
-def _before_fork() -> None:
-    _deliver_at_the_end_of_processes()
-    with _gate:
-        couriers = list(_couriers.values())
-        for courier in couriers:
-            courier.stop()
-    begin = time.monotonic()
-    for courier in couriers:
-        courier.wait(begin + courier.patience)
-
-
-def _after_fork_in_parent() -> None:
-    with _gate:
-        for courier in _couriers.values():
-            courier.start()
-
-
-def _after_fork_in_child() -> None:
-    global _gate
-    _gate = threading.RLock()
-    couriers = list(_couriers.values())
-    _couriers.clear()
-    for courier in couriers:
-        for storage in courier.storages():
-            storage._renew()
-
-
-def _at_exit() -> None:
-    """Wait until all storages have said what they have to say, but for no longer than
-    the patience that they have."""
-    begin = time.monotonic()
-    with _gate:
-        storages = [s for courier in _couriers.values() for s in courier.storages()]
-    told = [(storage, storage._last_words()) for storage in storages]
-    for storage, done in told:
-        if done is not None:
-            done.wait(max(0.0, begin + storage._patience - time.monotonic()))
-
-
-def _deliver_at_the_end_of_processes() -> None:
-    """A `multiprocessing.Process` that was forked runs no `atexit` functions, but what
-    is registered with `multiprocessing` in that process."""
-    util: Any = sys.modules.get("multiprocessing.util")
-    if util is not None and not _registered:
-        _registered.append(True)
-
-        def register(at_exit: Callable[[], None]) -> None:
-            util.Finalize(None, at_exit, exitpriority=0)
-
-        register(_at_exit)  # this process may be one itself
-        util.register_after_fork(_at_exit, register)
-
-
-_registered: list[bool] = []
-
-# Windows has no forks.
-getattr(os, "register_at_fork", lambda **_: None)(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
-atexit.register(_at_exit)
