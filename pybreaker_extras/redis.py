@@ -8,21 +8,22 @@
 ``pybreaker.CircuitRedisStorage`` is the same class.
 
 How it works. Calls are decided from memory. What a process has to tell the fleet goes
-into the storage's *outbox*. A thread, the *courier*, makes one *pass* after the other:
-it takes the outbox, sends what is in it, reads in the same pipeline what Redis has
-then, the *view*, and has the storage take that in. If a pass fails, the outbox is put
-back as a whole and the storage goes *away*: its process goes by its own circuit until a
-pass succeeds. There is one courier for each client. All circuits of the client travel
-in its pipelines: those with something in their outbox at once, all of them every
-`refresh` seconds.
+into the storage's *outbox*. A thread, the *courier*, makes one *pass* after the other.
+In a pass each circuit has an *exchange*: the courier takes its outbox, sends what is in
+it, reads in the same pipeline what Redis has then, the *view*, and the storage follows
+the view. If the exchange fails, the outbox is put back and the storage goes *away*: its
+process goes by its own circuit until an exchange succeeds. There is one courier for
+each client. All circuits of the client share its pipelines: those with something in
+their outbox at once, all of them every `refresh` seconds, and between that there is
+*idle time*.
 
 How far a process goes with the fleet is its `_Membership`. A trip by the count is
-*unconfirmed* until Redis still has that count one `refresh` later. If Redis has it no
-more, the circuit of this process stays open *apart* from the fleet's.
+*unconfirmed* until a view that is one `refresh` younger still has that count. If the
+count is gone by then, the circuit of this process stays open *apart* from the fleet's.
 
-A storage's mutex is held for moments: by the threads of a breaker, which hold the
-breaker's lock already, and by the courier, which never does. No thread waits for Redis
-with a lock held.
+Two locks, each held for moments, and by no thread that waits for Redis: a storage's
+mutex, which the threads of a breaker take while they hold the breaker's lock, and the
+courier's threads by itself; and the gate, where couriers begin and end.
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         if self._courier.link.silence() < self._patience:
             done.wait(self._patience)
 
-    # What a breaker and its owner do. What is written to a public name is carried to
-    # Redis; to a private one, which a breaker reads without the lock, it is not.
+    # What a breaker and its owner do. A breaker reads the private attributes of these
+    # names without the lock.
 
     @property
     def state(self) -> str:
@@ -219,8 +220,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         with self._mutex:
             membership = self._membership
             if move.by == "trial":
-                # Redis goes on saying open. If it has just said something else, that
-                # stands, and the breaker finds it when it looks next.
+                # Redis goes on saying open. If the last view says something else, that
+                # stands, and the breaker finds it at its next call.
                 if self._state == STATE_OPEN:
                     self._last_move, self._state = move, move.state
                 return
@@ -228,7 +229,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
                 self._opening = _Opening.at(datetime.now(timezone.utc), move=move)
             self._last_move, self._state = move, move.state
             if move.by == "count":
-                # Where nobody can tell what the fleet's count is, the trip stands.
+                # Where the count of the fleet is not known, the trip stands.
                 cannot_tell = membership.is_away or membership.is_new
                 if cannot_tell or self._view.state == STATE_OPEN:
                     self._announce(STATE_OPEN)
@@ -236,7 +237,9 @@ class CircuitRedisStorage(CircuitBreakerStorage):
                     due = time.monotonic() + self._refresh
                     membership.unconfirmed = _Trip(due, move.fail_max)
             elif move.by == "outcome":
-                if move.state == STATE_OPEN:  # no other trial before the claim lapses
+                if move.state == STATE_OPEN:
+                    # Other processes may not have heard of this opening yet. They run
+                    # no trial before the claim lapses.
                     self._lapsing, self._claim = self._claim, None
                 if not membership.opened_alone:
                     self._announce(move.state)
@@ -278,7 +281,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return self._conclude(claim)
 
     def release_trial(self) -> None:
-        """Give the claim back, when all that was said before has been sent."""
+        """Give the claim back; in Redis after all that is in the outbox before it."""
         with self._mutex:
             claim, self._claim = self._claim, None
         if claim is not None:
@@ -301,7 +304,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         with self._mutex:
             if claim.granted is False:
                 return False
-            self._claim = claim  # without an answer, the claim may still reach Redis
+            self._claim = claim  # one without an answer may still reach Redis
             return True
 
     def _give_back(self, claim: _Claim) -> None:
@@ -313,7 +316,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         with self._mutex:
             setattr(self, "_" + key, count.after(getattr(self, "_" + key)))
             membership = self._membership
-            # While Redis is away failures stay here, and a success is told later.
+            # While Redis is away, failures stay here, and a reset is told later.
             is_reset = membership.is_away and count == _RESET
             is_told = is_reset or not membership.is_alone
             if is_told:
@@ -324,6 +327,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     # Mutex held.
 
     def _announce(self, state: str) -> None:
+        """Tell the fleet that the circuit has moved to this state."""
         self._membership.rejoin()
         self._outbox.state = state
         self._outbox.opening |= state == STATE_OPEN
@@ -333,11 +337,11 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         if claim is not None:
             self._outbox.returned.append(claim)
 
-    # What the courier asks for, in its own thread.
+    # What the threads of the courier call.
 
     def _due_at(self) -> float:
-        """When the next pass must take this storage along, by the monotonic clock;
-        -inf for at once. It goes with the others every `refresh` seconds anyhow."""
+        """The moment, by the monotonic clock, of the next exchange that does not wait
+        for the round of all storages; -inf for at once, inf for none."""
         with self._mutex:
             membership = self._membership
             # While Redis is away the outbox waits for the next round.
@@ -349,7 +353,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     def _follow(
         self, view: _View, has_moved: bool, age: float, trip: _Trip | None
     ) -> None:
-        """Follow the circuit in Redis if that has moved, or judge `trip`."""
+        """Follow the circuit in Redis if that has moved, or else judge the trip. `age`
+        is that of the opening in the view."""
         with self._mutex:
             membership = self._membership
             if has_moved and self._outbox.state is None:
@@ -367,12 +372,12 @@ class CircuitRedisStorage(CircuitBreakerStorage):
                 unsent = self._outbox.counts.get(key, _ADD_NOTHING)
                 if unsent.base is None and not membership.is_apart:
                     setattr(self, "_" + key, unsent.after(getattr(view, key)))
-            # Last, so that the storage follows again what it has followed by half: a
-            # fork may come in between.
+            # These come last: the child of a fork that was made in between follows the
+            # same view again.
             self._view, membership.is_new = view, False
 
     def _go_away(self, why: str, unsent: _Outbox | None = None) -> None:
-        """Put the outbox back. From now on this process goes by its own circuit."""
+        """Put an outbox back. From now on this process goes by its own circuit."""
         with self._mutex:
             if unsent is not None:
                 self._outbox.put_under(unsent)
@@ -393,11 +398,11 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         if was_away:
             _log(logging.INFO, "%s Redis is back", self._prefix)
 
-    # The first answer, forks and the end of the program.
+    # What begins and ends a process.
 
     def _notify_when_sent(self) -> threading.Event:
-        """An event that is set when the courier has been to Redis with all that is in
-        the outbox now, whether or not that went well."""
+        """An event that is set after the exchange of all that is in the outbox now,
+        whether or not the exchange goes well."""
         done = threading.Event()
         with self._mutex:
             self._outbox.waiting.append(done)
@@ -405,16 +410,16 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return done
 
     def _last_words(self) -> threading.Event | None:
-        """The same at the end of the program, or None if all has been said."""
+        """The same at the end of the process, or None if all has been sent."""
         with self._mutex:
             if self._membership.unconfirmed is not None:
-                self._announce(STATE_OPEN)  # nobody will be here to confirm it
+                self._announce(STATE_OPEN)  # there will be no view to judge the trip
             if not self._outbox and not self._courier.keeps(self):
                 return None
         return self._notify_when_sent()
 
     def _renew(self) -> None:
-        """In the child of a fork, whose parent sends what is in the outbox."""
+        """Begin anew in the child of a fork. The parent sends what is in the outbox."""
         self._mutex = threading.RLock()
         self._outbox = _Outbox()
         self._claim = self._lapsing = None
@@ -456,7 +461,7 @@ class _Membership:
 
     @property
     def is_alone(self) -> bool:
-        """Whether counts and trials are this process's own."""
+        """Whether counts and trials stay in this process."""
         return self.is_away or self.is_apart
 
     @property
@@ -465,14 +470,14 @@ class _Membership:
         return self.is_apart or self.unconfirmed is not None
 
     def rejoin(self) -> None:
-        """What this process says is the fleet's state again, or the other way round."""
+        """The circuit of this process and that of the fleet are one again."""
         self.unconfirmed, self.is_apart = None, False
 
 
 class _Trip(NamedTuple):
-    """A trip by the count, which the fleet follows if the count lasts."""
+    """A trip by the count. The fleet follows if the count still stands when due."""
 
-    due: float  # when that is to be seen, by the monotonic clock
+    due: float  # by the monotonic clock
     fail_max: float
 
 
@@ -499,8 +504,8 @@ _ADD_NOTHING, _ADD_ONE, _RESET = _Count(None, 0), _Count(None, 1), _Count(0, 0)
 
 
 class _Outbox:
-    """What a storage has to send. The courier takes all of it, and puts it back as a
-    whole if it could not be sent."""
+    """What a storage has to send. An exchange takes the whole outbox, and puts it back
+    if it fails."""
 
     __slots__ = ("counts", "state", "opening", "asked", "returned", "waiting")
 
@@ -521,7 +526,7 @@ class _Outbox:
         self.counts[key] = self.counts.get(key, _ADD_NOTHING).then(count)
 
     def put_under(self, older: _Outbox) -> None:
-        """Put back what was taken before. What is here is newer and wins."""
+        """Put an older outbox back. What is in this one is newer and wins."""
         newer, self.counts = self.counts, older.counts
         for key, count in newer.items():
             self.count(key, count)
@@ -531,7 +536,7 @@ class _Outbox:
         self.returned += [claim for claim in older.returned if claim.is_safe()]
 
     def drop_failures(self) -> None:
-        """Keep of the counts only that they were reset."""
+        """Forget what the counts are, and keep that they were reset."""
         self.counts = {key: _RESET for key, c in self.counts.items() if c.base == 0}
 
 
@@ -555,8 +560,8 @@ class _Claim:
                 _log(logging.DEBUG, "nobody waits for the answer any more: %r", exc)
 
     def is_safe(self) -> bool:
-        """Whether the claim will not lapse, and be another process's, before Redis is
-        told that it is given back."""
+        """Whether the claim will be this process's still when Redis hears that it is
+        given back."""
         left = self._end - time.monotonic()
         return left > min(_SAFE, self.lease / 4000)
 
@@ -569,12 +574,12 @@ class _Circuit(NamedTuple):
     opening: str | None
 
     def differs_from(self, expected: _Circuit) -> bool:
-        # A lost text of the opening is no new opening.
+        # Redis may have lost the text of an opening. That makes no new opening.
         return self[:2] != expected[:2] or self.opening not in (None, expected.opening)
 
     def commands(self) -> list[_Command]:
-        """What writes it. The state comes last: no process may see a circuit open
-        that has no moment of opening."""
+        """The commands that write it. The state comes last: no process may see a
+        circuit open that has no moment of opening."""
         commands: list[_Command] = []
         if self.opening is not None:
             commands.append(("SET", "opening", self.opening))
@@ -586,11 +591,11 @@ class _Circuit(NamedTuple):
 class _FoundMove(NamedTuple):
     """An opening by another process, as far as the key ``opening`` tells."""
 
-    state: str
     reason: str
     by: str
     seconds: float | None
     failed_trials: int
+    state: str = STATE_OPEN
     fail_max: float = math.inf
 
 
@@ -636,12 +641,11 @@ class _View:
             return None
 
     def note_error(self, key: str, reply: Any) -> None:
-        """Note that the key is broken if Redis complains of what lies under it. Any
-        other complaint is raised."""
+        """The key is broken if the reply is a complaint about its value. Any other
+        complaint is raised."""
         if isinstance(reply, Exception):
-            text = str(reply)
             about_values = "WRONGTYPE", "wrong kind", "not an integer"
-            if not any(part in text for part in about_values):
+            if not any(part in str(reply) for part in about_values):
                 raise reply
             self.broken.add(key)
 
@@ -672,20 +676,19 @@ def _opening_text(opened_at: str | None, move: Any) -> str | None:
 
 
 def _read_opening(text: str) -> tuple[str, _FoundMove]:
-    """What such a text says: which opening it is about, and how that came about."""
+    """The moment of the opening that the text is about, and the move."""
     opening = json.loads(text)
     seconds, failed_trials = opening["seconds"], opening["failed_trials"]
     if seconds is not None and not 0 <= seconds <= math.inf:
         raise ValueError(text)
     if not isinstance(failed_trials, int) or failed_trials < 0:
         raise ValueError(text)
-    return opening["opened_at"], _FoundMove(
-        STATE_OPEN, str(opening["reason"]), str(opening["by"]), seconds, failed_trials
-    )
+    reason, by = str(opening["reason"]), str(opening["by"])
+    return opening["opened_at"], _FoundMove(reason, by, seconds, failed_trials)
 
 
 class _Exchange:
-    """One circuit's part in a pass: what it sends, and what comes of the answers."""
+    """One circuit's part in a pass: what it sends, and what comes of the replies."""
 
     def __init__(self, storage: CircuitRedisStorage) -> None:
         """Take the outbox, and what is needed to send it."""
@@ -699,13 +702,13 @@ class _Exchange:
             self.expected = storage._view.circuit
 
     def steps(self, clock: _Clock) -> _Steps:
-        """Each step yields commands and is sent the replies of Redis. If one fails, or
-        the pipeline does, it fails for this circuit, and the outbox is put back."""
+        """A generator: each step yields commands, and is sent the replies of Redis or
+        thrown the error of the pipeline. Any error is this circuit's alone."""
         storage, outbox = self.storage, self.outbox
         try:
             view = yield from self._view_after(self._writes(clock))
             returns = self._take_in(view, clock)
-            # These have arrived. Sent again, they would undo what came after them.
+            # Redis has these. Sent again, they would undo what came after them.
             outbox.counts, outbox.state, outbox.opening = {}, None, False
             if returns:
                 yield self._with_prefix(returns)
@@ -722,7 +725,7 @@ class _Exchange:
         outbox = self.outbox
         writes: list[_Command] = []
         if outbox.state is not None and self.membership.is_away:
-            # What a move resets was not kept.
+            # The resets that belong to the move were not kept.
             reset = _COUNTERS if outbox.state == STATE_CLOSED else _COUNTERS[1:]
             for key in reset:
                 outbox.counts.setdefault(key, _RESET)
@@ -753,7 +756,7 @@ class _Exchange:
         self, writes: list[_Command]
     ) -> Generator[list[_Command], Any, _View]:
         """Send the writes, and return what Redis has then. What is missing or makes no
-        sense is put in order before: a flush does not close a circuit."""
+        sense is put in order before that: a flush does not close a circuit."""
         reads = _View.commands(bool(self.outbox.asked or self.outbox.returned))
         for _ in range(3):
             replies = yield self._with_prefix(writes + reads)
@@ -771,13 +774,13 @@ class _Exchange:
 
     def _repairs(self, view: _View) -> list[_Command]:
         storage, known = self.storage, self.expected.commands()
-        is_alone = self.membership.is_away or self.membership.is_new
+        has_own_counts = self.membership.is_away or self.membership.is_new
         repairs: list[_Command] = []
         for key in _COUNTERS:
             count = getattr(storage, "_" + key)
             if key in view.broken:
                 repairs.append(("SET", key, count))
-            elif view.state is None and not is_alone:
+            elif view.state is None and not has_own_counts:
                 repairs.append(("SET", key, count, "NX"))
         for key in ("trial", "opening", "opened_at"):
             if key in view.broken and key not in [name for _, name, _ in known]:
@@ -792,14 +795,14 @@ class _Exchange:
         return repairs
 
     def _take_in(self, view: _View, clock: _Clock) -> list[_Command]:
-        """Have the storage follow the view, and answer the claims. Returns the commands
+        """Let the storage follow the view, and answer the claims. Returns the commands
         that give claims back."""
         storage, circuit = self.storage, view.circuit
         has_moved = self.membership.is_new or circuit.differs_from(self.expected)
         is_opening = has_moved and circuit.state == STATE_OPEN
         age = clock.age_of(circuit.opened_at) if is_opening else 0.0
-        # A trip is judged by a view that is younger than `due`, with all that was
-        # counted before it.
+        # The view that judges a trip was asked for when the trip was due, so it has all
+        # that was counted before.
         trip = self.membership.unconfirmed
         if trip is not None and self.began < trip.due:
             trip = None
@@ -809,7 +812,7 @@ class _Exchange:
         commands: list[_Command] = []
         for claim in asked:
             if view.holder in own and claim.token not in own:
-                # The claim before it, of the same process, is given back below.
+                # An earlier claim of this process has the key, and is given back below.
                 with storage._mutex:
                     storage._outbox.asked.append(claim)
                 continue
@@ -828,19 +831,19 @@ class _Exchange:
 
 
 class _Courier:
-    """Carries for all storages of one client, in a thread of its own, until the last of
-    them is gone. As some clients wait for ever, another thread notices when Redis is
-    silent."""
+    """Makes passes for all storages of one client, in a thread of its own, until the
+    last of them is gone. As some clients wait for ever, a second thread, the watch,
+    notices when Redis is silent."""
 
     def __init__(self, client: Any) -> None:
         self.link = _Link(client)
         self.refresh = math.inf  # the smallest of the storages'
         self.patience = 0.0  # the longest
         self._members: dict[int, weakref.ref[CircuitRedisStorage]] = {}  # by their id
-        # Those that have something to say or are in a pass, by their id. What they have
-        # to say must not be lost with them.
+        # Those that have something to send or are in a pass, by their id: a storage that
+        # the program lets go is collected after that.
         self._kept: dict[int, CircuitRedisStorage] = {}
-        self._next_round = -math.inf  # when all storages are to travel
+        self._next_round = -math.inf  # when all storages are in the pass
         self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_stopping = False
         self._over = threading.Event()  # is set while the courier does not run
@@ -848,19 +851,19 @@ class _Courier:
         self._threads: list[threading.Thread] = []
 
     def wake(self, storage: CircuitRedisStorage) -> None:
-        """The storage has something to send, or to have confirmed."""
+        """The storage has something to send, or a trip to be confirmed."""
         self._kept[id(storage)] = storage
         if self._signals.empty():  # a million failures leave one signal
             self._signals.put(None)
 
     def keeps(self, storage: CircuitRedisStorage) -> bool:
-        """Whether the storage may have something to say, or something under way."""
+        """Whether the storage may have something to send, or is in a pass."""
         return id(storage) in self._kept
 
     def add(self, storage: CircuitRedisStorage) -> None:
         """Carry for this storage too. Gate held."""
 
-        # This takes no lock, as a storage may be collected anywhere.
+        # The storage may be collected anywhere, so this takes no lock.
         def lose(_: object, key: int = id(storage)) -> None:
             self._members.pop(key, None)
             self._signals.put(None)
@@ -881,9 +884,8 @@ class _Courier:
             return
         over = self._over = threading.Event()
         self._threads = []
-        self.link = _Link(
-            self.link.client
-        )  # a thread that ends may still close its own
+        # The thread before may still be closing its own link.
+        self.link = _Link(self.link.client)
         try:
             for target, name in (
                 (self._watch, "pybreaker courier's watch"),
@@ -904,7 +906,7 @@ class _Courier:
         self._signals.put(None)
 
     def wait(self, end: float) -> None:
-        """Wait for their end, until the clock says `end`."""
+        """Wait until both threads have ended, or the monotonic clock says `end`."""
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         for thread in self._threads:
@@ -916,10 +918,10 @@ class _Courier:
     def _carry(self, over: threading.Event) -> None:
         link = self.link
         while self._goes_on(over):
-            delay = self.make_pass()
+            idle_time = self.make_pass()
             # Told to block for 0 s, Python 3.9 may wait for ever.
             with contextlib.suppress(queue.Empty):
-                self._signals.get(delay > 0.0, delay or None)
+                self._signals.get(idle_time > 0.0, idle_time or None)
         link.close()
 
     def _goes_on(self, over: threading.Event) -> bool:
@@ -932,26 +934,26 @@ class _Courier:
             return False
 
     def make_pass(self) -> float:
-        """Go to Redis for the storages that are due. Returns the seconds until some
-        storage is due again."""
+        """Let the storages that are due have an exchange. Returns the idle time until
+        the next storage is due."""
         start = time.monotonic()
         self._next_round = min(self._next_round, start + self.refresh)
         is_round = start >= self._next_round
         if is_round:
-            with _gate:  # so that none joins with a smaller refresh meanwhile
+            with _gate:  # no storage with a smaller refresh joins meanwhile
                 storages = self.storages()
                 refreshes = (storage._refresh for storage in storages)
                 self.refresh = min(refreshes, default=self.refresh)
             self._next_round = start + self.refresh
             self._kept.update((id(storage), storage) for storage in storages)
-        # For what two hundred idle circuits would cost, no trial waits.
+        # Else only few are due: no trial waits for two hundred idle circuits.
         kept = self._kept.copy().values()
         due = [storage for storage in kept if is_round or storage._due_at() <= start]
         if due:
             self._exchange(due)
         next_due = self._next_round
-        for storage in [*due, *self._kept.copy().values()]:
-            # In this order, as meanwhile the storage may get something to say.
+        for storage in self._kept.copy().values():
+            # Removed first, as meanwhile a thread may wake the courier for the storage.
             self._kept.pop(id(storage), None)
             due_at = storage._due_at()
             if due_at < math.inf:
@@ -960,7 +962,7 @@ class _Courier:
         return max(0.0, next_due - time.monotonic())
 
     def _exchange(self, storages: list[CircuitRedisStorage]) -> None:
-        """Let these circuits take their steps together, each in one pipeline."""
+        """Let the circuits of these storages take their steps together."""
         clock = _Clock(self.link)
         replies: dict[_Steps, Any] = {}
         for storage in storages:
@@ -973,8 +975,8 @@ class _Courier:
             replies = self._send(commands) if commands else {}
 
     def _send(self, commands: dict[_Steps, list[_Command]]) -> dict[_Steps, Any]:
-        """Send the commands of all these circuits in one pipeline, and share out the
-        replies. There are none if it fails, and then it fails for all."""
+        """Send the commands of all circuits in one pipeline, and return the replies for
+        each. If the pipeline fails, it fails for all, and there are none."""
         try:
             replies = iter(self.link.run(list(chain.from_iterable(commands.values()))))
         except Exception as exc:
@@ -997,14 +999,14 @@ class _Courier:
                 storage._go_away(f"no answer for {silence:.1f} s")
 
 
-# The couriers that have storages, by the id of the client, which each keeps alive. The
-# gate is held for moments where a courier begins, gets a storage, or ends.
+# The couriers that have storages, by the id of the client. The gate is held where a
+# courier begins, gets a storage, or ends.
 _couriers: dict[int, _Courier] = {}
 _gate = threading.RLock()
 
 
 def _join_courier(storage: CircuitRedisStorage) -> _Courier:
-    """The courier for the storage's client, which carries for the storage from now."""
+    """The courier of the storage's client. The storage is in its passes from now on."""
     client = storage._client
     _deliver_at_the_end_of_processes()
     with _gate:
@@ -1016,8 +1018,8 @@ def _join_courier(storage: CircuitRedisStorage) -> _Courier:
         return courier
 
 
-# A fork copies the thread that forks and no other. So all couriers end before it, in
-# good order, and begin again in the parent; the child gets couriers of its own.
+# A fork copies the thread that forks and no other. So all couriers end before a fork
+# and begin again in the parent, and the child gets couriers of its own.
 
 
 def _before_fork() -> None:
@@ -1048,8 +1050,8 @@ def _after_fork_in_child() -> None:
 
 
 def _at_exit() -> None:
-    """Wait until all storages have said what they have to say, but for no longer than
-    the patience that they have."""
+    """Wait until all storages have sent what they have to send, each for no longer than
+    its patience."""
     begin = time.monotonic()
     with _gate:
         storages = [s for courier in _couriers.values() for s in courier.storages()]
@@ -1060,8 +1062,8 @@ def _at_exit() -> None:
 
 
 def _deliver_at_the_end_of_processes() -> None:
-    """A `multiprocessing.Process` that was forked runs no `atexit` functions, but what
-    is registered with `multiprocessing` in that process."""
+    """A forked `multiprocessing.Process` runs no `atexit` functions, but those that are
+    registered with `multiprocessing` in that process."""
     util: Any = sys.modules.get("multiprocessing.util")
     if util is not None and not _registered:
         _registered.append(True)
@@ -1085,8 +1087,8 @@ atexit.register(_at_exit)
 
 
 class _Link:
-    """The way to Redis, for the courier's thread alone. Whatever the client is, texts
-    are str here, and coroutines of asyncio clients are run to their end here."""
+    """The way to Redis, for the courier's thread alone. Whatever the client is, this
+    returns texts as str, and runs the coroutines of asyncio clients to their end."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -1095,7 +1097,7 @@ class _Link:
         self._loop: Any = None
 
     def run(self, commands: list[_Command]) -> list[Any]:
-        """Send commands in one go. Errors that Redis reports are among the replies."""
+        """Send commands in one pipeline. Complaints of Redis are among the replies."""
         pipe = self._connected().pipeline(transaction=False)
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
@@ -1117,7 +1119,7 @@ class _Link:
         return float(now[0]) + float(now[1]) / 1e6
 
     def close(self) -> None:
-        """Part from Redis, as far as the connection is not the client's own."""
+        """Close the connection, unless it is that of the program's client."""
         own, loop = self._own, self._loop
         self._own = self._loop = None
         if loop is not None:
@@ -1131,8 +1133,8 @@ class _Link:
                 loop.close()
 
     def _connected(self) -> Any:
-        """The client; or one like it where it is for asyncio, as such a client belongs
-        to the loop of the program."""
+        """The program's client, or one like it if that is for asyncio: such a client
+        belongs to the program's event loop."""
         if not _is_async(self.client):
             return self.client
         if self._own is None:
@@ -1171,8 +1173,8 @@ def _new_loop() -> Any:
     loop = asyncio.new_event_loop()
     # Python 3.9's locks look for the loop when they are made.
     asyncio.set_event_loop(loop)
-    # A loop's own looks names up in another thread. At the end of a process there is
-    # none to be had any more, and after a fork there should be none.
+    # The loop's own getaddrinfo() needs another thread. At the end of a process Python
+    # gives none any more, and at a fork there should be none.
     setattr(loop, "getaddrinfo", getaddrinfo)  # noqa: B010
     return loop
 
@@ -1190,7 +1192,7 @@ class _Clock:
         return None if opened == -math.inf else str(math.ceil(opened + self._asked()))
 
     def age_of(self, opened_at: str | None) -> float:
-        """Seconds since then. No opening lies in the future."""
+        """Seconds since the opening. No opening lies in the future."""
         if opened_at is None:
             return math.inf
         return max(0.0, time.monotonic() + self._asked() - int(opened_at))
@@ -1205,8 +1207,8 @@ class _Clock:
 
 
 def _client_behind(redis_object: Any) -> Any:
-    """The client, also where `redis_object` is a proxy of one, such as Werkzeug's
-    LocalProxy: of that the class says nothing, and another thread may not use it."""
+    """The client, also if `redis_object` is a proxy of one, such as Werkzeug's
+    LocalProxy, which hides the class and may not be used by another thread."""
     method = getattr(redis_object, "pipeline", None)
     for client in (getattr(method, "__self__", None), redis_object):
         if not isinstance(client, type) and all(
@@ -1227,9 +1229,9 @@ def _is_async(client: Any) -> bool:
 
 
 def _waiter(patience: float) -> Any:
-    """A coroutine function that waits on the event loop that runs here, for at
-    most `patience` seconds, and what ends the waiting, from any thread."""
-    # Where one is not loaded or does not run here, there is no such thing to ask.
+    """A coroutine function that waits on the event loop that runs here, for at most
+    `patience` seconds, and a function for any thread that ends the waiting."""
+    # The errors are those of a library that is not loaded or does not run here.
     with contextlib.suppress(KeyError, AttributeError, RuntimeError):
         trio: Any = sys.modules["trio"]
         trio.lowlevel.current_task()
@@ -1280,7 +1282,7 @@ def _log(*args: Any) -> None:
     try:
         logging.getLogger("pybreaker").log(*args)
     except Exception:
-        return  # a broken filter or handler is not the courier's
+        return  # a broken filter or handler must not end the courier
 
 
 def _checked_state(parameter: str, state: Any) -> Any:
