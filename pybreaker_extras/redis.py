@@ -317,12 +317,10 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             setattr(self, "_" + key, count.after(getattr(self, "_" + key)))
             membership = self._membership
             # While Redis is away, failures stay here, and a reset is told later.
-            is_reset = membership.is_away and count == _RESET
-            is_told = is_reset or not membership.is_alone
-            if is_told:
-                self._outbox.count(key, count)
-        if is_told:
-            self._courier.wake(self)
+            if membership.is_alone and not (membership.is_away and count == _RESET):
+                return
+            self._outbox.count(key, count)
+        self._courier.wake(self)
 
     # Mutex held.
 
@@ -493,11 +491,9 @@ class _Count(NamedTuple):
 
     def then(self, later: _Count) -> _Count:
         """This, and then `later`."""
-        return (
-            later
-            if later.base is not None
-            else _Count(self.base, later.after(self.added))
-        )
+        if later.base is not None:
+            return later
+        return _Count(self.base, self.added + later.added)
 
 
 _ADD_NOTHING, _ADD_ONE, _RESET = _Count(None, 0), _Count(None, 1), _Count(0, 0)
@@ -840,8 +836,8 @@ class _Courier:
         self.refresh = math.inf  # the smallest of the storages'
         self.patience = 0.0  # the longest
         self._members: dict[int, weakref.ref[CircuitRedisStorage]] = {}  # by their id
-        # Those that have something to send or are in a pass, by their id: a storage that
-        # the program lets go is collected after that.
+        # Those that have something to send or are in a pass, by their id, so that none
+        # is collected before.
         self._kept: dict[int, CircuitRedisStorage] = {}
         self._next_round = -math.inf  # when all storages are in the pass
         self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
