@@ -363,7 +363,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
                 self._last_move, self._state = view.move, view.state
                 membership.rejoin()
             elif trip is not None and trip is membership.unconfirmed:
-                membership.unconfirmed, membership.is_apart = None, True
+                membership.wait_no_longer()
                 if view.fail_counter >= trip.fail_max:
                     self._announce(STATE_OPEN)
             for key in _COUNTERS:
@@ -417,10 +417,12 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return self._notify_when_sent()
 
     def _renew(self) -> None:
-        """Begin anew in the child of a fork. The parent sends what is in the outbox."""
+        """Begin anew in the child of a fork. The parent sends what is in the outbox,
+        and sees to it that an unconfirmed trip is judged."""
         self._mutex = threading.RLock()
         self._outbox = _Outbox()
         self._claim = self._lapsing = None
+        self._membership.wait_no_longer()
         self._courier = _join_courier(self)
 
 
@@ -466,6 +468,10 @@ class _Membership:
     def opened_alone(self) -> bool:
         """Whether the opening here is not, or not yet, the fleet's."""
         return self.is_apart or self.unconfirmed is not None
+
+    def wait_no_longer(self) -> None:
+        """Take an unconfirmed trip for one that Redis does not confirm."""
+        self.unconfirmed, self.is_apart = None, self.opened_alone
 
     def rejoin(self) -> None:
         """The circuit of this process and that of the fleet are one again."""

@@ -1940,6 +1940,27 @@ def test_a_child_begins_with_an_outbox_of_its_own(process, waits, monkeypatch):
     assert waits == []
 
 
+def test_a_child_that_ends_announces_no_trip_of_its_parent(process, keys, monkeypatch):
+    """The parent is there to hear whether the count stands. Whatever comes of it, the
+    child has the circuit of its parent until the fleet moves."""
+    stepwise.set_gate(monkeypatch, threading.RLock())
+    mine, theirs = process(), process()
+    fail(mine.breaker, 3)
+    mine.makes_passes()
+    stepwise.after_fork_in_child()
+    stepwise.at_exit()
+    assert (mine.state, keys["state"]) == ("open", "closed")
+    theirs.breaker.close()
+    for each in theirs, mine:
+        stepwise.courier_of(each.storage).go()
+    assert mine.state == "open"
+    for move in theirs.breaker.open, theirs.breaker.close:
+        move()
+        for each in theirs, mine:
+            stepwise.courier_of(each.storage).go()
+    assert mine.state == "closed"
+
+
 def test_an_opening_that_was_followed_by_half_is_followed_again(process, monkeypatch):
     """A fork in the middle leaves such a storage to the child, where the courier's
     thread does not go on."""
