@@ -284,8 +284,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         """Give the claim back; in Redis after all that is in the outbox before it."""
         with self._mutex:
             claim, self._claim = self._claim, None
-        if claim is not None:
-            self._give_back(claim)
+        self._give_back(claim)
 
     def _ask(self, timeout: float, hear: Callable[[], object]) -> _Claim:
         claim = _Claim(timeout, hear)
@@ -307,10 +306,11 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             self._claim = claim  # one without an answer may still reach Redis
             return True
 
-    def _give_back(self, claim: _Claim) -> None:
-        with self._mutex:
-            self._outbox.returned.append(claim)
-        self._courier.wake(self)
+    def _give_back(self, claim: _Claim | None) -> None:
+        if claim is not None:
+            with self._mutex:
+                self._outbox.returned.append(claim)
+            self._courier.wake(self)
 
     def _count(self, key: str, count: _Count) -> None:
         with self._mutex:
@@ -332,8 +332,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
 
     def _give_back_lapsing_claim(self) -> None:
         claim, self._lapsing = self._lapsing, None
-        if claim is not None:
-            self._outbox.returned.append(claim)
+        self._give_back(claim)
 
     # What the threads of the courier call.
 
