@@ -313,7 +313,7 @@ class Client:
             meanwhile()
 
     def sent_to(self, key):
-        """The commands about a key, other than those that look."""
+        """The commands that write to a key."""
         return [
             (name, *words)
             for name, about, *words in self.sent

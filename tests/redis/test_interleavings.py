@@ -287,7 +287,7 @@ S = Scenario
 SCENARIOS = [
     S("a failure", "", "fails"),
     S("a trip", "fails passes", "fails"),
-    S("a trip during a look", "fails", "fails"),
+    S("a trip during an exchange", "fails", "fails"),
     S("a trip against news of failures", "they_fail", "fails"),
     S("a trip against news of an opening", "fails they_open", "fails"),
     S("a success", "fails", "succeeds"),

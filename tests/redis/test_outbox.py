@@ -201,7 +201,7 @@ def apart(process, clock):
     return mine, theirs
 
 
-def test_while_a_count_is_in_doubt_it_is_the_fleets(process, keys):
+def test_while_a_trip_is_unconfirmed_its_count_is_the_fleets(process, keys):
     mine, theirs = process(), process()
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -304,7 +304,7 @@ def test_a_trip_is_judged_no_more_when_a_trial_has_closed_the_circuit(
     assert (mine.state, keys["state"]) == ("closed", "closed")
 
 
-def test_a_look_judges_no_trip_that_is_newer_than_it(process, keys, clock, said):
+def test_a_view_judges_no_trip_that_is_newer_than_it(process, keys, clock, said):
     """Between the two a move was made by hand, which all hear of."""
     mine = process()
     fail(mine.breaker, 3)
@@ -325,7 +325,7 @@ def test_a_look_judges_no_trip_that_is_newer_than_it(process, keys, clock, said)
     assert said() == []
 
 
-def test_a_look_judges_no_trip_where_a_later_one_was_made_at_the_same_moment(
+def test_a_view_judges_no_trip_where_a_later_one_was_made_at_the_same_moment(
     process, keys, clock
 ):
     """As clocks may stand still for a while."""
@@ -354,7 +354,7 @@ def test_a_trip_that_is_forgotten_while_it_is_judged_does_no_harm(process, clock
     assert said() == []
 
 
-def test_a_trip_during_the_look_that_sends_a_closing_is_not_lost(process, keys, clock):
+def test_a_trip_during_the_exchange_of_a_closing_is_not_lost(process, keys, clock):
     mine = process()
     mine.breaker.open()
     mine.breaker.close()
@@ -369,7 +369,7 @@ def test_a_trip_during_the_look_that_sends_a_closing_is_not_lost(process, keys, 
 # Counts.
 
 
-def test_counts_that_come_in_during_a_look_are_added_to_what_it_sees(process, keys):
+def test_counts_that_come_in_during_an_exchange_are_added_to_its_view(process, keys):
     mine, theirs = process(fail_max=10), process(fail_max=10)
     fail(theirs.breaker, 3)
     theirs.makes_passes()
@@ -382,7 +382,7 @@ def test_counts_that_come_in_during_a_look_are_added_to_what_it_sees(process, ke
     assert mine.breaker.fail_counter == 4
 
 
-def test_a_count_that_is_set_during_a_look_stays(process, keys):
+def test_a_count_that_is_set_during_an_exchange_stays(process, keys):
     mine = process(fail_max=10)
     keys.texts["fail_counter"] = "3"
     mine.client.meanwhile = lambda: setattr(mine.breaker, "fail_counter", 7)
@@ -426,7 +426,9 @@ def test_failures_that_could_not_be_sent_stay_here(process, keys, when):
     assert mine.breaker.fail_counter == 1
 
 
-def test_what_is_counted_while_a_word_is_lost_is_newer_than_it(process, keys):
+def test_what_is_counted_while_an_exchange_fails_is_newer_than_its_outbox(
+    process, keys
+):
     """A success, after a number that was set."""
     mine = process(fail_max=10)
     mine.breaker.fail_counter = 2
@@ -1004,7 +1006,7 @@ def test_all_who_ask_meanwhile_are_answered_when_it_is_given_back(due):
     assert [claim.granted for claim in claims] == [True, False]
 
 
-def test_a_claim_is_not_granted_in_a_look_that_brings_news(due, keys):
+def test_a_claim_is_not_granted_by_a_view_that_brings_news(due, keys):
     """Though Redis has it: the circuit is another than the one it was asked for."""
     mine, theirs = due()
     mine.courier.is_quick = False
@@ -1220,7 +1222,7 @@ def test_a_redis_that_keeps_nothing_is_asked_three_times_and_is_away(
 
 @pytest.mark.parametrize("state", ["closed", "half-open", "open"])
 def test_a_flush_is_made_good(process, keys, state):
-    """State, moment and counts are put back by whoever looks first."""
+    """State, moment and counts are put back by the first exchange after it."""
     mine, theirs = process(), process(fail_max=10)
     fail(theirs.breaker, 2)
     theirs.makes_passes()
@@ -1296,7 +1298,9 @@ def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
-def test_an_opening_while_a_word_is_lost_is_sent_with_its_moment(process, keys, clock):
+def test_an_opening_while_an_exchange_fails_is_sent_with_its_moment(
+    process, keys, clock
+):
     """It is newer than what was under way."""
     process = process()
     process.makes_passes()
@@ -1307,7 +1311,7 @@ def test_an_opening_while_a_word_is_lost_is_sent_with_its_moment(process, keys, 
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
-def test_a_claim_that_is_given_back_while_a_word_is_lost_is_not_lost(
+def test_a_claim_that_is_given_back_while_an_exchange_fails_is_not_lost(
     process, keys, clock
 ):
     """Nobody else could try before it lapsed."""

@@ -531,7 +531,7 @@ def test_of_moves_by_hand_the_last_one_wins(breaker_of, key):
 
 
 def test_what_others_do_by_hand_is_told_here(breaker_of, recorder):
-    """At the first look after it."""
+    """At the first exchange after it."""
     mine, theirs = breaker_of(), breaker_of()
     mine.add_listener(recorder)
     theirs.open()
@@ -913,7 +913,7 @@ def test_the_age_of_an_opening_is_by_the_clock_of_redis(server, breaker_of, writ
 
 
 def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
-    """And then time goes on: the circuit opens no later for each look."""
+    """And then time goes on: the circuit opens no later for each exchange."""
     write(state="open", opened_at=int(server_time(server)) + 1000)
     breaker = breaker_of(reset_timeout=60, refresh=0.02)
     first = breaker.retry_after
@@ -1074,7 +1074,7 @@ def test_a_log_filter_that_raises_does_not_end_the_courier(
 def test_what_is_no_text_is_mended_with_a_client_that_decodes(
     server, namespace, write, key, name, caplog, closing
 ):
-    """Such a client would stumble over it at each look."""
+    """Such a client would stumble over it in each exchange."""
     client = closing(redis.Redis(port=server.port, decode_responses=True))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=0.1, patience=1)
     breaker = CircuitBreaker(reset_timeout=0.2, state_storage=storage)
@@ -1602,7 +1602,7 @@ def test_a_release_that_failed_is_tried_again():
     until(lambda: failed and "trial" not in texts)
 
 
-def test_a_count_is_judged_by_a_look_that_has_all_of_it():
+def test_a_count_is_judged_by_a_view_that_has_all_of_it():
     """Not by one that was on its way before the last failures were sent."""
     texts = {"state": b"closed", "fail_counter": b"0"}
     holding, held, go_on = threading.Event(), threading.Event(), threading.Event()
@@ -1626,7 +1626,7 @@ def test_a_count_is_judged_by_a_look_that_has_all_of_it():
     holding.set()
     assert held.wait(PATIENCE)
     assert isinstance(fail(breaker, 2), CircuitBreakerError)
-    time.sleep(0.6)  # longer than the doubt, shorter than a silence
+    time.sleep(0.6)  # longer than the trip is unconfirmed, shorter than a silence
     holding.clear()
     go_on.set()
     until(lambda: texts["state"] == b"open")
