@@ -6,6 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
+import types
 import urllib.error
 
 import pytest
@@ -146,6 +147,17 @@ def test_coroutine_and_block_are_guarded(documents, service):
     with pytest.raises(OSError):
         asyncio.run(example.forecast_soon("paris"))
     assert example.weather.fail_counter == 1
+
+
+def test_answer_with_status_500_counts_and_excluded_exception_does_not(documents):
+    """The caller gets the answer of a failed call, and the excluded exception."""
+    orders = documents.run("README.rst", "What to catch").orders
+    answer = types.SimpleNamespace(status_code=500)
+    assert orders.call(lambda: answer) is answer
+    assert orders.fail_counter == 1
+    with pytest.raises(KeyError):
+        orders.call({}.__getitem__, "an unknown order")
+    assert orders.fail_counter == 0
 
 
 def test_busy_service_opens_at_25_failures_of_50_calls(documents, clock):
