@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from readme_support import ROOT, blocks_of
+from readme_support import blocks_of, source_of
 
 
 def python_blocks(page):
     """The code blocks of a page in docs, in their order."""
-    source = (ROOT / "docs" / f"{page}.rst").read_text(encoding="utf-8")
-    return [block.text for block in blocks_of(source) if block.kind == "python"]
+    path = f"docs/{page}.rst"
+    blocks = blocks_of(source_of(path), path)
+    return [block.text for block in blocks if block.kind == "python"]
 
 
 def files_of(page):

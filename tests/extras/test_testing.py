@@ -12,6 +12,7 @@ import unittest
 
 import pytest
 from pages import python_blocks
+from readme_support import blocks_of, source_of
 from support import PATIENCE, Boom, boom, fail
 
 import pybreaker
@@ -386,7 +387,10 @@ def test_the_helpers_keep_no_breaker_alive():
 def test_the_page_runs_as_it_is_written(tmp_path):
     conftest, *suite = python_blocks("testing")
     (tmp_path / "conftest.py").write_text(conftest)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nusefixtures = fresh_breakers\n")
+    (ini,) = [
+        b.text for b in blocks_of(source_of("docs/testing.rst")) if b.kind == "ini"
+    ]
+    (tmp_path / "pytest.ini").write_text(ini)
     (tmp_path / "test_page.py").write_text("\n\n".join(suite))
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     result = run(command, cwd=tmp_path)

@@ -41,6 +41,8 @@ RUN_ELSEWHERE = {
     "docs/metrics.rst": "tests/extras/test_metrics_guide.py",
     "docs/testing.rst": "tests/extras/test_testing.py",
 }
+# What these tests run beside the Python.
+OTHER_KINDS = {"docs/console.rst": ["nginx"], "docs/testing.rst": ["ini"]}
 PAGES = sorted(set(pages_of_docs()) - set(RUN_ELSEWHERE))
 BLOCKS = [block for page in PAGES for block in blocks_of(source_of(page), page)]
 SECTIONS = list(dict.fromkeys((block.page, block.section) for block in BLOCKS))
@@ -81,6 +83,15 @@ def test_every_block_is_of_a_kind_that_is_run(block):
 def test_page_of_a_companion_is_run_by_the_tests_of_the_companion(page, tests):
     """They read the page that they are named with here."""
     assert Path(page).stem in source_of(tests)
+
+
+@pytest.mark.parametrize("path", RUN_ELSEWHERE)
+def test_page_of_a_companion_has_no_block_that_is_not_run(path):
+    """Its Python is run elsewhere, and its commands can be given in the repository."""
+    for block in blocks_of(source_of(path), path):
+        kinds = {"python", "text", *OTHER_KINDS.get(path, ())}
+        if block.kind not in kinds:
+            run(block, {})
 
 
 @pytest.mark.parametrize(
@@ -131,15 +142,23 @@ def test_page_of_benchmarks_has_every_table_that_was_measured():
 
 
 def public_names(source):
-    """What ``__all__`` says, without importing what the module needs; without one, the
-    names that the module loads when it is asked for them."""
+    """What ``__all__`` says, without importing what the module needs. Without one, the
+    names that the module loads when a program asks for them, or else its functions."""
+    module = ast.parse(source)
     values = {
         statement.targets[0].id: statement.value
-        for statement in ast.parse(source).body
+        for statement in module.body
         if isinstance(statement, ast.Assign)
         and isinstance(statement.targets[0], ast.Name)
     }
-    return ast.literal_eval(values.get("__all__") or values.get("_CLIENTS") or "()")
+    listed = values.get("__all__") or values.get("_CLIENTS")
+    if listed:
+        return list(ast.literal_eval(listed))
+    return [
+        node.name
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
 
 
 def test_every_page_can_be_reached():
@@ -230,7 +249,7 @@ def test_blocks_are_guarded(page, service):
 
 
 def test_excluded_exceptions_set_the_count_back(page):
-    """The class, what the function recognises, and nothing else."""
+    """The class, what the function recognizes, and nothing else."""
     example = page.run("counting", "Excluding exceptions")
     not_found = OSError()
     not_found.status = 404
