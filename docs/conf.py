@@ -11,6 +11,8 @@ copyright = "the PyBreaker contributors"
 html_theme = "furo"
 html_title = "PyBreaker"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["phone.css"]
 html_show_sphinx = False
 
 extensions = ["sphinx.ext.autodoc"]

@@ -124,6 +124,7 @@ def test_sdist_holds_what_it_takes_to_build_test_and_read_it(built):
         "SECURITY.rst",
         "benchmarks/results.rst",  # which a page of docs includes
         "docs/conf.py",
+        "docs/static/phone.css",
         "pybreaker.py",
         "pyproject.toml",
         "setup.py",
