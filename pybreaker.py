@@ -1957,12 +1957,19 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
 
     def _make_room(self) -> None:
         for _ in range(min(_LOOKED_AT, len(self) - 1)):  # never at the new breaker
-            # The oldest breaker is taken out before it is judged, so that another
-            # thread's look-up waits for the lock, and finds the breaker in _gone.
-            key, breaker = self.popitem(last=False)
-            self._gone[key] = breaker
+            key, breaker = next(iter(self.items()))
             if not breaker._is_dispensable():
-                self[key] = breaker  # which is the newest now
+                try:
+                    self.move_to_end(key)  # in one step, so that it is never missing
+                except KeyError:
+                    pass  # another thread has deleted the key
+                continue
+            # The breaker is judged once more when it has been taken out, as a call in
+            # another thread may have failed just before. From then on a look-up waits
+            # for the lock, and finds the breaker in _gone.
+            self._gone[key] = self.pop(key, breaker)
+            if not breaker._is_dispensable():
+                self[key] = breaker
             elif len(self) <= self._maxsize:
                 return
 

@@ -449,6 +449,65 @@ def test_a_few_are_looked_at_however_many_there_are():
     assert 1 <= Counting.looks <= 10
 
 
+def test_a_breaker_that_stays_is_there_while_it_is_looked_at():
+    """Another thread may ask for its key, or go through the mapping, just then."""
+    was_there = []
+
+    class Looked(CircuitBreaker):
+        @property
+        def fail_counter(self):
+            was_there.append(int(self.name) in breakers)
+            return 1
+
+    class Breakers(CircuitBreakers):
+        def make(self, key):
+            return Looked(name=str(key))
+
+    breakers = Breakers(maxsize=2)
+    ask_for(breakers, range(10))
+    assert was_there and all(was_there)
+
+
+def test_a_breaker_that_fails_while_it_is_taken_out_stays():
+    """A call in another thread fails between the look and the removal."""
+
+    class Failing(CircuitBreaker):
+        looks = 0
+
+        @property
+        def fail_counter(self):
+            if self.name == "first":
+                self.looks += 1
+                return min(self.looks - 1, 1)
+            return 0
+
+    class Breakers(CircuitBreakers):
+        def make(self, key):
+            return Failing(name=str(key))
+
+    breakers = Breakers(maxsize=2)
+    first = breakers["first"]
+    ask_for(breakers, range(2))
+    assert first.looks == 2
+    assert "first" in breakers
+
+
+def test_a_key_that_another_thread_deletes_while_room_is_made_is_gone():
+    class Deleting(CircuitBreaker):
+        @property
+        def fail_counter(self):
+            breakers.pop("first", None)
+            return 1
+
+    class Breakers(CircuitBreakers):
+        def make(self, key):
+            return Deleting(name=str(key))
+
+    breakers = Breakers(maxsize=2)
+    ask_for(breakers, ["first", "second", "third"])
+    assert sorted(breakers) == ["second", "third"]
+
+
 @pytest.mark.parametrize("maxsize", [1, 2, 3, 4, 5])
 def test_a_new_key_is_not_forgotten_in_favor_of_open_ones(maxsize):
     """Or its failures would never add up."""
