@@ -1330,9 +1330,8 @@ class CircuitBreaker:
         """The move that something other than this breaker has made in the storage
         since this era began, or None."""
         era, state, known = self._era, self._storage.state, self._storage.last_move()
-        is_news = known is not era._known_move and known is not None
-        if not is_news or known.state != state:
-            known = None  # the storage knows nothing of the move to this state
+        if known is None or known is era._known_move or known.state != state:
+            known = None  # the storage knows nothing new of the move to this state
         if state == era.name and (known is None or not era._differs_from(known)):
             return None
         return _Move.found(state, known).follow(era._move)
