@@ -1429,6 +1429,19 @@ class Circuit(RuleBasedStateMachine):
             self.do(step)
             self.agrees()
 
+    @precondition(lambda self: self.kind == "memory")
+    @rule(way=plain_ways, successes=st.sampled_from([2, 3]))
+    def narrow_a_window(self, way, successes):
+        """A call fails, others succeed, and then the window is made narrower."""
+        wide = ("window_seconds", None), ("fail_max", 2), ("window_size", 9)
+        for setting in wide:
+            self.set(setting)
+        self.move(CLOSED, by_setter=False)
+        self.fail(way, "new", Boom)
+        for _ in range(successes):
+            self.call(way, "new", None, [])
+        self.set(("window_size", 2))
+
     @rule(way=plain_ways, excluded=st.sampled_from(KINDS))
     def fail_by_result(self, way, excluded):
         """A call fails by its result, of which no exclusion is asked."""
