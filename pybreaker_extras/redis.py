@@ -137,7 +137,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         self._refused_at = -math.inf
         self._claim: _Claim | None = None  # of the trial that runs
         self._lapsing: _Claim | None = None  # of the last trial that failed
-        self._courier = _join_courier(self)
+        self._courier: _Courier
+        _join_courier(self)
         done = self._notify_when_sent()
         # Where a storage has waited in vain already, the next ones do not.
         if self._courier.link.silence() < self._patience:
@@ -422,7 +423,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         self._outbox = _Outbox()
         self._claim = self._lapsing = None
         self._membership.wait_no_longer()
-        self._courier = _join_courier(self)
+        _join_courier(self)
 
 
 class _Opening(NamedTuple):
@@ -1006,17 +1007,17 @@ _couriers: dict[int, _Courier] = {}
 _gate = threading.RLock()
 
 
-def _join_courier(storage: CircuitRedisStorage) -> _Courier:
-    """The courier of the storage's client. The storage is in its passes from now on."""
+def _join_courier(storage: CircuitRedisStorage) -> None:
+    """Give the storage the courier of its client, whose passes it is in from now on."""
     client = storage._client
     _deliver_at_the_end_of_processes()
     with _gate:
         courier = _couriers.get(id(client))
         if courier is None:
             courier = _couriers[id(client)] = _Courier(client)
+        storage._courier = courier  # which the first pass asks for
         courier.add(storage)
         courier.start()
-        return courier
 
 
 # A fork copies the thread that forks and no other. So all couriers end before a fork

@@ -27,6 +27,7 @@ from fleet import never, until
 from support import PATIENCE, Boom, boom, fail
 
 import pybreaker
+import pybreaker_extras.redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
 KEYS = {"state", "fail_counter", "success_counter", "opened_at", "opening", "trial"}
@@ -1554,6 +1555,25 @@ def test_a_claim_that_meets_an_error_is_granted():
     breaker = CircuitBreaker(reset_timeout=1, state_storage=storage)
     assert breaker.current_state == "open"
     assert succeeds(breaker)
+
+
+def test_a_courier_meets_a_storage_that_is_whole(monkeypatch, caplog):
+    """Its first pass may end before the constructor has gone on."""
+    passes, join = threading.Semaphore(0), pybreaker_extras.redis._join_courier
+
+    def answers(commands):
+        passes.release()
+        return [b"closed" if each[1].endswith("state") else None for each in commands]
+
+    def join_and_wait(storage):
+        joined = join(storage)
+        for _ in range(3):  # two passes have begun, and the first has ended
+            assert passes.acquire(timeout=PATIENCE)
+        return joined
+
+    monkeypatch.setattr(pybreaker_extras.redis, "_join_courier", join_and_wait)
+    CircuitRedisStorage("closed", _Client(answers), refresh=0.05)
+    assert "AttributeError" not in caplog.text
 
 
 def test_a_move_that_is_newer_is_what_is_sent_after_an_error():
