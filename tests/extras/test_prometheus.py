@@ -1111,12 +1111,18 @@ def test_multiprocess_mode_writes_again_and_again_and_when_python_ends(tmp_path)
     output = run(
         textwrap.dedent(WORKERS)
         + textwrap.dedent("""
-            import time
+            import struct, time
             import pybreaker_extras.prometheus as module
+
+            def scrape():
+                try:
+                    return prometheus_client.generate_latest(registry)
+                except struct.error:  # the other process has just made a file
+                    return b""
 
             def wait_for(calls):
                 sample = f'outcome="success"}} {calls}.0'.encode()
-                while sample not in prometheus_client.generate_latest(registry):
+                while sample not in scrape():
                     time.sleep(0.01)
 
             module.PUBLISHED_EVERY = 0.05
