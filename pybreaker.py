@@ -1470,6 +1470,8 @@ class CircuitBreaker:
         """Whether `CircuitBreakers` may drop the breaker: closed, without failures and
         with its first settings, or open and due for a trial. Never waits: False while
         another thread holds the lock."""
+        if self._storage.state == self._era.name and self._era._wait():
+            return False  # without the lock, as most old breakers may be open
         if not self._lock.acquire(blocking=False):
             return False
         try:
