@@ -1464,7 +1464,7 @@ class CircuitBreaker:
             for listener in self._told
             if not getattr(type(listener), "only_watches", False)
         ]
-        return (*telling, *[getattr(self, name) for name in _SETTINGS])
+        return telling, _settings_of(self)
 
     def _is_dispensable(self) -> bool:
         """Whether `CircuitBreakers` may drop the breaker: closed, without failures and
@@ -3007,7 +3007,7 @@ def _own_hooks(state: Any) -> frozenset[str]:
 
 
 _HOOKS = ("before_call", "on_success", "on_failure", "_handle_success", "_handle_error")
-_SETTINGS = (
+_settings_of = operator.attrgetter(
     "_name",
     "_fail_max",
     "_reset_timeout",
