@@ -72,9 +72,8 @@ def share(namespace):
     def share(make, **settings):
         breakers = []
         for _ in range(2):
-            storage = CircuitRedisStorage(
-                "closed", make(), namespace, refresh=0.25, **settings
-            )
+            settings = {"refresh": 0.25, **settings}
+            storage = CircuitRedisStorage("closed", make(), namespace, **settings)
             breakers.append(CircuitBreaker(3, 0.2, state_storage=storage))
         calls_are_shared(*breakers)
 
@@ -233,7 +232,8 @@ def test_a_client_may_be_a_clusters(
             client(host="127.0.0.1", port=cluster.port, decode_responses=decode)
         )
 
-    share(make, cluster_mode=cluster_mode)
+    # To find the nodes takes time, and a pass of more than two refreshes is too late.
+    share(make, cluster_mode=cluster_mode, refresh=0.5)
 
 
 def test_cluster_mode_is_accepted_for_a_client_that_is_no_clusters(
