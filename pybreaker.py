@@ -618,7 +618,7 @@ class CircuitBreaker:
             longest = _seconds("max_reset_timeout", longest)
         with self._lock:
             _check_timeouts(self._reset_timeout, longest)
-            self._max_reset_timeout = longest
+            self._set("_max_reset_timeout", longest)
 
     def _grown_timeout(self, failed_trials: int) -> float:
         """`reset_timeout`, doubled for each failed trial, up to `max_reset_timeout`."""
@@ -1101,15 +1101,14 @@ class CircuitBreaker:
             self._hand_on_records()
 
     def _factor_of(self, opening: Any) -> float:
-        """A random factor between 0.9 and 1, drawn once for each opening."""
+        """A random factor between 0.9 and 1, drawn once for each opening. Takes no
+        lock: `_find_admission` has the factor drawn before quiet calls ask for it."""
         drawn_for, factor = self._factor
         if drawn_for != opening:
             from random import uniform  # imported here, as few breakers need it
 
-            with self._lock:  # so that two threads draw one factor
-                if self._factor[0] != opening:
-                    self._factor = opening, uniform(0.9, 1.0)
-                factor = self._factor[1]
+            factor = uniform(0.9, 1.0)
+            self._factor = opening, factor
         return factor
 
     def _longest_trial(self) -> float:
@@ -1305,9 +1304,8 @@ class CircuitBreaker:
         try:
             return method()
         finally:
-            self._move_under_way = (
-                None  # a subclass's method may not have moved the circuit
-            )
+            # A subclass's method may not have moved the circuit.
+            self._move_under_way = None
 
     @_logging
     def _present_state(self) -> CircuitBreakerState:
@@ -1411,6 +1409,8 @@ class CircuitBreaker:
         if not getattr(state, "_admits_all", False):
             if not self._hearers["rejected"] and not self._dry_run:
                 rejects = seen
+                if is_quiet and self._max_reset_timeout is not None:
+                    state._wait()  # draws the factor, so that two threads cannot
         else:
             passes = _OPAQUE if self._hearers["before_call"] else seen
             settles = _OPAQUE if self._hearers["success"] else seen

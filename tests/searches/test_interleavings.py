@@ -1720,7 +1720,6 @@ LIKELY = [
 LOST_NOWHERE = {
     "CircuitBreaker.retry_after": "reads more than one number only of an open circuit",
     "CircuitBreaker.__repr__": "is made for people, and no scenario's word",
-    "CircuitBreaker._factor_of": "is asked in no scenario by two threads at once",
     ("CircuitBreaker._begin_trial", 2): "no listener moves a circuit that half-opens",
     ("CircuitBreaker._ask_own_state", 1): "no scenario has a state of its own",
     ("CircuitOpenState._start_trial", 1): "no half_open() of these does nothing",

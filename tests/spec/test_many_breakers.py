@@ -492,6 +492,19 @@ def test_a_breaker_that_fails_while_it_is_taken_out_stays():
     assert "first" in breakers
 
 
+def test_a_new_key_waits_for_no_open_breaker_that_is_busy():
+    """Its timeout grows, and nobody has asked yet how long the opening lasts."""
+    breakers = CircuitBreakers(maxsize=1, max_reset_timeout=100)
+    breakers["busy"].max_reset_timeout = None
+    breakers["busy"].open()
+    breakers["busy"]._max_reset_timeout = 100
+    made = threading.Thread(target=breakers.__getitem__, args=["new"], daemon=True)
+    with lock_of(breakers["busy"]):
+        made.start()
+        made.join(PATIENCE)
+        assert not made.is_alive()
+
+
 def test_a_key_that_another_thread_deletes_while_room_is_made_is_gone():
     class Deleting(CircuitBreaker):
         @property
