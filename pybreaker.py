@@ -283,6 +283,7 @@ class CircuitBreaker:
 
     _state = _WatchedState("_era")
     _state_storage = _Watched("_storage")
+    _inc_counter = _Watched("_count")
     _listeners = _WatchedList("_told")
     _excluded_exceptions = _WatchedList("_exclude")
 
@@ -416,7 +417,7 @@ class CircuitBreaker:
             return functools.update_wrapper(guarded, func, assigned=())
 
     def _has_own_call(self) -> bool:
-        return getattr(self.call, "__func__", None) is not _PLAIN_CALL
+        return not _is_method(self.call, _PLAIN_CALL)
 
     def call(self, func: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call `func` with the other arguments and return what `func` returns.
@@ -942,8 +943,7 @@ class CircuitBreaker:
         return all(_is_abandonment(each) or self._is_ignored(each) for each in leaves)
 
     def _has_own_judgement(self) -> bool:
-        judge = getattr(self.is_system_error, "__func__", None)
-        return judge is not CircuitBreaker.is_system_error
+        return not _is_method(self.is_system_error, _PLAIN_JUDGEMENT)
 
     def _matches(self, kinds: Any, told: object) -> bool:
         """Whether one of the classes and predicates in `kinds` matches `told`, an
@@ -1205,6 +1205,18 @@ class CircuitBreaker:
                     if not state._forgets(number):
                         return
             with self._lock:
+                if outcome is _FAILURE:
+                    seen = admission.counts
+                    count = seen._fail_counter
+                    if seen._state == STATE_CLOSED and count + 1 < self._fail_max:
+                        # A quiet failure that cannot open the circuit is counted
+                        # here, which saves the calls of five methods.
+                        marks = state._marks
+                        if marks is None or len(marks) == count:
+                            seen._fail_counter = count + 1
+                            if marks is not None:
+                                state._forget()
+                            return
                 if self._storage.state != self._era.name:
                     self._look()
                 hooks = self._hooks
@@ -1268,8 +1280,9 @@ class CircuitBreaker:
         finally:
             del told, exc  # else an exception and this frame are a cycle
 
-    def _inc_counter(self) -> None:
-        """Count a failure. Lock held. Subclasses in the field override this method."""
+    def _count(self) -> None:
+        """Count a failure. Lock held. Called as `_inc_counter`, which subclasses in the
+        field override, and tests replace."""
         self._storage.increment_counter()
 
     # Moves. All methods but _move_to and _present_state are called with the lock held.
@@ -1405,7 +1418,7 @@ class CircuitBreaker:
         seen = storage if is_quiet else _OPAQUE
         if getattr(state, "_known_move", None) is _NOTHING:  # not by _make_state
             state._known_move = storage.last_move()
-        passes = returns = settles = rejects = _OPAQUE
+        passes = returns = settles = rejects = counts = _OPAQUE
         if not getattr(state, "_admits_all", False):
             if not self._hearers["rejected"] and not self._dry_run:
                 rejects = seen
@@ -1415,11 +1428,18 @@ class CircuitBreaker:
             passes = _OPAQUE if self._hearers["before_call"] else seen
             settles = _OPAQUE if self._hearers["success"] else seen
             returns = settles if self._failure_result is None else _OPAQUE
+            if not self._hearers["failure"] and _is_method(
+                self._inc_counter, _PLAIN_COUNT
+            ):
+                counts = seen
+        old = self._admission
         # Calls that are running now must settle under the lock: thread A's call is
         # admitted, thread B moves the circuit, and A's call ends, which is late.
         # variant: quiet calls
-        self._admission.returns = self._admission.settles = _OPAQUE
-        self._admission = _Admission(state, None, passes, returns, settles, rejects)
+        old.returns = old.settles = old.counts = _OPAQUE
+        self._admission = _Admission(
+            state, None, passes, returns, settles, rejects, counts
+        )
 
     # Telling and logging. The lock is held in _tell and _log.
 
@@ -1983,13 +2003,14 @@ class _Admission:
     call and, for a trial, its _Trial. One object serves all ordinary calls of an era;
     a trial has its own; calls within a trial have `_WITHIN`, whose state is None.
 
-    A quiet call reads the other four, which are the storage, without the lock to find
-    that it passes (`passes`), that there is nothing to settle when it returns
-    (`returns`), that its success changes nothing (`settles`), or that it is rejected
-    (`rejects`). Each is `_OPAQUE` where the call has to take the lock to find out.
+    The other five are the storage, or `_OPAQUE` where that alone does not decide. A
+    quiet call reads four of them without the lock to find that it passes (`passes`),
+    that there is nothing to settle when it returns (`returns`), that its success
+    changes nothing (`settles`), or that it is rejected (`rejects`). A quiet failure
+    reads the fifth with the lock held to find that it is only counted (`counts`).
     """
 
-    __slots__ = ("state", "trial", "passes", "returns", "settles", "rejects")
+    __slots__ = ("state", "trial", "passes", "returns", "settles", "rejects", "counts")
 
     def __init__(
         self,
@@ -1999,6 +2020,7 @@ class _Admission:
         returns: Any = None,
         settles: Any = None,
         rejects: Any = None,
+        counts: Any = None,
     ) -> None:
         self.state: Any = state
         self.trial: _Trial | None = trial
@@ -2006,6 +2028,7 @@ class _Admission:
         self.returns: Any = returns or _OPAQUE
         self.settles: Any = settles or _OPAQUE
         self.rejects: Any = rejects or _OPAQUE
+        self.counts: Any = counts or _OPAQUE
 
 
 class _Trial:
@@ -2610,12 +2633,13 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
     _state: str
     _fail_counter: int
     _success_counter: int
+    _opening: tuple[datetime | None, float, float]
 
     def __init__(self, state: str) -> None:
         self._state = _checked_state("state", state)
         self._fail_counter = 0
         self._success_counter = 0
-        self._opened_at = None
+        self._opening = _NEVER  # all share this one, as memory matters here
         self._last_move: Any = None
 
     def increment_counter(self) -> None:
@@ -2996,9 +3020,15 @@ def _is_plain(thing: Any) -> bool:
     return bool(vars(type(thing)).get("_is_plain", False))
 
 
-def _own_hooks(state: Any) -> frozenset[str]:
+def _is_method(method: Any, function: Any) -> bool:
+    """Whether `method` is the library's `function`, and nothing that a subclass or a
+    test has put in its place."""
+    return getattr(method, "__func__", None) is function
+
+
+def _own_hooks(state: Any) -> tuple[str, ...]:
     """Those of the methods in _HOOKS that the user's class of `state` overrides."""
-    return frozenset(
+    return tuple(
         hook
         for hook in _HOOKS
         if getattr(type(state), hook, None) is not getattr(CircuitBreakerState, hook)
@@ -3023,10 +3053,13 @@ _settings_of = operator.attrgetter(
     "_dry_run",
 )
 _LOOKED_AT = 4  # old breakers that CircuitBreakers judges for each new one
+_NEVER = None, 0.0, math.inf  # the _opening of a circuit that has never been open
 _DECADES = 6e8  # seconds
 _LONGEST_TEXT = 300  # characters of a reason
 _NEW = _Move("", "new", "", failed_trials=0)
 _PLAIN_CALL = CircuitBreaker.call
+_PLAIN_COUNT = CircuitBreaker._count
+_PLAIN_JUDGEMENT = CircuitBreaker.is_system_error
 
 # The storage that makes every call take the lock: in no state, with a failure.
 _OPAQUE: Any = CircuitMemoryStorage(STATE_CLOSED)

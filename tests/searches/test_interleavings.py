@@ -1339,7 +1339,7 @@ SCENARIOS = [
         "a dry run ends while a circuit begins anew",
         ("close", "enforce"),
         "",
-        "fail",
+        "fail fail",
         listeners=0,
         settings=(("dry_run", True),),
     ),

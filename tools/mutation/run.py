@@ -21,7 +21,6 @@ changed functions are run. ``--all`` runs all of them again.
 import argparse
 import ast
 import collections
-import difflib
 import functools
 import gc
 import hashlib
@@ -195,6 +194,7 @@ class Module:
         self.name = name_of(path)
         self.text = path.read_text()
         self.tree = ast.parse(self.text)
+        self.syntax_tree = get_ast(self.text)  # Cosmic Ray's, which takes long to make
         self.definitions = definitions(self.tree)
         self.lines = statement_lines(self.tree)
         self.functions = list(functions(self.compiled(self.text)))
@@ -203,21 +203,23 @@ class Module:
         return compile(text, str(self.path), "exec")
 
     def mutated(self, mutation):
-        """The text with a mutation."""
+        """The text with a mutation. Changes the syntax tree, so a process can ask only
+        once."""
         operator = cosmic_ray.plugins.get_operator(mutation.operator_name)()
         visitor = MutationVisitor(mutation.occurrence, operator)
-        return visitor.walk(get_ast(self.text)).get_code()
+        return visitor.walk(self.syntax_tree).get_code()
 
     def difference(self, text):
-        """What a mutation changes, for who reads the report."""
+        """What a mutation changes, for the reader of the report."""
         old, new = self.text.splitlines(), text.splitlines()
-        matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-        was, becomes = [], []
-        for tag, start, end, new_start, new_end in matcher.get_opcodes():
-            if tag != "equal":
-                was += [line.strip() for line in old[start:end]]
-                becomes += [line.strip() for line in new[new_start:new_end]]
-        return f"{' / '.join(was)} -> {' / '.join(filter(None, becomes))}"
+        start = len(os.path.commonprefix([old, new]))
+        old, new = old[start:], new[start:]
+        same = len(os.path.commonprefix([old[::-1], new[::-1]]))
+        was, becomes = (
+            " / ".join(filter(None, map(str.strip, lines[: len(lines) - same])))
+            for lines in (old, new)
+        )
+        return f"{was} -> {becomes}"
 
 
 SOURCES = {str(path): Module(path) for path in MODULES}
