@@ -1210,10 +1210,10 @@ class CircuitBreaker:
                     count = seen._fail_counter
                     if seen._state == STATE_CLOSED and count + 1 < self._fail_max:
                         # A quiet failure that cannot open the circuit is counted
-                        # here, which saves the calls of five methods.
+                        # here, which saves the calls of four methods.
                         marks = state._marks
                         if marks is None or len(marks) == count:
-                            seen._fail_counter = count + 1
+                            seen.increment_counter()
                             if marks is not None:
                                 state._forget()
                             return
