@@ -238,6 +238,7 @@ def own_part(code):
 def living_functions():
     """The functions that the modules have made, by where their code is."""
     living = collections.defaultdict(list)
+    gc.unfreeze()  # gc.get_objects() leaves out what the tests' conftest.py has frozen
     for function in gc.get_objects():
         if type(function) is types.FunctionType:
             code = function.__code__
@@ -257,13 +258,11 @@ def put_in_place(module, text, living):
         return False
     changes = []
     for (before, is_inner), (after, _) in zip(module.functions, new):
-        if own_part(before) != own_part(after):
+        is_function = before.co_flags & 0x1
+        if own_part(before) != own_part(after) or (is_function and before != after):
             found = living.get(place_in_source(before), ())
             if not found and not is_inner:
                 return False
-            changes += [(function, after) for function in found]
-        elif before != after:  # in an inner function
-            found = living.get(place_in_source(before), ())
             changes += [(function, after) for function in found]
     try:
         for function, after in changes:
