@@ -31,29 +31,38 @@ module replaces. The module imports only the standard library.
 # one when the call ends. Listeners are told of a late outcome, which changes
 # nothing.
 #
-# Every kind of guarded call takes three steps:
+# Every kind of guarded call takes three steps, in a _guard_ function or a _Block:
 #
 #   admit    The lock is held, except where a quiet call sees that it passes or
 #            is rejected. Gives an _Admission, or raises CircuitBreakerError.
 #   run      The lock is not held: calls never wait for each other.
-#   settle   The lock is held, except for a success that changes nothing.
+#   settle   The lock is held, except to judge an exception or a result, and
+#            for a success that changes nothing.
 #
 # The trial is the one call that a half-open circuit admits. The trial takes the
-# place under the lock, asks the storage without the lock, because the storage
-# may take time to answer, and begins under the lock again. A trial gives the
-# place back however it ends; an overdue trial loses the place to another call.
-# Calls in the trial's context belong to the trial: they run, and decide nothing.
+# place under the lock (_enter), asks the storage without the lock, because the
+# storage may take time to answer (_admit), and begins under the lock again
+# (_begin_trial). A trial gives the place back however it ends; an overdue trial
+# loses the place to another call. Calls in the trial's context (_trials) belong
+# to the trial: they run, and decide nothing (_WITHIN).
 #
 # Operators and states begin a new era only by open(), half_open() or close(),
 # because subclasses override these methods; only a move that is found in the
-# storage begins an era without them. A _Move says why the circuit moves. What
-# differs between the states, each state answers in methods of its own (_wait,
+# storage (_look) begins an era without them. A _Move says why the circuit moves.
+# _carry_out leaves the library's own move in _move_under_way for _move_to, as
+# the overridden methods take no _Move. What differs between the states, each
+# state answers in methods of its own (_wait, _start_trial, _count_success,
 # _count_failure, _succeeded, _failed).
 #
 # A quiet call is one that the storage alone decides, because no listener hears
 # of the call and the state and the storage are the library's own. An _Admission
 # holds what a quiet call may read without the lock. _find_admission makes one
-# when an era begins and when listeners, storage or settings change.
+# when an era begins, when listeners, storage or settings change, and when a
+# program writes one of the private attributes that are _Watched.
+#
+# For speed three rules are written twice: how to guard a plain function
+# (_guard_function, call), when to reject (_enter, _admit with _admit_async) and
+# how to count a failure (CircuitClosedState._count_failure, _settle).
 #
 # "Lock held." in a docstring says that the caller holds the breaker's lock. Log
 # records are made under the lock and reach handlers after its release.
@@ -627,6 +636,7 @@ class CircuitBreaker:
         if longest is None:
             return self._reset_timeout
         try:
+            # ldexp, unlike 2.0 ** failed_trials, leaves a timeout of 0 at 0.
             grown = math.ldexp(self._reset_timeout, failed_trials)
         except OverflowError:
             return longest
@@ -1302,7 +1312,7 @@ class CircuitBreaker:
             move.fail_max = self._fail_max
             move.follow(self._era._move)
             if self._has_window():
-                self._era._forget()
+                self._era._forget()  # time forgets nothing in the other states
             if name == STATE_CLOSED:
                 self._storage.reset_counter()
             if move.by != "trial":
@@ -1476,6 +1486,8 @@ class CircuitBreaker:
                 except Exception:
                     continue  # the caller gets no exception of a filter or handler
 
+    # What CircuitBreakers and a fork ask of a breaker.
+
     def _settings(self) -> tuple[Any, ...]:
         """All that an operator may have changed since the breaker was made, without
         listeners that only watch."""
@@ -1620,14 +1632,15 @@ class CircuitBreakerState:
         return True
 
     def _count_success(self, number: int) -> None:
-        """Count the success of a call that this state admitted: as in every
-        release, the success sets `fail_counter` to 0. `number` is from
-        `_draw_number`, or 0."""
+        """Take the success of a call that this state admitted into `fail_counter`:
+        as in every release, the success sets that counter to 0. `success_counter`
+        is left to `_succeeded`. `number` is from `_draw_number`, or 0."""
         if self._breaker._storage.counter:
             self._breaker._storage.reset_counter()
 
     def _count_failure(self) -> None:
-        """Count the failure of a call that this state admitted."""
+        """Count the failure of a call that this state admitted. Quiet failures
+        that open nothing are counted in `CircuitBreaker._settle`."""
         self._breaker._inc_counter()
 
     def _draw_number(self) -> int:
@@ -1653,7 +1666,8 @@ class CircuitBreakerState:
         """Take the failures from the counter that the window has forgotten."""
 
     def _succeeded(self) -> None:
-        """Decide what follows from a success that has been counted."""
+        """Take the success of a trial into `success_counter`, and decide what
+        follows from the success."""
 
     def _failed(self, exc: BaseException) -> BaseException | None:
         """Decide what follows from a failure that has been counted. Returns what is
@@ -2038,7 +2052,7 @@ class _Trial:
     __slots__ = ("since", "claimed", "begun", "over", "_breaker")
 
     def __init__(self, breaker: CircuitBreaker) -> None:
-        self.since: float = time.monotonic()
+        self.since: float = time.monotonic()  # before the storage was asked
         self.claimed: bool = False  # whether the storage's claim must be released
         self.begun: bool = False  # whether the storage has granted the trial
         self.over: bool = False  # whether no call can be within the trial any more
