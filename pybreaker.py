@@ -60,9 +60,8 @@ module replaces. The module imports only the standard library.
 # when an era begins, when listeners, storage or settings change, and when a
 # program writes one of the private attributes that are _Watched.
 #
-# For speed three rules are written twice: how to guard a plain function
-# (_guard_function, call), when to reject (_enter, _admit with _admit_async) and
-# how to count a failure (CircuitClosedState._count_failure, _settle).
+# For speed two rules are written twice: how to guard a plain function
+# (_guard_function, call) and when to reject (_enter, _admit with _admit_async).
 #
 # "Lock held." in a docstring says that the caller holds the breaker's lock. Log
 # records are made under the lock and reach handlers after its release.
@@ -292,7 +291,6 @@ class CircuitBreaker:
 
     _state = _WatchedState("_era")
     _state_storage = _Watched("_storage")
-    _inc_counter = _Watched("_count")
     _listeners = _WatchedList("_told")
     _excluded_exceptions = _WatchedList("_exclude")
 
@@ -1046,10 +1044,12 @@ class CircuitBreaker:
                     if self._is_within_trial() and (wait or not self._reset_timeout):
                         admission = _WITHIN
                     elif wait:
-                        self._tell("rejected", (self, func, *args), kwargs)
-                        if not self._dry_run:
-                            raise self._error(state._move, wait, state._hint)
-                        admission = _WITHIN
+                        admission = self._refuse(
+                            self._error(state._move, wait, state._hint),
+                            func,
+                            args,
+                            kwargs,
+                        )
                     else:
                         trial = self._take_place()
                         return _Admission(None, trial)
@@ -1068,12 +1068,23 @@ class CircuitBreaker:
         rejected call run. Lock held."""
         try:
             self._era.before_call(func, *args, **kwargs)
-        except CircuitBreakerError:
-            self._tell("rejected", (self, func, *args), kwargs)
-            if not self._dry_run:
-                raise
+        except CircuitBreakerError as error:
+            self._refuse(error, func, args, kwargs)
             return True
         return False
+
+    def _refuse(
+        self, error: CircuitBreakerError, func: Any, args: Any, kwargs: Any
+    ) -> _Admission:
+        """Tell listeners that a call is rejected, and raise `error`, or in a dry run
+        return the admission of a call that decides nothing. Lock held."""
+        try:
+            self._tell("rejected", (self, func, *args), kwargs)
+            if not self._dry_run:
+                raise error
+            return _WITHIN
+        finally:
+            del error  # else error, its traceback and this frame are a cycle
 
     def _begin_trial(
         self, trial: _Trial, granted: bool, func: Any, args: Any, kwargs: Any
@@ -1098,13 +1109,11 @@ class CircuitBreaker:
                     return None
                 admission = _Admission(self._era, trial)
                 if not is_admitted:
-                    move = self._era._move  # read before a listener moves the circuit
-                    self._tell("rejected", (self, func, *args), kwargs)
-                    if not self._dry_run:
-                        hint = "" if granted else "another breaker runs the trial"
-                        raise self._error(move, 0.0, hint)
+                    hint = "" if granted else "another breaker runs the trial"
+                    admission = self._refuse(
+                        self._error(self._era._move, 0.0, hint), func, args, kwargs
+                    )
                     self._vacate(trial)
-                    admission = _WITHIN
                 self._tell("before_call", (self, func, *args), kwargs)
                 return admission
         finally:
@@ -1188,7 +1197,7 @@ class CircuitBreaker:
         nothing. `by` names the method of a state that calls this one, if one does,
         so that a method that a user's state class overrides is not called again.
         """
-        state, number = admission.state, 0
+        state, number, is_counted = admission.state, 0, False
         error: Any = None
         told: Any = exc  # what listeners receive; what may be raised is exc
         try:
@@ -1215,18 +1224,12 @@ class CircuitBreaker:
                     if not state._forgets(number):
                         return
             with self._lock:
-                if outcome is _FAILURE:
-                    seen = admission.counts
-                    count = seen._fail_counter
-                    if seen._state == STATE_CLOSED and count + 1 < self._fail_max:
-                        # A quiet failure that cannot open the circuit is counted
-                        # here, which saves the calls of four methods.
-                        marks = state._marks
-                        if marks is None or len(marks) == count:
-                            seen.increment_counter()
-                            if marks is not None:
-                                state._forget()
-                            return
+                if outcome is _FAILURE and admission.counts._state == STATE_CLOSED:
+                    # A quiet failure, which most often is only counted.
+                    state._count_failure()
+                    if self._storage.counter < self._fail_max:
+                        return
+                    is_counted = True
                 if self._storage.state != self._era.name:
                     self._look()
                 hooks = self._hooks
@@ -1241,7 +1244,7 @@ class CircuitBreaker:
                             state._succeeded()
                     self._tell("success", (self,))
                 else:
-                    if state is self._era:
+                    if state is self._era and not is_counted:
                         state._count_failure()
                     if self._hearers["failure"]:
                         self._tell("failure", (self, told))
@@ -1290,9 +1293,9 @@ class CircuitBreaker:
         finally:
             del told, exc  # else an exception and this frame are a cycle
 
-    def _count(self) -> None:
-        """Count a failure. Lock held. Called as `_inc_counter`, which subclasses in the
-        field override, and tests replace."""
+    def _inc_counter(self) -> None:
+        """Count a failure. Lock held. Subclasses in the field override this method, and
+        tests replace it."""
         self._storage.increment_counter()
 
     # Moves. All methods but _move_to and _present_state are called with the lock held.
@@ -1424,7 +1427,12 @@ class CircuitBreaker:
             if isinstance(self._told, tuple)
             else _HearersInList(self._told)
         )
-        is_quiet = _is_plain(state) and _is_plain(storage) and type(self._told) is tuple
+        is_quiet = (
+            _is_plain(state)
+            and not self._hooks
+            and _is_plain(storage)
+            and type(self._told) is tuple
+        )
         seen = storage if is_quiet else _OPAQUE
         if getattr(state, "_known_move", None) is _NOTHING:  # not by _make_state
             state._known_move = storage.last_move()
@@ -1438,10 +1446,7 @@ class CircuitBreaker:
             passes = _OPAQUE if self._hearers["before_call"] else seen
             settles = _OPAQUE if self._hearers["success"] else seen
             returns = settles if self._failure_result is None else _OPAQUE
-            if not self._hearers["failure"] and _is_method(
-                self._inc_counter, _PLAIN_COUNT
-            ):
-                counts = seen
+            counts = _OPAQUE if self._hearers["failure"] else seen
         old = self._admission
         # Calls that are running now must settle under the lock: thread A's call is
         # admitted, thread B moves the circuit, and A's call ends, which is late.
@@ -1639,8 +1644,7 @@ class CircuitBreakerState:
             self._breaker._storage.reset_counter()
 
     def _count_failure(self) -> None:
-        """Count the failure of a call that this state admitted. Quiet failures
-        that open nothing are counted in `CircuitBreaker._settle`."""
+        """Count the failure of a call that this state admitted."""
         self._breaker._inc_counter()
 
     def _draw_number(self) -> int:
@@ -3072,7 +3076,6 @@ _DECADES = 6e8  # seconds
 _LONGEST_TEXT = 300  # characters of a reason
 _NEW = _Move("", "new", "", failed_trials=0)
 _PLAIN_CALL = CircuitBreaker.call
-_PLAIN_COUNT = CircuitBreaker._count
 _PLAIN_JUDGEMENT = CircuitBreaker.is_system_error
 
 # The storage that makes every call take the lock: in no state, with a failure.

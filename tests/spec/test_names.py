@@ -938,6 +938,51 @@ def test_a_counter_that_does_not_count_opens_nothing(fail, boom):
     assert (breaker.fail_counter, breaker.current_state) == (0, "closed")
 
 
+def test_a_counter_that_is_patched_on_the_class_counts_for_breakers_made_before(
+    fail, boom
+):
+    breaker = CircuitBreaker(fail_max=2)
+    with mock.patch.object(CircuitBreaker, "_inc_counter", autospec=True) as counter:
+        with pytest.raises(boom):
+            breaker.call(fail)
+    counter.assert_called_once_with(breaker)
+    assert breaker.fail_counter == 0
+
+
+def test_a_subclass_that_counts_each_failure_twice_opens_the_circuit_in_half_the_calls(
+    fail, boom
+):
+    """The counter is compared with fail_max after the counting, whoever counts."""
+
+    class Twice(CircuitBreaker):
+        def _inc_counter(self):
+            CircuitBreaker._inc_counter(self)
+            super()._inc_counter()
+
+    breaker = Twice(fail_max=4)
+    with pytest.raises(boom):
+        breaker.call(fail)
+    assert breaker.fail_counter == 2
+    with pytest.raises(CircuitBreakerError):
+        breaker.call(fail)
+    assert breaker.current_state == "open"
+
+
+@pytest.mark.parametrize(
+    ("hook", "func"),
+    [("before_call", int), ("on_success", int), ("on_failure", None)],
+)
+def test_a_method_that_is_set_on_a_state_object_is_asked(hook, func, fail, boom):
+    breaker = CircuitBreaker(fail_max=5)
+    state = pybreaker.CircuitClosedState(breaker)
+    asked = mock.Mock()
+    setattr(state, hook, asked)
+    breaker._state = state
+    with contextlib.suppress(boom):
+        breaker.call(func or fail)
+    assert asked.call_count == 1
+
+
 def start_threads(target, n):
     """Runs the target in so many threads, all at once, to their end."""
     barrier = threading.Barrier(n, timeout=10)
