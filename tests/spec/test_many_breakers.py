@@ -350,6 +350,13 @@ def test_a_breaker_that_can_be_told_from_a_new_one_stays(change):
     assert len(breakers) == 10
 
 
+def test_a_breaker_that_the_program_put_into_the_mapping_stays():
+    breakers, own = CircuitBreakers(maxsize=10), CircuitBreaker()
+    breakers["a"] = own
+    assert ask_for(breakers, range(50))["a"] is own
+    assert len(breakers) == 10
+
+
 def test_a_setting_that_was_put_back_keeps_no_breaker():
     breakers = CircuitBreakers(maxsize=10)
     breaker, listener = breakers["a"], Listener()
