@@ -1095,6 +1095,26 @@ def test_a_late_failure_does_not_open_a_circuit_that_closed_again(
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
 
 
+@pytest.mark.parametrize("moves", ["close", "open close", "open half_open close"])
+@pytest.mark.parametrize(
+    "window", [{}, {"window_size": 9}, {"window_seconds": 9}], ids=str
+)
+def test_a_late_failure_of_which_no_listener_hears_is_not_counted(
+    guard, boom, moves, window
+):
+    """The circuit is closed when the call begins and when the call ends, and far from
+    opening. The failure belongs to the closed era before."""
+    breaker = CircuitBreaker(fail_max=9, **window)
+    exc = boom()
+
+    def work():
+        moved(breaker, moves)
+        raise exc
+
+    fails(guard(breaker, work), exc)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
+
+
 # By hand.
 
 

@@ -264,6 +264,17 @@ def test_half_opening_by_hand_leaves_the_number_of_failed_trials(clock):
     assert_lasts(breaker, 40)
 
 
+def test_a_half_opening_that_is_found_leaves_the_number_of_failed_trials(clock):
+    """A test half-opens the circuit by writing the state, which closes nothing."""
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
+    fail(breaker)
+    fail_trials(breaker, clock, 1)
+    breaker._state_storage.state = "half-open"
+    fail(breaker)
+    assert breaker.current_state == "open"
+    assert_lasts(breaker, 40)
+
+
 def test_the_numbers_that_hold_are_the_present_ones(clock):
     """For an opening that lasts already, too; the factor stays."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)

@@ -185,14 +185,25 @@ def test_help_explains_all_that_completion_offers(weather):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("fail_counter", 3), ("fail_max", 20), ("reset_timeout", 0.5)],
+    [
+        ("fail_counter", 3),
+        ("fail_max", 20),
+        ("reset_timeout", 0.5),
+        ("success_threshold", 2),
+        ("window_size", 50),
+        ("window_seconds", 0.5),
+        ("max_reset_timeout", 600),
+        ("dry_run", True),
+    ],
 )
 def test_setting_is_read_set_and_read_again(weather, in_flight, setting, value):
     """Calls that are on their way do not disturb it."""
     in_flight()
     prompt = Prompt(weather=weather)
-    default = prompt.type(f"weather.{setting}")
-    assert default == f"{getattr(CircuitBreaker(), setting)}\n"
+    # The prompt shows nothing for None, which is a setting that is off.
+    default = getattr(CircuitBreaker(), setting)
+    shown = prompt.type(f"weather.{setting}")
+    assert shown == ("" if default is None else f"{default}\n")
     assert prompt.type(f"weather.{setting} = {value}") == ""
     assert prompt.type(f"weather.{setting}") == f"{value}\n"
 

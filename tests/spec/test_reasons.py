@@ -81,13 +81,25 @@ def test_a_trip_says_how_many_failures_there_were(settings, expected, caplog):
     assert shown(breaker, caplog) == expected
 
 
-def test_a_trip_says_how_many_failures_there_are_where_the_limit_was_lowered(caplog):
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        ({}, "5 failures in a row; the last: Boom()"),
+        ({"window_seconds": 30}, "5 failures in a row within 30 s; the last: Boom()"),
+        ({"window_size": 50}, "5 of the last 50 calls failed; the last: Boom()"),
+        ({"window_size": math.inf}, "5 failures; the last: Boom()"),
+    ],
+    ids=str,
+)
+def test_a_trip_says_how_many_failures_there_are_where_the_limit_was_lowered(
+    window, expected, caplog
+):
     """The count, not the limit."""
-    breaker = CircuitBreaker(fail_max=5, window_size=50)
+    breaker = CircuitBreaker(fail_max=5, **window)
     fail(breaker, 4)
     breaker.fail_max = 2
     fail(breaker)
-    assert shown(breaker, caplog) == "5 of the last 50 calls failed; the last: Boom()"
+    assert shown(breaker, caplog) == expected
 
 
 def test_a_trip_says_only_that_there_was_a_failure_where_one_is_enough(caplog):

@@ -237,6 +237,20 @@ def test_an_opening_time_that_is_written_moves_the_opening_of_any_length():
     assert breaker.retry_after == math.inf
 
 
+def test_only_an_opening_changes_the_moment_of_the_last_opening(clock):
+    """By a trial and by hand, the circuit half-opens and closes without a new one."""
+    breaker = CircuitBreaker(success_threshold=2)
+    breaker.open(0)
+    opened_at = breaker._state_storage.opened_at
+    clock.advance(30)
+    for move in (lambda: breaker.call(int), breaker.half_open, breaker.close):
+        move()
+        assert breaker._state_storage.opened_at == opened_at
+        assert breaker._state_storage.open_for() == 30
+    breaker.open()
+    assert breaker._state_storage.open_for() == 0
+
+
 @pytest.mark.parametrize("name", ["move", "last_move"])
 def test_a_storage_of_an_older_kind_needs_neither(name):
     """The base class has both."""
