@@ -1313,7 +1313,8 @@ class CircuitBreaker:
             move.seconds = seconds
             move.reason = reason or move.reason
             move.fail_max = self._fail_max
-            move.follow(self._era._move)
+            # Not only from this era: another breaker may have moved the storage since.
+            move.follow(self._found_move() or self._era._move)
             if self._has_window():
                 self._era._forget()  # time forgets nothing in the other states
             if name == STATE_CLOSED:
@@ -1630,7 +1631,11 @@ class CircuitBreakerState:
 
     def _differs_from(self, move: Any) -> bool:
         """Whether `move`, a later one to the same state, begins a new era."""
-        return False
+        mine = self._move
+        return not self._admits_all and (
+            (mine.reason, mine.seconds, mine.failed_trials)
+            != (move.reason, move.seconds, move.failed_trials)
+        )
 
     def _start_trial(self) -> bool:
         """Half-open an open circuit for a trial. Returns whether that may begin."""
@@ -1775,8 +1780,8 @@ class CircuitClosedState(CircuitBreakerState):
         `window_size` calls or more before the call with the number `latest`."""
         marks, breaker = self._marks, self._breaker
         storage: Any = breaker._storage
-        if marks is None:
-            return
+        if marks is None or storage.state != STATE_CLOSED:
+            return  # there is no window, or another breaker has moved the storage
         now, count = time.monotonic(), storage.counter
         while len(marks) < count:
             latest = next(self._numbers)
@@ -1859,14 +1864,6 @@ class CircuitOpenState(CircuitBreakerState):
         left = length - breaker._storage.open_for()
         # If opened_at is None, left may be inf - inf, a NaN, which is not above 0.
         return left if left > 0.0 else breaker._place_wait()
-
-    def _differs_from(self, move: Any) -> bool:
-        mine = self._move
-        return (mine.reason, mine.seconds, mine.failed_trials) != (
-            move.reason,
-            move.seconds,
-            move.failed_trials,
-        )
 
     def _start_trial(self) -> bool:
         breaker = self._breaker
@@ -2100,7 +2097,7 @@ class _Move:
         self.seconds: float | None = seconds
         self.failed_trials: Any = failed_trials  # None until `follow`
         self.fail_max: float = math.inf
-        self.why_opened: str = ""
+        self.why_opened: str | None = None  # None until `follow`
 
     @classmethod
     def found(cls, state: str, known: Any, unknown: str = _FOUND) -> _Move:
@@ -2109,15 +2106,19 @@ class _Move:
         None or a move to another state."""
         if known is None or known.state != state:
             return cls(state, unknown, "found")
-        return cls(state, known.reason, "found", known.seconds, known.failed_trials)
+        move = cls(state, known.reason, "found", known.seconds, known.failed_trials)
+        move.why_opened = getattr(known, "why_opened", None)
+        return move
 
     def follow(self, before: _Move) -> _Move:
         """Take over from the move `before` why the circuit opened, and how many trials
         have failed since the circuit was closed or opened by hand. Returns self."""
-        if self.state == STATE_HALF_OPEN:
-            self.why_opened = before.why_opened
-        elif self.state == STATE_OPEN:
+        if self.state == STATE_OPEN:
             self.why_opened = self.reason
+        elif self.state == STATE_CLOSED:
+            self.why_opened = ""
+        elif self.why_opened is None:  # else the storage knows why
+            self.why_opened = before.why_opened or ""
         if self.failed_trials is None:
             self.failed_trials = 0
             if self.state == STATE_HALF_OPEN:
