@@ -36,10 +36,12 @@ class FailedResult(Exception):
 class Era:
     """A stay in one state, and the move that began it."""
 
-    def __init__(self, name, reason="new", seconds=None, failed_trials=0):
+    def __init__(self, name, reason="new", seconds=None, failed_trials=0, before=None):
         self.name, self.reason, self.seconds = name, reason, seconds
         self.failed_trials = failed_trials
         self.why_opened = reason if name == OPEN else ""
+        if name == HALF_OPEN and before is not None:
+            self.why_opened = before.why_opened
 
     @property
     def why_refused(self):
@@ -271,7 +273,7 @@ class Model:
     # The window. Only a closed circuit forgets failures, and then for good.
 
     def forget(self):
-        if self.era.name == CLOSED:
+        if self.era.name == self.stored == CLOSED:
             size = math.inf if self.window_size is None else self.window_size
             seconds = math.inf if self.window_seconds is None else self.window_seconds
             self.failures = [
@@ -322,13 +324,15 @@ class Model:
         `success_counter` to 0."""
         if by != "trial":
             self.success_counter = 0
-        failed_trials = self.era.failed_trials + (by == "outcome")
+        self.forget()
+        before = self.shown()  # something else may have moved the storage
+        failed_trials = before.failed_trials + (by == "outcome")
         if name == CLOSED or (name == OPEN and by == "hand"):
             failed_trials = 0
         if name == OPEN:
             self.opened = self.clock.moment
         self.stored = name
-        era = Era(name, reason, seconds, failed_trials)
+        era = Era(name, reason, seconds, failed_trials, before)
         self.moves.append((name, by, reason, seconds, failed_trials, self.fail_max))
         if name == CLOSED:
             self.failures = []
@@ -341,13 +345,12 @@ class Model:
 
     def found(self):
         failed_trials = self.era.failed_trials if self.stored == HALF_OPEN else 0
-        return Era(self.stored, "found so in the storage", None, failed_trials)
+        reason = "found so in the storage"
+        return Era(self.stored, reason, None, failed_trials, self.era)
 
     def begin_era(self, new, by="somebody else"):
         count = self.fail_counter
         old, self.era = self.era, new
-        if new.name == HALF_OPEN:
-            new.why_opened = old.why_opened
         self.calls, self.fail_counter = 0, count
         if new.name == CLOSED and count >= self.fail_max:
             self.fail_counter = 0

@@ -264,6 +264,26 @@ def test_half_opening_by_hand_leaves_the_number_of_failed_trials(clock):
     assert_lasts(breaker, 40)
 
 
+def test_half_opening_by_hand_counts_the_trials_of_breakers_that_share_the_storage(
+    clock,
+):
+    """An operator half-opens the circuit by a breaker that has made no call since the
+    circuit opened, in a process that is idle, say."""
+    storage = CircuitMemoryStorage("closed")
+    works, idles = (
+        CircuitBreaker(
+            fail_max=1, reset_timeout=10, max_reset_timeout=100, state_storage=storage
+        )
+        for _ in range(2)
+    )
+    fail(works)
+    fail_trials(works, clock, 2)
+    idles.half_open()
+    fail(idles)
+    assert_lasts(idles, 80)
+    assert_lasts(works, 80)
+
+
 def test_a_half_opening_that_is_found_leaves_the_number_of_failed_trials(clock):
     """A test half-opens the circuit by writing the state, which closes nothing."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)

@@ -250,6 +250,15 @@ def test_the_errors_reason_is_why_the_circuit_opened_while_it_is_half_open():
     assert breaker.current_state == "closed"
 
 
+def test_the_errors_reason_is_the_opening_by_another_breaker_over_the_same_storage():
+    """This breaker has not looked at the storage since, and half-opens the circuit."""
+    storage = CircuitMemoryStorage("closed")
+    other, breaker = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    other.open(reason="maintenance")
+    breaker.half_open("to see")
+    breaker.call(lambda: rejected_for(breaker, "maintenance"))
+
+
 def test_half_open_without_an_opening_before_the_error_says_why_it_is_half_open():
     """The last reason, where it was half-opened twice."""
     breaker = CircuitBreaker()

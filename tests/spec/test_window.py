@@ -1209,6 +1209,31 @@ def test_a_window_may_be_changed_while_calls_settle():
     assert breaker.fail_counter == 0
 
 
+def narrow(breaker):
+    breaker.window_seconds = 5
+
+
+@pytest.mark.parametrize("state", ["open", "half-open"])
+@pytest.mark.parametrize(
+    "act",
+    [narrow, CircuitBreaker.open, CircuitBreaker.half_open],
+    ids=lambda act: act.__name__,
+)
+def test_no_setter_and_no_move_forgets_where_another_breaker_has_moved_the_circuit(
+    clock, act, state
+):
+    """The breaker has not looked yet, and would have forgotten the two failures if the
+    circuit were closed still."""
+    storage = CircuitMemoryStorage("closed")
+    windowed = CircuitBreaker(fail_max=5, window_seconds=10, state_storage=storage)
+    plain = CircuitBreaker(state_storage=storage)
+    fail(windowed, 2)
+    plain.state = state
+    clock.advance(20)
+    act(windowed)
+    assert windowed.fail_counter == 2
+
+
 @pytest.mark.parametrize("state", ["open", "half-open"])
 def test_time_forgets_nothing_in_a_circuit_that_another_breaker_has_moved(clock, state):
     """Nor before this breaker has looked at the storage that the two share."""
