@@ -11,7 +11,7 @@ import time
 
 import guards
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEEP, PATIENCE, at_once, boom, fail, locks_taken, while_locked
 
@@ -630,13 +630,22 @@ STEPS = st.one_of(
 )
 
 
-@given(st.lists(STEPS, max_size=40))
-def test_a_window_remembers_what_the_specification_says(steps):
-    """Whatever happens, the count is that of the naive window after each step."""
+class HearsFailures:
+    def failure(self, cb, exc):
+        """Hear of a failure, so that the breaker takes the longer way to count it."""
+
+
+@pytest.mark.parametrize("listeners", [(), (HearsFailures(),)], ids=["quiet", "heard"])
+@settings(deadline=None)  # a busy machine is not a fault
+@given(steps=st.lists(STEPS, max_size=40))
+def test_a_window_remembers_what_the_specification_says(listeners, steps):
+    """Whatever happens, the count is that of the naive window after each step, whether
+    a listener hears of failures or not."""
     clock = Clock()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(pybreaker, "time", clock)
-        breaker, naive = CircuitBreaker(fail_max=3), NaiveWindow(clock)
+        breaker = CircuitBreaker(fail_max=3, listeners=listeners)
+        naive = NaiveWindow(clock)
         for what, *details in steps:
             if what == "succeed":
                 succeed(breaker)
