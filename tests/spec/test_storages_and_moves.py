@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextvars
 import math
 import types
 from datetime import datetime, timezone
 
 import pytest
-from support import fail
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from internals import pin_shortening
+from support import boom, fail
 
 import pybreaker
-from pybreaker import CircuitBreaker, CircuitBreakerStorage, CircuitMemoryStorage
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerStorage,
+    CircuitMemoryStorage,
+)
 
 
 class Row(CircuitBreakerStorage):
@@ -256,3 +265,118 @@ def test_a_storage_of_an_older_kind_needs_neither(name):
     """The base class has both."""
     assert callable(getattr(CircuitBreakerStorage, name))
     assert name not in vars(Row)
+
+
+# Breakers that share a memory storage.
+
+
+class Agreed:
+    """What breakers over one storage have to agree about, whichever of them moves the
+    circuit, and whichever has looked at the storage since."""
+
+    def __init__(self, clock):
+        self.clock, self.failures, self.ends = clock, 0, 0.0
+        self.state, self.reason, self.why_opened = "closed", "new", ""
+        self.failed_trials = 0
+
+    def open(self, reason, seconds=None, failed_trials=0):
+        self.state, self.reason, self.why_opened = "open", reason, reason
+        self.failed_trials = failed_trials
+        self.ends = self.clock.now + (self.wait if seconds is None else seconds)
+
+    def half_open(self, reason):
+        self.state, self.reason = "half-open", reason
+
+    def close(self, reason):
+        self.state, self.reason, self.why_opened = "closed", reason, ""
+        self.failures = self.failed_trials = 0
+
+    def call(self, work):
+        if not self.admits:
+            return
+        if self.state != "closed":
+            if work is int:
+                self.close("the trial succeeded")
+            else:
+                k = self.failed_trials + 1
+                self.open("the trial failed: Boom()", failed_trials=k)
+        elif work is int:
+            self.failures = 0
+        else:
+            self.failures += 1
+            if self.failures == 2:
+                self.open("2 failures in a row; the last: Boom()")
+
+    @property
+    def admits(self):
+        return self.state != "open" or self.clock.now >= self.ends
+
+    @property
+    def wait(self):
+        return 10.0 * 2**self.failed_trials
+
+
+def rejection_beside_a_trial(breaker):
+    """The error of a call that is made while a trial runs, which is abandoned then."""
+    errors = []
+
+    def trial():
+        with pytest.raises(CircuitBreakerError) as caught:
+            contextvars.Context().run(breaker.call, int)
+        errors.append(caught.value)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(trial)
+    return errors[0]
+
+
+MOVES = ["open", "open for 7 s", "half_open", "close", "fail", "fail", "succeed"]
+THREE = st.integers(0, 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([*MOVES, "wait"]), THREE, THREE)))
+def test_breakers_over_one_memory_storage_agree_whichever_has_looked(steps):
+    """In each step one of three breakers moves the circuit or makes a call, and another
+    rejects a call. All agree about state, reason, waits and failed trials."""
+    clock = types.SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pybreaker, "time", clock)
+        pin_shortening(monkeypatch.setattr, 1.0)
+        storage, agreed = CircuitMemoryStorage("closed"), Agreed(clock)
+        breakers = [
+            CircuitBreaker(2, 10, max_reset_timeout=math.inf, state_storage=storage)
+            for _ in range(3)
+        ]
+        for number, (what, mover, other) in enumerate(steps):
+            breaker, reason = breakers[mover], f"reason {number}"
+            if what == "wait":
+                clock.now += 10
+            elif what in ("fail", "succeed"):
+                work = boom if what == "fail" else int
+                try:
+                    breaker.call(work)
+                except Exception as exc:
+                    was_rejected = (
+                        type(exc) is CircuitBreakerError and not exc.__cause__
+                    )
+                    assert was_rejected != agreed.admits
+                agreed.call(work)
+            elif what == "open for 7 s":
+                breaker.open(7, reason)
+                agreed.open(reason, 7)
+            else:
+                getattr(breaker, what)(reason=reason)
+                getattr(agreed, what)(reason)
+            assert breaker.current_state == agreed.state
+            if agreed.state == "closed":
+                continue
+            assert {each.snapshot()["reason"] for each in breakers} == {agreed.reason}
+            if not agreed.admits:
+                left = agreed.ends - clock.now
+                assert {each.retry_after for each in breakers} == {left}
+            elif agreed.state == "half-open":
+                error = rejection_beside_a_trial(breakers[other])
+                assert error.reason == (agreed.why_opened or agreed.reason)
+                assert error.retry_after == agreed.wait
