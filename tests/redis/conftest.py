@@ -7,6 +7,7 @@ import os
 
 import fleet
 import pytest
+import stepwise
 from couriers import (
     impatient_clients,  # noqa: F401
     pytest_runtest_teardown,  # noqa: F401
@@ -73,6 +74,20 @@ def closing():
 
         yield closing
         stop_couriers(patience=5)
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """A machine that holds this process up does not seem to have lost Redis."""
+    with monkeypatch.context() as patch:
+        stepwise.let_redis_be_silent(patch.setattr)
+        yield patch
+
+
+@pytest.fixture
+def silence(unhurried):
+    """A courier notices all the same that Redis is silent."""
+    unhurried.undo()
 
 
 @pytest.fixture

@@ -115,6 +115,11 @@ def carry_by_hand(monkeypatch):
     monkeypatch.setattr(shared, "_Courier", Courier)
 
 
+def let_redis_be_silent(setattr=setattr):
+    """No courier takes Redis for away because an answer takes its time."""
+    setattr(LibrarysCourier, "_notice_silence", lambda self: None)
+
+
 # The classes whose objects threads share.
 WRITERS = (
     *(CircuitRedisStorage, shared._Outbox, shared._Membership, shared._Claim),

@@ -18,10 +18,11 @@ from pybreaker import CircuitBreaker, CircuitRedisStorage
 
 PRELUDE = """
 import multiprocessing, os, signal, sys, threading, time
-import redis
+import redis, stepwise
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
-signal.alarm(20)  # what hangs is killed
+signal.alarm(60)  # what hangs is killed
+stepwise.let_redis_be_silent()  # or so may seem a machine that is busy
 port, namespace = int(sys.argv[1]), sys.argv[2]
 
 def boom():
@@ -36,6 +37,7 @@ def fail(breaker):
 
 def breaker_of(fail_max=3, number="", client=None, **settings):
     client = client or redis.Redis(port=port)
+    settings.setdefault("patience", 30)
     storage = CircuitRedisStorage("closed", client, namespace + number, **settings)
     return CircuitBreaker(fail_max, state_storage=storage)
 """
@@ -54,7 +56,7 @@ def run(server, namespace):
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=2 * PATIENCE,
         )
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.splitlines()
@@ -88,7 +90,7 @@ def test_all_circuits_of_a_program_are_delivered_at_its_end(run, key):
         client = redis.Redis(port=port)
         for number in range(50):
             shared = client if number % 10 else None
-            fail(breaker_of(1, f"-{number}", shared, patience=5))
+            fail(breaker_of(1, f"-{number}", shared))
     """)
     for number in range(50):
         assert key("state", f"-{number}") == "open"
@@ -101,7 +103,7 @@ def test_an_asyncio_client_may_look_names_up_after_a_fork_and_at_the_end(run, ke
         import atexit, redis.asyncio, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork
         client = redis.asyncio.Redis(host="localhost", port=port)
-        breaker = breaker_of(10, client=client, refresh=60, patience=5)
+        breaker = breaker_of(10, client=client, refresh=60)
         names = [thread.name for thread in threading.enumerate()]
         assert not [name for name in names if "asyncio" in name], names
         if not os.fork():
@@ -186,7 +188,7 @@ def test_a_child_has_one_courier_for_all_circuits_of_a_client(run, key):
     """And so has its parent afterwards. All circuits of both are delivered."""
     run("""
         client = redis.Redis(port=port)
-        breakers = [breaker_of(9, f"-{n}", client, patience=5) for n in range(20)]
+        breakers = [breaker_of(9, f"-{n}", client) for n in range(20)]
         child = multiprocessing.get_context("fork").Process
 
         def work():
@@ -227,7 +229,7 @@ def test_a_child_waits_no_longer_than_its_patience(run, proxies, server):
         """,
         port=proxy.port,
     )
-    assert float(took) < 10
+    assert float(took) < 15
 
 
 @pytest.mark.parametrize("how", ["swallow", "cut"])

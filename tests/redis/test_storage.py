@@ -30,6 +30,8 @@ import pybreaker
 import pybreaker_extras.redis
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 KEYS = {"state", "fail_counter", "success_counter", "opened_at", "opening", "trial"}
 
 
@@ -51,7 +53,7 @@ def storage_of(server, namespace, closing):
     """Makes storages that share a circuit, each with a client of its own."""
     storages = weakref.WeakSet()
 
-    def make(refresh=0.1, patience=0.25, port=server.port, **settings):
+    def make(refresh=0.1, patience=PATIENCE, port=server.port, **settings):
         client = closing(redis.Redis(port=port))
         state = settings.pop("state", "closed")
         settings.setdefault("namespace", namespace)
@@ -207,22 +209,20 @@ def test_a_new_process_starts_where_the_fleet_is(storage_of, write, key, state):
 def test_a_process_that_finds_no_redis_starts_where_it_was_told(fallback, storage_of):
     """It raises nothing, and does not wait."""
     began = time.monotonic()
-    storage = storage_of(
-        port=fleet.free_port(), fallback_circuit_state=fallback, patience=0.25
-    )
-    assert time.monotonic() - began < 2.0
+    storage = storage_of(port=fleet.free_port(), fallback_circuit_state=fallback)
+    assert time.monotonic() - began < PATIENCE / 2
     assert storage.state == fallback
 
 
 def test_a_process_waits_for_the_first_answer_only_so_long(server, storage_of):
     """Longer than it takes with Redis there, shorter than that is away."""
     began = time.monotonic()
-    assert storage_of(patience=20).state == "closed"
-    assert time.monotonic() - began < 10
+    assert storage_of(patience=PATIENCE).state == "closed"
+    assert time.monotonic() - began < PATIENCE / 2
     server.pause()
     began = time.monotonic()
     assert storage_of(patience=0.3, fallback_circuit_state="open").state == "open"
-    assert 0.25 < time.monotonic() - began < 2.0
+    assert 0.25 < time.monotonic() - began < PATIENCE / 2
     server.resume()
 
 
@@ -330,7 +330,7 @@ def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
     """Whatever they change: that is carried after them."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port, fail_max=8)
-    proxy.delay = 2.5
+    proxy.delay = PATIENCE
     began = time.monotonic()
     fail(breaker, 3)
     breaker.call(int)
@@ -340,7 +340,8 @@ def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
     breaker.call(int)
     breaker.open()
     breaker.snapshot(), repr(breaker)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < PATIENCE / 2
+    proxy.delay = 0.0
     until(lambda: key("state") == "open")
 
 
@@ -348,9 +349,10 @@ def test_a_quiet_process_looks_once_for_each_refresh(server, proxies, storage_of
     """In one round trip, or at most two."""
     proxy = proxies(server)
     storage = storage_of(port=proxy.port, refresh=0.2)
-    before = requests_of(proxy, idle=0.1)
-    time.sleep(2)
-    assert 5 <= proxy.requests - before <= 22
+    began, before = time.monotonic(), proxy.requests
+    until(lambda: proxy.requests - before >= 10)
+    made = proxy.requests - before
+    assert made <= 2 * ((time.monotonic() - began) / 0.2 + 2)
     assert storage.state == "closed"
 
 
@@ -445,21 +447,38 @@ def test_the_last_failure_opens_its_process_at_once_and_the_fleet_later(
     assert isinstance(fail(mine, 3), CircuitBreakerError)
     assert mine.current_state == "open"
     assert not succeeds(mine)
-    assert theirs.current_state == "closed"
-    never(lambda: key("state") == "open", within=0.5 - (time.monotonic() - began))
-    until(lambda: key("state") == "open", timeout=1.2 + 1)
-    until(lambda: theirs.current_state == "open", timeout=0.6 + 1)
+    never(
+        lambda: key("state") == "open" or theirs.current_state == "open",
+        within=0.6 - (time.monotonic() - began),
+    )
+    until(lambda: key("state") == "open")
+    until(lambda: theirs.current_state == "open")
     assert not succeeds(theirs)
+
+
+def trips_alone(mine, theirs, key, refresh):
+    """My trip is followed by their success, before the trip is `refresh` seconds old: if
+    the machine is too slow for that, they try again."""
+
+    def have_tried():
+        mine.close()
+        until(lambda: theirs.current_state == key("state") == "closed")
+        until(lambda: theirs.fail_counter == 0)
+        began = time.monotonic()
+        fail(mine, 3)
+        until(lambda: theirs.fail_counter == 3)
+        succeeds(theirs)
+        until(lambda: key("fail_counter") == "0" or key("state") == "open")
+        return time.monotonic() - began < refresh
+
+    until(have_tried)
 
 
 def test_a_success_elsewhere_keeps_the_fleet_closed(breaker_of, key):
     """The failures were one host's: only that one stays open, for its timeout."""
     mine = breaker_of(refresh=0.4, reset_timeout=1.5)
     theirs = breaker_of(refresh=0.02)
-    fail(mine, 3)
-    until(lambda: theirs.fail_counter == 3)
-    assert theirs.call(int) == 0
-    until(lambda: key("fail_counter") == "0")
+    trips_alone(mine, theirs, key, refresh=0.4)
     never(
         lambda: key("state") != "closed" or theirs.current_state != "closed",
         within=1.2,
@@ -472,11 +491,9 @@ def test_a_success_elsewhere_keeps_the_fleet_closed(breaker_of, key):
 
 def test_a_local_opening_is_left_by_a_trial_that_is_local(breaker_of, key):
     """A failed one opens the same process again, and no other."""
-    mine = breaker_of(refresh=0.1, reset_timeout=0.5)
+    mine = breaker_of(refresh=0.3, reset_timeout=0.5)
     theirs = breaker_of(refresh=0.02)
-    fail(mine, 3)
-    until(lambda: theirs.fail_counter == 3)
-    theirs.call(int)
+    trips_alone(mine, theirs, key, refresh=0.3)
     until(lambda: is_due(mine))
     fail(mine)
     assert mine.current_state == "open"
@@ -511,7 +528,7 @@ def test_moves_by_hand_are_announced_at_once(breaker_of, key, move, before, stat
     mine, theirs = breaker_of(refresh=60), breaker_of()
     getattr(mine, before)()
     getattr(mine, move)()
-    until(lambda: key("state") == state, timeout=5)
+    until(lambda: key("state") == state)
     until(lambda: theirs.current_state == state)
     if move == "close":
         assert key("fail_counter") in (None, "0")
@@ -549,8 +566,8 @@ def test_what_others_do_by_hand_is_told_here(breaker_of, recorder):
 def due_of(breaker_of, key, write, server):
     """Makes breakers that have found the fleet open, and its trial due."""
 
-    def make(reset_timeout=2, number=2, refresh=0.4, patience=1, **settings):
-        settings.update(refresh=refresh, patience=patience)
+    def make(reset_timeout=50, number=2, refresh=0.4, **settings):
+        settings.update(refresh=refresh)
         write(state="open", fail_counter=3, opened_at=int(server_time(server)) - 60)
         breakers = [
             breaker_of(reset_timeout=reset_timeout, **settings) for _ in range(number)
@@ -567,7 +584,7 @@ def test_a_trial_is_claimed_for_all_of_the_fleet(server, due_of, namespace, key)
     with server.watched() as commands, trial_in(mine):
         assert mine.current_state == "half-open"
         assert key("state") == "open"
-        assert 1000 < server.client.pttl(f"{namespace}:pybreaker:trial") <= 2000
+        assert 10_000 < server.client.pttl(f"{namespace}:pybreaker:trial") <= 50_000
         assert key("trial")
         for _ in range(3):
             with pytest.raises(CircuitBreakerError) as caught:
@@ -578,7 +595,7 @@ def test_a_trial_is_claimed_for_all_of_the_fleet(server, due_of, namespace, key)
     assert claim[0].upper() == "SET"
     assert claim[1] == f"{namespace}:pybreaker:trial"
     options = [word.upper() for word in claim[3:]]
-    assert sorted(options) == ["2000", "NX", "PX"]
+    assert sorted(options) == ["50000", "NX", "PX"]
     until(lambda: key("state") == "closed")
     until(lambda: theirs.current_state == "closed")
 
@@ -602,19 +619,22 @@ def test_a_trial_that_succeeds_is_released_after_the_state_is_written(
     assert key("fail_counter") == "0"
 
 
-def test_a_trial_that_fails_leaves_its_claim_to_lapse(server, due_of, namespace, key):
+def test_a_trial_that_fails_leaves_its_claim_to_lapse(
+    server, due_of, namespace, key, write
+):
     """So there is one trial for each timeout even where a view is stale."""
-    mine, theirs = due_of(reset_timeout=1.2)
+    mine, theirs = due_of()
     opened_at = key("opened_at")
     assert isinstance(fail(mine), CircuitBreakerError)
     until(lambda: key("opened_at") != opened_at)
     assert key("state") == "open"
-    ended = time.monotonic()
-    while server.client.pttl(f"{namespace}:pybreaker:trial") > 200:
-        assert not succeeds(mine)
-        assert not succeeds(theirs)
-        time.sleep(0.005)
-    assert time.monotonic() - ended > 0.5
+    claim = key("trial")
+    assert server.client.pttl(f"{namespace}:pybreaker:trial") > 10_000
+    assert not succeeds(mine)
+    write(opened_at=opened_at)  # when the next trial is due
+    until(lambda: is_due(theirs))
+    never(lambda: succeeds(theirs) or key("trial") != claim, within=0.5)
+    server.client.delete(f"{namespace}:pybreaker:trial")
     until(lambda: succeeds(theirs))
     until(lambda: mine.current_state == "closed")
 
@@ -646,18 +666,18 @@ def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
     (breaker,) = due_of(number=1, refresh=60)
     write(trial="somebody else's")
     with server.watched() as commands:
-        begin, rejected, elapsed = time.monotonic(), 0, 0.0
-        while elapsed < 1.0:
-            assert not succeeds(breaker)
-            rejected += 1
-            elapsed = time.monotonic() - begin  # more, on a busy machine
+        began = time.monotonic()
+        for _ in range(5):
+            for _ in range(50):
+                assert not succeeds(breaker)
+            time.sleep(0.1)
+        elapsed = time.monotonic() - began  # half a second, or more on a busy machine
     key = f"{namespace}:pybreaker:trial"
     asked = sum("NX" in map(str.upper, words) and key in words for words in commands)
-    assert rejected > 20
-    assert 3 <= asked <= elapsed / 0.1 + 1
+    assert 5 <= asked <= elapsed / 0.1 + 1
     assert len(commands) <= 12 * (asked + 1)
     server.client.delete(f"{namespace}:pybreaker:trial")
-    until(lambda: succeeds(breaker), timeout=2)
+    until(lambda: succeeds(breaker))
 
 
 def test_a_refused_call_is_rejected_as_any_other(due_of, write, recorder):
@@ -676,7 +696,7 @@ def test_a_claim_whose_answer_was_lost_is_known_as_ones_own(
 ):
     """The client asks again, and is refused because of itself."""
     proxy = proxies(server)
-    (breaker,) = due_of(number=1, refresh=60, patience=5, port=proxy.port)
+    (breaker,) = due_of(number=1, refresh=60, port=proxy.port)
     proxy.lose_answer_to(b"NX")
     with server.watched() as commands:
         assert breaker.call(int) == 0
@@ -695,7 +715,7 @@ def test_a_claim_is_given_back_where_the_trial_is_not_due_any_more(
     assert not succeeds(breaker)
     until(lambda: key("trial") is None)
     assert key("state") == "open"
-    assert 25 < breaker.retry_after <= 30
+    assert 0 < breaker.retry_after <= 30
 
 
 def test_a_claim_is_given_back_where_the_circuit_is_closed_meanwhile(
@@ -715,31 +735,34 @@ def test_without_an_answer_in_time_a_trial_is_granted(server, due_of):
     server.pause()
     began = time.monotonic()
     assert breaker.call(int) == 0
-    assert 0.2 < time.monotonic() - began < 5
+    assert 0.2 < time.monotonic() - began < PATIENCE / 2
     assert breaker.current_state == "closed"
 
 
 def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
     """They are rejected at once, and can look at the breaker."""
-    (breaker,) = due_of(number=1, patience=2.5, refresh=60)
+    (breaker,) = due_of(number=1, patience=2 * PATIENCE, refresh=60)
     server.pause()
     done = []
-    thread = threading.Thread(target=lambda: done.append(breaker.call(int)))
+    thread = threading.Thread(
+        target=lambda: done.append(breaker.call(int)), daemon=True
+    )
     thread.start()
     until(lambda: breaker.retry_after > 0)
     began = time.monotonic()
     for _ in range(20):
-        if not done:
-            assert not succeeds(breaker) or done
-            breaker.snapshot(), repr(breaker), breaker.current_state
-    assert time.monotonic() - began < 2
+        assert not succeeds(breaker)
+        breaker.snapshot(), repr(breaker), breaker.current_state
+    assert time.monotonic() - began < PATIENCE
+    assert done == []
+    server.resume()
     thread.join(PATIENCE)
     assert done == [0]
 
 
 def test_no_event_loop_stalls_while_a_trial_is_asked_for(server, due_of):
     """Async admission awaits the answer."""
-    (breaker,) = due_of(number=1, patience=0.5, refresh=60)
+    (breaker,) = due_of(number=1, patience=2 * PATIENCE, refresh=60)
     server.pause()
 
     async def main():
@@ -747,24 +770,36 @@ def test_no_event_loop_stalls_while_a_trial_is_asked_for(server, due_of):
             return "done"
 
         call = asyncio.ensure_future(breaker.call_async(work))
-        steps = 0
-        while not call.done():
+        began = time.monotonic()
+        for _ in range(10):
             await asyncio.sleep(0.01)
-            steps += 1
-        return await call, steps
+        assert breaker.retry_after > 0
+        assert not call.done()
+        assert time.monotonic() - began < PATIENCE
+        server.resume()
+        return await call
+
+    assert asyncio.run(main()) == "done"
+
+
+def test_no_event_loop_waits_longer_for_a_trial_than_its_patience(server, due_of):
+    """As no call does."""
+    (breaker,) = due_of(number=1, patience=0.3, refresh=60)
+    server.pause()
+
+    async def work():
+        return "done"
 
     began = time.monotonic()
-    result, steps = asyncio.run(main())
-    assert result == "done"
-    assert 0.4 < time.monotonic() - began < 5
-    assert steps > 10
+    assert asyncio.run(breaker.call_async(work)) == "done"
+    assert 0.2 < time.monotonic() - began < PATIENCE / 2
 
 
 def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_none(
     server, due_of, key
 ):
     """What is granted to nobody is given back."""
-    (breaker,) = due_of(number=1, patience=0.5, refresh=0.2, reset_timeout=60)
+    (breaker,) = due_of(number=1, refresh=0.2, reset_timeout=60)
     server.pause()
 
     async def work():
@@ -772,7 +807,8 @@ def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_none(
 
     async def main():
         call = asyncio.ensure_future(breaker.call_async(work))
-        await asyncio.sleep(0.05)
+        while breaker.retry_after == 0.0 and not call.done():
+            await asyncio.sleep(0.01)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -909,8 +945,8 @@ def test_a_circuit_that_was_half_opened_by_hand_has_one_trial(breaker_of, key):
 
 def test_the_age_of_an_opening_is_by_the_clock_of_redis(server, breaker_of, write):
     """What it says now, less when the circuit was opened."""
-    write(state="open", opened_at=int(server_time(server)) - 20)
-    assert 38 < breaker_of(reset_timeout=60).retry_after < 41
+    write(state="open", opened_at=int(server_time(server)) - 2000)
+    assert 3900 < breaker_of(reset_timeout=6000).retry_after < 4001
 
 
 def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
@@ -918,18 +954,28 @@ def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
     write(state="open", opened_at=int(server_time(server)) + 1000)
     breaker = breaker_of(reset_timeout=60, refresh=0.02)
     first = breaker.retry_after
-    assert 55 < first <= 60
-    until(lambda: breaker.retry_after < first - 0.5, timeout=10)
+    assert 0 < first <= 60
+    until(lambda: breaker.retry_after < first - 0.5)
 
 
-def test_the_rounding_does_not_make_the_own_timeout_longer(breaker_of):
+def test_the_rounding_does_not_make_the_own_timeout_longer(breaker_of, key):
     """The process that opened the circuit knows better than Redis."""
-    breaker = breaker_of(fail_max=1, reset_timeout=0.2, refresh=0.02)
+    breaker = breaker_of(fail_max=1, reset_timeout=60, refresh=0.02)
     for _ in range(3):
+        before = time.monotonic()
         fail(breaker)
-        began = time.monotonic()
-        until(lambda: succeeds(breaker), timeout=0.9)
-        assert time.monotonic() - began > 0.15
+        opened = time.monotonic()
+
+        def is_wrong():
+            at_most = 60 - (time.monotonic() - opened)  # noqa: B023
+            found = breaker.retry_after
+            at_least = 60 - (time.monotonic() - before)  # noqa: B023
+            return not at_least - 0.01 < found < at_most + 0.01
+
+        until(lambda: key("state") == "open")
+        never(is_wrong, within=0.2)
+        breaker.close()
+        until(lambda: key("state") == "closed")
 
 
 def test_the_clock_of_the_host_plays_no_part(breaker_of, monkeypatch, key, server):
@@ -947,10 +993,10 @@ def test_the_clock_of_the_host_plays_no_part(breaker_of, monkeypatch, key, serve
         monkeypatch.setattr(module, "datetime", Late)
     breaker.open()
     opened_at = int(until(lambda: key("opened_at")))
-    assert abs(opened_at - server_time(server)) < 5
+    assert abs(opened_at - server_time(server)) < 100
     time.sleep(0.2)
-    assert 55 < breaker.retry_after <= 60
-    assert 55 < breaker_of(reset_timeout=60).retry_after <= 60
+    assert 0 < breaker.retry_after <= 60
+    assert 0 < breaker_of(reset_timeout=60).retry_after <= 60
 
 
 @pytest.mark.parametrize("garbage", ["", "soon", "1.5e9", "-1", "nan", "9" * 40])
@@ -982,7 +1028,7 @@ def said(caplog, namespace):
 
 @pytest.mark.parametrize("how", ["cut", "swallow"])
 def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
-    server, proxies, breaker_of, said, how
+    server, proxies, breaker_of, said, how, silence, monkeypatch
 ):
     """Whether it refuses or is silent; calls go on as if each process were alone."""
     proxy = proxies(server)
@@ -997,6 +1043,7 @@ def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
     never(lambda: said() != ["WARNING"], within=0.5)
     proxy.heal()
     until(lambda: said() == ["WARNING", "INFO"])
+    stepwise.let_redis_be_silent(monkeypatch.setattr)
     never(lambda: said() != ["WARNING", "INFO"], within=0.3)
 
 
@@ -1077,7 +1124,9 @@ def test_what_is_no_text_is_mended_with_a_client_that_decodes(
 ):
     """Such a client would stumble over it in each exchange."""
     client = closing(redis.Redis(port=server.port, decode_responses=True))
-    storage = CircuitRedisStorage("closed", client, namespace, refresh=0.1, patience=1)
+    storage = CircuitRedisStorage(
+        "closed", client, namespace, refresh=0.1, patience=PATIENCE
+    )
     breaker = CircuitBreaker(reset_timeout=0.2, state_storage=storage)
     breaker.open()
     until(lambda: key("state") == "open")
@@ -1124,23 +1173,23 @@ def test_a_flush_changes_no_state(server, breaker_of, key, state):
     until(lambda: key("state") == state)
     if state == "open":
         until(lambda: key("opened_at"))
-        assert abs(int(key("opened_at")) - int(opened_at)) <= 1
+        assert abs(int(key("opened_at")) - int(opened_at)) <= 100
     for breaker in (mine, theirs):
         assert breaker.current_state == state
 
 
 def test_a_flush_does_not_make_a_timeout_longer(server, breaker_of, key, write):
     """What is put back is when the circuit was opened, not when it was flushed."""
-    breaker = breaker_of(reset_timeout=60)
+    breaker = breaker_of(reset_timeout=1000)
     breaker.open()
     until(lambda: key("state") == "open")
-    written = server_time(server) - 30
+    written = server_time(server) - 600
     write(opened_at=int(written))
-    until(lambda: breaker.retry_after < 40)
+    until(lambda: breaker.retry_after < 500)
     server.client.flushall()
     until(lambda: key("opened_at"))
-    assert abs(int(key("opened_at")) - written) <= 3
-    assert breaker.retry_after < 40
+    assert abs(int(key("opened_at")) - written) <= 100
+    assert breaker.retry_after < 500
 
 
 # Lifecycle
@@ -1159,7 +1208,7 @@ def test_a_storage_that_is_collected_ends_its_thread(breaker_of):
 
 
 def test_a_storage_can_be_collected_while_redis_is_silent(
-    server, proxies, breaker_of, said
+    server, proxies, breaker_of, said, silence
 ):
     """The thread ends when it has an answer: some clients wait for ever."""
     proxy = proxies(server)
@@ -1177,10 +1226,11 @@ def test_a_storage_can_be_collected_while_redis_is_silent(
 PRELUDE = """
 import gc, os, signal, sys, threading, time, warnings
 import redis
-import pybreaker
+import pybreaker, stepwise
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
-signal.alarm(20)  # what hangs is killed
+signal.alarm(60)  # what hangs is killed
+stepwise.let_redis_be_silent()  # or so may seem a machine that is busy
 port, namespace = int(sys.argv[1]), sys.argv[2]
 
 def boom():
@@ -1194,11 +1244,12 @@ def fail(breaker):
 
 def breaker_of(fail_max=100, reset_timeout=60, **settings):
     client = redis.Redis(port=port)
+    settings.setdefault("patience", 30)
     storage = CircuitRedisStorage("closed", client, namespace=namespace, **settings)
     return CircuitBreaker(fail_max, reset_timeout, state_storage=storage)
 
 def until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, "too late"
         time.sleep(0.005)
@@ -1207,7 +1258,7 @@ def fork(child):
     "Runs child() in a forked process and waits until that has ended well."
     pid = os.fork()
     if pid == 0:
-        signal.alarm(10)
+        signal.alarm(50)
         try:
             child()
         except BaseException:
@@ -1235,7 +1286,7 @@ def run(server, namespace):
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=2 * PATIENCE,
         )
         if ends_well:
             assert (done.returncode, done.stderr) == (0, "")
@@ -1285,7 +1336,7 @@ print(time.monotonic(), flush=True)
         process.stdin.flush()
         ended = float(process.stdout.readline())
         assert process.wait(PATIENCE) == 0
-        assert time.monotonic() - ended < 10  # some clients wait for ever
+        assert time.monotonic() - ended < 15  # some clients wait for ever
         assert "Traceback" not in process.stderr.read()
 
 
@@ -1369,10 +1420,10 @@ def test_a_fork_does_not_wait_for_redis(run, server, proxies, trouble):
             began = time.monotonic()
             fail(breaker)
             assert breaker.call(int) == 0
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 15
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        assert took < 3, took
+        assert took < 15, took
         """,
         port=proxy.port,
     )
@@ -1460,10 +1511,10 @@ def test_a_count_that_is_no_number_is_mended_when_a_failure_is_added(
 def test_a_courier_that_runs_is_not_started_twice(storage_of):
     """It may not have ended in time for a fork."""
     storage = storage_of()
-    count = threading.active_count()
+    before = set(threading.enumerate())
     with stepwise.gate():
         stepwise.courier_of(storage).start()
-    assert threading.active_count() == count
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("namespace", [b"bytes", 5])
