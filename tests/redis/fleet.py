@@ -326,6 +326,7 @@ class Arrival(NamedTuple):
     """A call that reached the service."""
 
     at: float  # by time.monotonic(), which all processes share
+    call_began: float
     pid: int
 
 
@@ -352,30 +353,32 @@ class Service:
 
     def _entries(self):
         for line in self.log.read_text().splitlines():
-            at, pid, what = line.split()
-            yield float(at), int(pid), what
+            at, call_began, pid, what = line.split()
+            yield Arrival(float(at), float(call_began), int(pid)), what
 
     @property
     def arrivals(self):
         """Everybody who came, in order."""
-        return [Arrival(at, pid) for at, pid, what in self._entries() if what == "in"]
+        return [arrival for arrival, what in self._entries() if what == "in"]
 
     def since(self, moment):
-        return [arrival for arrival in self.arrivals if arrival.at >= moment]
+        """Those whose calls have begun since then. Others may come later than that,
+        though they were admitted before."""
+        return [arrival for arrival in self.arrivals if arrival.call_began >= moment]
 
     def present(self, since=0.0):
         """The processes whose calls are here now."""
         pids = []
-        for at, pid, what in self._entries():
-            if at >= since:
+        for (_, call_began, pid), what in self._entries():
+            if call_began >= since:
                 pids.append(pid) if what == "in" else pids.remove(pid)
         return pids
 
-    def most_at_once(self, since, dead=()):
-        """The most calls that were here at a time, of processes that live."""
+    def most_at_once(self, since):
+        """The most calls that were here at a time."""
         here = most = 0
-        for at, pid, what in self._entries():
-            if at >= since and pid not in dead:
+        for (_, call_began, _), what in self._entries():
+            if call_began >= since:
                 here += 1 if what == "in" else -1
                 most = max(most, here)
         return most

@@ -52,7 +52,8 @@ def mode():
 
 
 def note(what):
-    line = f"{time.monotonic()} {os.getpid()} {what}\n"
+    """What has happened in a call, and when, and when the call had begun."""
+    line = f"{time.monotonic()} {inside.call_began} {os.getpid()} {what}\n"
     with open(Path(SETTINGS["service"], "log"), "a") as log:
         log.write(line)  # in one piece, as it is short
 
@@ -173,7 +174,8 @@ class Load:
             self.call()
 
     def call(self):
-        began, inside.seconds = time.monotonic(), 0.0
+        began = inside.call_began = time.monotonic()
+        inside.seconds = 0.0
         try:
             self._breaker.call(self._what)
             outcome = "ok"
@@ -258,6 +260,7 @@ class Commands:
         import asyncio
 
         async def main():
+            inside.call_began = time.monotonic()
             await asyncio.wait_for(self._breaker.call_async(ask_async), timeout)
 
         try:
@@ -294,6 +297,7 @@ class Commands:
         import asyncio
 
         while time.monotonic() < end:
+            inside.call_began = time.monotonic()
             with contextlib.suppress(Down, pybreaker.CircuitBreakerError):
                 await self._breaker.call_async(ask_async)
             await asyncio.sleep(0.005)
@@ -322,6 +326,9 @@ class Commands:
     def snapshot(self):
         return self._breaker.snapshot()
 
+    def put(self, name, value):
+        setattr(self._breaker, name, value)
+
     def do(self, move):
         getattr(self._breaker, move)()
 
@@ -347,6 +354,8 @@ def main(settings):
     if settings.get("clock"):
         shift_clock(settings["clock"])
     pybreaker = importlib.import_module("pybreaker")
+    if settings.get("unhurried"):
+        importlib.import_module("stepwise").let_redis_be_silent()
     commands = Commands()
     for line in sys.stdin:
         name, args, kwargs = json.loads(line)
