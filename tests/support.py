@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import time
 
 import pytest
 
@@ -20,6 +21,15 @@ BRIEF = os.environ.get("PYBREAKER_BRIEF") == "1"
 
 # Seconds that anybody waits in a test. Where many are to fail, it needn't be long.
 PATIENCE = float(os.environ.get("PYBREAKER_PATIENCE", 60 if DEEP else 30))
+
+
+def until(condition, patience=PATIENCE, pause=0.005):
+    """Waits until condition() is true, and returns what it was."""
+    end = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < end, f"it has not come true within {patience} s"
+        time.sleep(pause)
+    return found
 
 
 def drive(coroutine):

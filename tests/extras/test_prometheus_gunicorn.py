@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from readme_support import blocks_of
-from support import PATIENCE
+from support import PATIENCE, until
 
 pytest.importorskip("gunicorn")
 pytest.importorskip("prometheus_client")
@@ -119,15 +118,6 @@ def server(tmp_path):
         yield server
     finally:
         server.stop()
-
-
-def until(condition):
-    """What is true in the end."""
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it has not come true"
-        time.sleep(0.05)
-    return found
 
 
 def test_worker_that_was_killed_leaves_its_calls_and_not_its_circuit(server):

@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from support import PATIENCE
+from support import PATIENCE, until
 
 from pybreaker import CircuitBreaker
 
@@ -135,15 +135,6 @@ class Prometheus:
     def stop(self):
         self.process.terminate()
         self.process.wait(PATIENCE)
-
-
-def until(condition):
-    """What is true in the end."""
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it has not come true"
-        time.sleep(0.05)
-    return found
 
 
 @pytest.fixture

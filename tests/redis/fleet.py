@@ -21,24 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import PATIENCE
+from support import PATIENCE, until
 
 import pybreaker
 
 HERE = Path(__file__).resolve().parent
 
 names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
-
-
-def until(condition, timeout=PATIENCE, pause=0.005):
-    """Waits until condition() is true, and returns what it was."""
-    deadline = time.monotonic() + timeout
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {timeout} s"
-        time.sleep(pause)
 
 
 def never(condition, within, pause=0.005):

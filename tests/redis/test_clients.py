@@ -17,8 +17,8 @@ import redis.asyncio
 import stepwise
 import valkey
 import valkey.asyncio
-from fleet import ask_all, installed, until
-from support import PATIENCE
+from fleet import ask_all, installed
+from support import PATIENCE, until
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage

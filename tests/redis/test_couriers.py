@@ -12,11 +12,10 @@ import time
 import pytest
 import redis
 import stepwise
-from fleet import never, until
-from support import PATIENCE, fail
+from fleet import never
+from support import PATIENCE, fail, until
 
 from pybreaker import CircuitBreaker, CircuitRedisStorage
-
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 

@@ -7,8 +7,8 @@ import contextlib
 import time
 
 import pytest
-from fleet import about_redis, ask_all, said_of_redis, until
-from support import DEEP
+from fleet import about_redis, ask_all, said_of_redis
+from support import DEEP, until
 
 REFRESH = 0.15
 PATIENCE = 0.2

@@ -6,8 +6,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from fleet import about_redis, ask_all, exceptions, installed, never, until
-from support import DEEP, PATIENCE
+from fleet import about_redis, ask_all, exceptions, installed, never
+from support import DEEP, PATIENCE, until
 
 REFRESH = 0.25
 TIMEOUTS = [0.5, 1, 2, 5] if DEEP else [0.5, 1]

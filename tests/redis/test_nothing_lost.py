@@ -11,8 +11,7 @@ import time
 
 import pytest
 import redis
-from fleet import until
-from support import PATIENCE, fail
+from support import PATIENCE, fail, until
 
 from pybreaker import CircuitBreaker, CircuitRedisStorage
 

@@ -23,8 +23,8 @@ import pytest
 import redis
 import stepwise
 import trio
-from fleet import never, until
-from support import PATIENCE, Boom, boom, fail
+from fleet import never
+from support import PATIENCE, Boom, boom, fail, until
 
 import pybreaker
 import pybreaker_extras.redis
@@ -67,7 +67,7 @@ def storage_of(server, namespace, closing):
     server.resume()
     # What is left of a test would put its keys back where the next one begins.
     with contextlib.suppress(AssertionError):
-        until(lambda: gc.collect() is not None and not storages, timeout=2)
+        until(lambda: gc.collect() is not None and not storages, patience=2)
 
 
 @pytest.fixture
@@ -457,7 +457,7 @@ def test_the_last_failure_opens_its_process_at_once_and_the_fleet_later(
 
 
 def trips_alone(mine, theirs, key, refresh):
-    """My trip is followed by their success, before the trip is `refresh` seconds old: if
+    """Have mine trip, and theirs succeed before that is `refresh` seconds ago. Where
     the machine is too slow for that, they try again."""
 
     def have_tried():
