@@ -30,6 +30,7 @@ from readme_support import (
     run,
     source_of,
 )
+from support import PATIENCE
 
 import pybreaker
 
@@ -558,7 +559,7 @@ def test_storage_of_the_example_serves_all_threads(page):
 
     thread = threading.Thread(target=fail)
     thread.start()
-    thread.join(timeout=10)
+    thread.join(PATIENCE)
     assert (raised, weather.fail_counter) == ([OSError], 1)
 
 
@@ -727,13 +728,13 @@ def test_mailer_sends_from_another_thread(page):
     sent, may_send = queue.SimpleQueue(), threading.Event()
 
     def send(text):
-        assert may_send.wait(10)
+        assert may_send.wait(PATIENCE)
         sent.put(text)
 
     example.weather.add_listener(example.Mailer(send))
     example.weather.open()
     may_send.set()
-    assert sent.get(timeout=10) == "weather is open: by hand"
+    assert sent.get(timeout=PATIENCE) == "weather is open: by hand"
 
 
 # Why doesn't my breaker open?
@@ -879,7 +880,7 @@ def test_trap_of_retry_after_while_a_trial_runs(page, clock):
                 waits.set_result((error.retry_after, example.seconds_to_wait(error)))
 
         threading.Thread(target=be_rejected).start()
-        assert waits.result(10) == (60, 1)
+        assert waits.result(PATIENCE) == (60, 1)
 
 
 def test_trap_of_a_bug_in_a_trial_with_a_white_list(page):
@@ -901,7 +902,7 @@ def test_trap_of_a_guarded_handler(page, service):
     try:
         example = page.run("trouble", "A thread hangs when the circuit opens")
         example.weather.open()
-        assert example.records.get(timeout=10).getMessage() == "weather is open"
+        assert example.records.get(timeout=PATIENCE).getMessage() == "weather is open"
         assert service.requests == []
     finally:
         logging.getLogger("alerts").handlers.clear()

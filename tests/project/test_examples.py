@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -27,17 +28,39 @@ NEXT_STATES = {
 }
 
 
+def run_undisturbed(command, **options):
+    """Run an example, which tells how long things take; run it again if the machine has
+    held this process up meanwhile, and probably the example's, too."""
+    for _ in range(3):
+        lateness, over = [0.0], threading.Event()
+
+        def sleep(lateness=lateness, over=over):
+            while not over.is_set():
+                began = time.monotonic()
+                time.sleep(0.01)
+                lateness.append(time.monotonic() - began - 0.01)
+
+        thread = threading.Thread(target=sleep, daemon=True)
+        thread.start()
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=120, **options)
+        finally:
+            over.set()
+            thread.join()
+        if max(lateness) < 0.2:
+            break
+    return done
+
+
 def run_outage(directory, *options):
     """One fast run of outage.py: nothing installed, in another directory, with
     proxies set that nobody runs, every warning an error, into a pipe."""
     proxies = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
     python = [sys.executable, "-I", "-S", "-X", "dev", "-W", "error"]
-    return subprocess.run(
+    return run_undisturbed(
         [*python, OUTAGE, "--fast", *options],
         cwd=directory,
         env={**os.environ, **dict.fromkeys(proxies, "http://127.0.0.1:9")},
-        capture_output=True,
-        timeout=120,
     )
 
 
@@ -318,12 +341,8 @@ def where_servers_are():
 def fleets(where_servers_are):
     """One fast run of fleet.py. The last of its processes closes standard error,
     so this also waits for the end of all that it has started."""
-    return subprocess.run(
-        [sys.executable, "-X", "dev", FLEET, "--fast"],
-        env=where_servers_are,
-        capture_output=True,
-        timeout=120,
-        text=True,
+    return run_undisturbed(
+        [sys.executable, "-X", "dev", FLEET, "--fast"], env=where_servers_are, text=True
     )
 
 

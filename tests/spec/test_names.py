@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 from freezegun import freeze_time
+from support import PATIENCE
 
 import pybreaker
 from pybreaker import (
@@ -985,7 +986,7 @@ def test_a_method_that_is_set_on_a_state_object_is_asked(hook, func, fail, boom)
 
 def start_threads(target, n):
     """Runs the target in so many threads, all at once, to their end."""
-    barrier = threading.Barrier(n, timeout=10)
+    barrier = threading.Barrier(n, timeout=PATIENCE)
 
     def run():
         barrier.wait()
@@ -993,7 +994,7 @@ def start_threads(target, n):
 
     with ThreadPoolExecutor(n) as pool:
         for future in [pool.submit(run) for _ in range(n)]:
-            future.result(30)
+            future.result(PATIENCE)
 
 
 def test_failures_are_not_lost_to_a_slow_counter(fail, boom):
@@ -1068,7 +1069,7 @@ def test_a_storage_whose_counter_is_slow_does_not_lose_a_success(fail, boom):
             breaker.call(fail)
 
     start_threads(failing, 8)
-    assert started.wait(10)
+    assert started.wait(PATIENCE)
     breaker.call(int)
     assert breaker.fail_counter == 0
 

@@ -236,26 +236,28 @@ def test_circuit_is_held_open_for_a_maintenance_window_and_let_go(clock):
     """While eight threads keep calling: in the window not one call gets through,
     however long it lasts; afterwards a trial brings the circuit back."""
     weather = CircuitBreaker(name="weather")
-    ran, rejected = threading.Semaphore(0), threading.Semaphore(0)
-    done = threading.Event()
+    ran, done = threading.Semaphore(0), threading.Event()
+    rejected = [threading.Semaphore(0) for _ in range(8)]  # for each thread
     ran_at_all = []
 
     def forecast():
         ran_at_all.append(None)
         ran.release()
 
-    def load():
+    def load(rejected):
         while not done.wait(0.001):
             try:
                 weather.call(forecast)
             except pybreaker.CircuitBreakerError:
                 rejected.release()
 
-    def wait_for_rejections(number):
-        for _ in range(number):
-            assert rejected.acquire(timeout=PATIENCE)
+    def wait_for_rejections():
+        for each in rejected * 50:
+            assert each.acquire(timeout=PATIENCE)
 
-    threads = [threading.Thread(target=load, daemon=True) for _ in range(8)]
+    threads = [
+        threading.Thread(target=load, args=[each], daemon=True) for each in rejected
+    ]
     prompt = Prompt(weather=weather, math=math)
     for thread in threads:
         thread.start()
@@ -263,10 +265,10 @@ def test_circuit_is_held_open_for_a_maintenance_window_and_let_go(clock):
         assert ran.acquire(timeout=PATIENCE)
         prompt.type("weather.reset_timeout = math.inf")
         assert prompt.type("weather.open()") == "True\n"
-        wait_for_rejections(50 * len(threads))  # what was on its way has ended
+        wait_for_rejections()  # what was on its way in any thread has ended
         before = len(ran_at_all)
         clock.advance(10**9)
-        wait_for_rejections(50 * len(threads))
+        wait_for_rejections()
         assert prompt.type("weather.current_state") == "'open'\n"
         assert len(ran_at_all) == before
 

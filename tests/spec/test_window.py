@@ -1065,6 +1065,16 @@ def kept_by_the_library(grow):
         tracemalloc.stop()
 
 
+def assert_nothing_grows(little, much):
+    """Doing much keeps as little as doing little. What Python frees later or a table
+    that grows just then may disturb that at one time, and not each time."""
+    for _ in range(3):
+        few, many = kept_by_the_library(little), kept_by_the_library(much)
+        if many - few < 5000:
+            return
+    pytest.fail(f"{many - few} bytes more are kept")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -1086,9 +1096,7 @@ def test_no_more_is_kept_than_is_remembered(clock, settings):
             if breaker.window_size == 4:
                 succeed(breaker, 4)
 
-    few = kept_by_the_library(lambda: grow(20))
-    many = kept_by_the_library(lambda: grow(1000))
-    assert many - few < 5000
+    assert_nothing_grows(lambda: grow(20), lambda: grow(1000))
     assert breaker.current_state == "closed"
 
 
@@ -1096,10 +1104,8 @@ def test_a_window_that_was_switched_off_keeps_nothing():
     """A thousand failures in a row cost no more than ten."""
     breaker = CircuitBreaker(fail_max=math.inf, window_seconds=5)
     breaker.window_seconds = None
-    few = kept_by_the_library(lambda: fail(breaker, 10))
-    many = kept_by_the_library(lambda: fail(breaker, 1000))
-    assert breaker.fail_counter == 1010
-    assert many - few < 5000
+    assert_nothing_grows(lambda: fail(breaker, 10), lambda: fail(breaker, 1000))
+    assert breaker.fail_counter >= 1010
 
 
 # Threads.
