@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 
+import pytest
 from support import drive
 
 
@@ -79,3 +80,17 @@ def by_async_block(breaker, work, run=drive):
             return work()
 
     return run(block())
+
+
+WAYS = [
+    by_call,
+    by_decorator,
+    by_block,
+    by_generator,
+    by_coroutine,
+    by_call_async,
+    by_iterable_coroutine,
+    by_async_generator,
+    by_async_block,
+]
+every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

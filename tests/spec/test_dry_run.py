@@ -12,19 +12,6 @@ from support import Boom, boom, fail, while_locked
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
-WAYS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
-every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-
 
 class Events:
     """The names of the events that are told."""
@@ -58,7 +45,7 @@ def elsewhere(breaker, func=int):
     return contextvars.Context().run(breaker.call, func)
 
 
-@every_way
+@guards.every_way
 def test_a_call_that_would_be_rejected_runs_and_decides_nothing(way, events):
     """It is told as rejected, then as others are."""
     breaker = CircuitBreaker(dry_run=True, listeners=[events])
@@ -75,7 +62,7 @@ def test_a_call_that_would_be_rejected_runs_and_decides_nothing(way, events):
     assert (breaker.fail_counter, breaker.success_counter) == (0, 0)
 
 
-@every_way
+@guards.every_way
 def test_the_failure_that_opens_the_circuit_raises_what_the_function_raised(
     way, events
 ):
@@ -94,7 +81,7 @@ def test_the_failure_that_opens_the_circuit_raises_what_the_function_raised(
     assert breaker.state.reason == "2 failures in a row; the last: Boom()"
 
 
-@every_way
+@guards.every_way
 def test_a_trial_runs_as_a_trial(way, events):
     """It takes the place, and closes the circuit or opens it again."""
     breaker = CircuitBreaker(dry_run=True, listeners=[events])

@@ -16,18 +16,6 @@ REJECTED = "Timeout not elapsed yet, circuit breaker still open"
 TRIPPED = "Failures threshold reached, circuit breaker opened"
 TRIAL_FAILED = "Trial call failed, circuit breaker opened"
 
-GUARDS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
-
 
 def rejected(breaker, guard=guards.by_call):
     breaker.open()
@@ -69,7 +57,7 @@ PHRASES = {
 PROVOCATIONS = pytest.mark.parametrize("provoke", list(PHRASES))
 
 
-@every(provoke=list(PHRASES), guard=GUARDS)
+@every(provoke=list(PHRASES), guard=guards.WAYS)
 def test_the_one_argument_of_the_error_is_the_phrase(provoke, guard):
     """Code in the field compares args[0] with it, and groups reports by args."""
     error = provoke(CircuitBreaker(name="db"), guard)

@@ -14,18 +14,6 @@ from support import every
 
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-GUARDS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
-
 
 class NotFound(Exception):
     """The customer asked for something that the service does not have."""
@@ -114,7 +102,7 @@ def test_a_failure_among_the_leaves_outweighs_a_success_and_that_an_abandoned_on
     assert outcome(breaker, recorder, exc) == expected
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("guard", guards.WAYS)
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [

@@ -17,17 +17,6 @@ from pybreaker import (
     CircuitOpenState,
 )
 
-GUARDS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
 STATES = [CircuitClosedState, CircuitHalfOpenState]
 NAMES = {
     CircuitClosedState: "closed",
@@ -96,7 +85,7 @@ def raised_by(guard, breaker, work):
     hook=["before_call", "on_success", "_handle_success"],
     put_in=WAYS_IN,
     base=STATES,
-    guard=GUARDS,
+    guard=guards.WAYS,
 )
 def test_a_method_that_hears_of_successes_is_asked_once_by_every_way_to_guard(
     hook, put_in, base, guard, monkeypatch, recorder
@@ -119,7 +108,7 @@ def test_a_method_that_hears_of_successes_is_asked_once_by_every_way_to_guard(
     hook=["before_call", "on_failure", "_handle_error"],
     put_in=WAYS_IN,
     base=STATES,
-    guard=GUARDS,
+    guard=guards.WAYS,
 )
 def test_a_method_that_hears_of_failures_is_asked_once_by_every_way_to_guard(
     hook, put_in, base, guard, monkeypatch, recorder
@@ -168,7 +157,7 @@ def closed_for_maintenance(base):
     return UnderMaintenance
 
 
-@pairwise(put_in=WAYS_IN, base=STATES, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_a_before_call_that_raises_keeps_the_function_from_running(
     put_in, base, guard, monkeypatch
 ):
@@ -221,7 +210,7 @@ def forgiving(base):
     return Forgiving
 
 
-@pairwise(put_in=WAYS_IN, base=STATES, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_a_handle_error_that_keeps_an_exception_to_itself_has_it_uncounted(
     put_in, base, guard, monkeypatch
 ):
@@ -256,7 +245,7 @@ def cautious(base):
     return Cautious
 
 
-@pairwise(put_in=WAYS_IN, base=STATES, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_a_handle_success_that_keeps_a_success_to_itself_has_it_ignored(
     put_in, base, guard, monkeypatch
 ):
@@ -271,7 +260,7 @@ def test_a_handle_success_that_keeps_a_success_to_itself_has_it_ignored(
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
 
 
-@pairwise(put_in=WAYS_IN, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, guard=guards.WAYS)
 def test_an_on_success_of_ones_own_decides_when_the_circuit_closes(
     put_in, guard, monkeypatch
 ):
@@ -294,7 +283,7 @@ def test_an_on_success_of_ones_own_decides_when_the_circuit_closes(
     assert breaker.current_state == "closed"
 
 
-@pairwise(put_in=WAYS_IN, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, guard=guards.WAYS)
 def test_an_on_failure_of_ones_own_decides_when_the_circuit_opens(
     put_in, guard, monkeypatch
 ):
@@ -316,7 +305,7 @@ def test_an_on_failure_of_ones_own_decides_when_the_circuit_opens(
     assert breaker.current_state == "open"
 
 
-@pairwise(put_in=WAYS_IN, base=STATES, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_an_excluded_exception_reaches_handle_success(put_in, base, guard, monkeypatch):
     """It is a success, whichever method a state has for one."""
     heard = []
@@ -334,7 +323,7 @@ SETTLING = ["_handle_success", "_handle_error"]
     hook=SETTLING,
     put_in=WAYS_IN,
     base=STATES,
-    guard=GUARDS,
+    guard=guards.WAYS,
     error=[KeyboardInterrupt, SystemExit],
 )
 def test_an_abandoned_call_is_not_put_before_the_state(
@@ -353,7 +342,7 @@ def test_an_abandoned_call_is_not_put_before_the_state(
     assert (breaker.current_state, breaker.retry_after) == (NAMES[base], 0)
 
 
-@pairwise(hook=SETTLING, put_in=WAYS_IN, base=STATES, guard=GUARDS)
+@pairwise(hook=SETTLING, put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_a_late_call_is_not_put_before_the_state_that_admitted_it(
     hook, put_in, base, guard, monkeypatch
 ):
@@ -373,7 +362,7 @@ def test_a_late_call_is_not_put_before_the_state_that_admitted_it(
     assert breaker.current_state == "open"
 
 
-@pairwise(hook=SETTLING, put_in=WAYS_IN, guard=GUARDS)
+@pairwise(hook=SETTLING, put_in=WAYS_IN, guard=guards.WAYS)
 def test_a_call_within_a_trial_is_not_put_before_the_state(
     hook, put_in, guard, monkeypatch
 ):
@@ -398,7 +387,7 @@ def test_a_call_within_a_trial_is_not_put_before_the_state(
     hook=["on_success", "on_failure", *SETTLING],
     put_in=WAYS_IN,
     base=STATES,
-    guard=GUARDS,
+    guard=guards.WAYS,
 )
 def test_a_method_that_breaks_is_heard_of_and_keeps_no_place(
     hook, put_in, base, guard, monkeypatch
@@ -422,7 +411,7 @@ def test_a_method_that_breaks_is_heard_of_and_keeps_no_place(
 # An open state: there is only its gate.
 
 
-@pairwise(put_in=WAYS_IN, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, guard=guards.WAYS)
 def test_an_open_state_may_reject_in_its_own_words(put_in, guard, monkeypatch):
     """As programs do that answer with an exception of their own."""
 
@@ -441,7 +430,7 @@ def test_an_open_state_may_reject_in_its_own_words(put_in, guard, monkeypatch):
     assert breaker.current_state == "open"
 
 
-@pairwise(put_in=WAYS_IN, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, guard=guards.WAYS)
 def test_the_gate_of_an_open_state_may_leave_everything_to_the_library(
     put_in, guard, monkeypatch, clock, recorder
 ):
@@ -461,7 +450,7 @@ def test_the_gate_of_an_open_state_may_leave_everything_to_the_library(
     assert recorder.transitions == [("open", "half-open"), ("half-open", "closed")]
 
 
-@pairwise(put_in=WAYS_IN, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, guard=guards.WAYS)
 def test_an_open_state_may_refuse_the_trial(put_in, guard, monkeypatch, clock):
     """The function does not run, and no place is kept."""
     cls, ran = closed_for_maintenance(CircuitOpenState), []
@@ -480,7 +469,7 @@ def test_an_open_state_may_refuse_the_trial(put_in, guard, monkeypatch, clock):
 # What a state has beside these.
 
 
-@pairwise(put_in=WAYS_IN, base=STATES, guard=GUARDS)
+@pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_call_of_a_state_is_not_asked_by_guarded_calls(
     put_in, base, guard, monkeypatch
 ):

@@ -10,18 +10,6 @@ from support import Boom, boom, fail
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
-GUARDS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
-
 
 def due(**settings):
     """A breaker that two trials must close, and whose next call is the first."""
@@ -35,7 +23,7 @@ def counts(breaker):
     return breaker.current_state, breaker.fail_counter, breaker.success_counter
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("guard", guards.WAYS)
 def test_the_first_of_two_successful_trials_forgets_the_failures(guard):
     """And the second closes the circuit."""
     breaker = due()
@@ -45,7 +33,7 @@ def test_the_first_of_two_successful_trials_forgets_the_failures(guard):
     assert breaker.current_state == "closed"
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("guard", guards.WAYS)
 def test_a_trial_that_fails_after_one_that_succeeded_is_the_only_failure(guard):
     """It counts as one more failure, from 0."""
     breaker = due()

@@ -15,19 +15,6 @@ from support import PATIENCE, fail, name_of, while_locked
 
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
-WAYS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
-every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-
 
 def raising(exc):
     def raise_it():
@@ -105,7 +92,7 @@ def test_an_exception_is_judged_in_this_order(settings, expected, later):
     assert outcome(breaker, FileNotFoundError(2, "gone")) == expected
 
 
-@every_way
+@guards.every_way
 @pytest.mark.parametrize(
     "settings, expected",
     [
@@ -122,7 +109,7 @@ def test_every_way_to_guard_judges_alike(way, settings, expected):
     assert outcome(CircuitBreaker(**settings), OSError(), way) == expected
 
 
-@every_way
+@guards.every_way
 def test_an_ignored_exception_counts_nothing_in_a_closed_circuit(way):
     """It forgets no failure, and adds none."""
     breaker = CircuitBreaker(ignore=[KeyError])
@@ -377,7 +364,7 @@ def test_is_system_error_answers_for_exclude_and_include():
     assert breaker.is_system_error(OSError())
 
 
-@every_way
+@guards.every_way
 def test_a_subclass_that_judges_itself_is_asked_where_nothing_is_set(way):
     """Its `is_system_error` alone says what is a failure."""
 

@@ -18,19 +18,6 @@ from support import DEEP, PATIENCE, at_once, boom, fail, locks_taken, while_lock
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitMemoryStorage
 
-WAYS = [
-    guards.by_call,
-    guards.by_decorator,
-    guards.by_block,
-    guards.by_generator,
-    guards.by_coroutine,
-    guards.by_call_async,
-    guards.by_iterable_coroutine,
-    guards.by_async_generator,
-    guards.by_async_block,
-]
-every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-
 
 def succeed(breaker, times=1):
     for _ in range(times):
@@ -70,7 +57,7 @@ def test_without_a_window_time_forgets_nothing(clock):
 # A window of calls.
 
 
-@every_way
+@guards.every_way
 def test_in_a_window_of_calls_a_success_forgets_no_failure_by_itself(way):
     """A failure is forgotten when `window_size` calls were counted after it."""
     breaker = CircuitBreaker(fail_max=2, window_size=4)
@@ -83,7 +70,7 @@ def test_in_a_window_of_calls_a_success_forgets_no_failure_by_itself(way):
     assert counts == [1, 1, 1, 0]
 
 
-@every_way
+@guards.every_way
 def test_excluded_exceptions_count_as_calls(way):
     """They are successes, and push failures out of the window."""
     breaker = CircuitBreaker(fail_max=2, window_size=2, exclude=[KeyError])
@@ -950,7 +937,7 @@ def test_failures_that_a_listener_causes_bring_the_count_no_higher_than_the_limi
     ],
     ids=str,
 )
-@every_way
+@guards.every_way
 def test_no_lock_is_taken_while_no_failure_is_remembered(way, window):
     """Whatever the window, a call ends while another thread holds the lock."""
     breaker = CircuitBreaker(**window)
@@ -960,7 +947,7 @@ def test_no_lock_is_taken_while_no_failure_is_remembered(way, window):
     assert while_locked(breaker, way, breaker, lambda: "result") == "result"
 
 
-@every_way
+@guards.every_way
 def test_a_success_takes_the_lock_only_where_a_failure_is_forgotten(way):
     """Of four successes after a failure, the fourth."""
     breaker = CircuitBreaker(fail_max=3, window_size=4)
@@ -972,7 +959,7 @@ def test_a_success_takes_the_lock_only_where_a_failure_is_forgotten(way):
     assert locks_taken(breaker, way, breaker, int) == 0
 
 
-@every_way
+@guards.every_way
 def test_a_listener_hears_of_each_success_whether_that_forgets_a_failure_or_not(way):
     """Of four successes after a failure, of which the last forgets that failure."""
     heard = []
