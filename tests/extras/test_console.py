@@ -528,7 +528,9 @@ def test_console_keeps_no_mapping_of_breakers_from_making_room(serve):
     for number in range(10):
         hosts[number].call(int)
         client.get("/breakers")
-        assert len(hosts[number].listeners) == 1
+        # A console of all breakers, which another test has left, may listen as well.
+        own = client.console.watches().values()
+        assert [each in own for each in hosts[number].listeners].count(True) == 1
     assert len(hosts) == 2
     gc.collect()
     assert len(client.get("/breakers").json()) == 2
@@ -1301,7 +1303,7 @@ assert threading.active_count() == 2
 """
     command = [sys.executable, "-c", script]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, check=True, timeout=PATIENCE, env=env)
+    subprocess.run(command, check=True, timeout=4 * PATIENCE, env=env)
 
 
 # Dead data looks dead

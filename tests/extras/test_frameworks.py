@@ -30,7 +30,7 @@ def play(tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=4 * PATIENCE,
         )
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()

@@ -1112,7 +1112,7 @@ def test_the_module_loads_no_client_before_it_is_asked_for():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=4 * PATIENCE,
     )
     assert output.stdout == "[]\n", output.stderr
 

@@ -890,7 +890,7 @@ def test_scrape_has_nothing_that_promtool_complains_of(weather, scrape, fail):
         input=scrape().text,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=4 * PATIENCE,
     )
     assert (lint.returncode, lint.stdout, lint.stderr) == (0, "", "")
 
@@ -953,7 +953,7 @@ def run(code, **environment):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=4 * PATIENCE,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout

@@ -165,6 +165,6 @@ def test_prometheus_understands_every_query(tmp_path):
         ["promtool", "check", "rules", str(file)],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=4 * PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr

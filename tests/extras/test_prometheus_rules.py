@@ -142,7 +142,7 @@ def check(world, tmp_path):
             ["promtool", "test", "rules", str(file)],
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=4 * PATIENCE,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
