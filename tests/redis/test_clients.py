@@ -57,8 +57,9 @@ def calls_are_shared(mine, theirs):
     soon(lambda: mine.retry_after == theirs.retry_after == 0.0)
 
     def work():
-        with pytest.raises(CircuitBreakerError):
+        with pytest.raises(CircuitBreakerError) as rejected:
             theirs.call(boom)
+        assert rejected.value.__cause__ is None  # `boom` did not run
         return "done"
 
     assert mine.call(work) == "done"

@@ -230,7 +230,7 @@ def test_everything_can_be_read_and_set_while_a_call_is_in_flight(boom):
     assert picture == (2, 0, 3, 7, 4, "db", "closed", "closed", (), (), 0.0)
     assert isinstance(outcome[0], CircuitBreakerError)  # the third of three
     assert "db" in str(outcome[0])
-    assert outcome[0].retry_after == pytest.approx(7, abs=1)
+    assert 0 < outcome[0].retry_after <= 7
 
 
 # retry_after.
