@@ -243,9 +243,12 @@ def test_an_open_circuit_outlives_a_fault(scene, fault, service, namespace, serv
     begun, arrived = time.monotonic(), len(service.arrivals)
     while time.monotonic() < begun + 1.0:
         assert "closed" not in scene.states()
-    # One trial for each timeout, and one that was under way in each process.
+    # One trial for each timeout, and one that was under way in each process. On a
+    # machine that is busy, a process may have lost Redis once more, and be alone.
     made, elapsed = len(service.arrivals) - arrived, time.monotonic() - begun
-    assert made <= elapsed / 0.5 + 2
+    lost = [about_redis(worker).count("WARNING") for worker in scene.workers]
+    circuits = 2 if max(lost) > bool(scene.fault.away) else 1
+    assert made <= circuits * elapsed / 0.5 + 2
     service.mode = "up"
     scene.all_are("closed")
     scene.judge()
