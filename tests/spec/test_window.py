@@ -148,17 +148,21 @@ def test_a_failure_is_forgotten_so_many_seconds_after_it_was_counted(clock):
     assert breaker.fail_counter == 0
 
 
-def test_the_newest_failures_stand_where_other_code_has_lowered_the_count(clock):
-    """Of three failures the storage has only one left, which is the last."""
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_newest_failures_stand_where_other_code_has_lowered_the_count(clock, more):
+    """Of four failures the storage has only one left, which is the last."""
     breaker = CircuitBreaker(fail_max=9, window_seconds=30)
-    for _ in range(3):
+    for _ in range(4):
+        clock.advance(5)
         fail(breaker)
-        clock.advance(10)
     breaker._state_storage.counter = 1
-    clock.advance(19.5)
-    assert breaker.fail_counter == 1
+    clock.advance(5)
+    fail(breaker, more)
+    assert breaker.fail_counter == 1 + more
+    clock.advance(24.5)
+    assert breaker.fail_counter == 1 + more
     clock.advance(0.5)
-    assert breaker.fail_counter == 0
+    assert breaker.fail_counter == more
 
 
 def test_what_time_has_forgotten_opens_nothing(clock):
