@@ -1313,10 +1313,10 @@ class CircuitBreaker:
             move.seconds = seconds
             move.reason = reason or move.reason
             move.fail_max = self._fail_max
-            # Not only from this era: another breaker may have moved the storage since.
+            # Another breaker may have moved the storage since this era began.
             move.follow(self._found_move() or self._era._move)
             if self._has_window():
-                self._era._forget()  # time forgets nothing in the other states
+                self._era._forget()  # only a closed circuit forgets with time
             if name == STATE_CLOSED:
                 self._storage.reset_counter()
             if move.by != "trial":
@@ -2053,7 +2053,7 @@ class _Trial:
     __slots__ = ("since", "claimed", "begun", "over", "_breaker")
 
     def __init__(self, breaker: CircuitBreaker) -> None:
-        self.since: float = time.monotonic()  # before the storage was asked
+        self.since: float = time.monotonic()  # before the storage is asked
         self.claimed: bool = False  # whether the storage's claim must be released
         self.begun: bool = False  # whether the storage has granted the trial
         self.over: bool = False  # whether no call can be within the trial any more
@@ -2658,7 +2658,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
         self._state = _checked_state("state", state)
         self._fail_counter = 0
         self._success_counter = 0
-        self._opening = _NEVER  # all share this one, as memory matters here
+        self._opening = _NEVER  # one tuple for all storages, to save memory
         self._last_move: Any = None
 
     def increment_counter(self) -> None:

@@ -225,7 +225,8 @@ def measure_settings(library, options):
         breaker = library.breaker(**settings)
         w = library.decorate(breaker, fail)
         plain = timer(CATCH, bare(fail), expected=Boom)
-        # A window that opens the circuit remembers no more than some hundred failures.
+        # Each sample begins with an empty window: a window in use remembers fewer
+        # failures than fail_max, and not all of a benchmark.
         names = {"expected": Boom, "breaker": breaker}
         return plain, timer(CATCH, w, "breaker.close()", **names)
 

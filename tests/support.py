@@ -24,7 +24,7 @@ PATIENCE = float(os.environ.get("PYBREAKER_PATIENCE", 60 if DEEP else 30))
 
 
 def until(condition, patience=PATIENCE, pause=0.005):
-    """Waits until condition() is true, and returns what it was."""
+    """Waits until condition() is true, and returns what condition() returned."""
     end = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < end, f"it has not come true within {patience} s"

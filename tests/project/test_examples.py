@@ -29,8 +29,9 @@ NEXT_STATES = {
 
 
 def run_undisturbed(command, **options):
-    """Run an example, which tells how long things take; run it again if the machine has
-    held this process up meanwhile, and probably the example's, too."""
+    """Run an example that prints how long calls take. If this process was held up for
+    0.2 seconds meanwhile, so was the example probably: then the example runs again, at
+    most three times."""
     for _ in range(3):
         lateness, over = [0.0], threading.Event()
 

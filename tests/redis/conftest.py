@@ -78,7 +78,7 @@ def closing():
 
 @pytest.fixture
 def unhurried(monkeypatch):
-    """A machine that holds this process up does not seem to have lost Redis."""
+    """No courier takes Redis for lost because a busy machine delays an answer."""
     with monkeypatch.context() as patch:
         stepwise.let_redis_be_silent(patch.setattr)
         yield patch
@@ -86,7 +86,7 @@ def unhurried(monkeypatch):
 
 @pytest.fixture
 def silence(unhurried):
-    """A courier notices all the same that Redis is silent."""
+    """Undoes `unhurried`: a courier notices that Redis is silent."""
     unhurried.undo()
 
 

@@ -31,8 +31,8 @@ names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
 
 
 def never(condition, within, pause=0.005):
-    """Makes sure that condition() stays false for so many seconds. What is found later,
-    as the machine was busy, says nothing."""
+    """Makes sure that condition() stays false for `within` seconds. An answer that a
+    busy machine gives later than that does not count."""
     deadline = time.monotonic() + within
     while True:
         found = condition()
@@ -351,8 +351,8 @@ class Service:
         return [arrival for arrival, what in self._entries() if what == "in"]
 
     def since(self, moment):
-        """Those whose calls have begun since then. Others may come later than that,
-        though they were admitted before."""
+        """The arrivals whose calls began at `moment` or later. A call that was admitted
+        before may arrive after `moment`, and is left out."""
         return [arrival for arrival in self.arrivals if arrival.call_began >= moment]
 
     def present(self, since=0.0):
@@ -364,7 +364,7 @@ class Service:
         return pids
 
     def most_at_once(self, since):
-        """The most calls that were here at a time."""
+        """The greatest number of calls that were in the service at one time."""
         here = most = 0
         for (_, call_began, _), what in self._entries():
             if call_began >= since:

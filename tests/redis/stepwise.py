@@ -116,7 +116,7 @@ def carry_by_hand(monkeypatch):
 
 
 def let_redis_be_silent(setattr=setattr):
-    """No courier takes Redis for away because an answer takes its time."""
+    """From now on no courier takes Redis for lost because an answer is late."""
     setattr(LibrarysCourier, "_notice_silence", lambda self: None)
 
 

@@ -51,7 +51,7 @@ def couriers():
 
 
 def circuits_asked_for(server, namespace):
-    """The numbers of the circuits that commands are about, for some refreshes."""
+    """The numbers of the circuits that couriers ask about during some refreshes."""
     with server.watched() as commands:
         time.sleep(0.5)
     return circuits_in(commands, namespace)
@@ -88,7 +88,7 @@ def test_circuits_without_calls_make_one_round_trip_for_each_refresh(server, cir
     asked = itertools.count()
 
     def reads():
-        """Those that were not made for this question."""
+        """How many reads the server has processed, without those of this function."""
         stats = server.client.info("stats")
         return int(stats["total_reads_processed"]) - next(asked)
 

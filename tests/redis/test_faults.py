@@ -187,7 +187,7 @@ def scene(server, proxies, namespace, service, fleet_of):
                     # That it is away, and back, or nothing. Which values were wrong
                     # is said when they are read; that of the claim is for trials.
                     said = [level for level, text, _ in log if "no good" not in text]
-                # On a machine that is busy it may seem to be away once more, or twice.
+                # On a busy machine Redis may seem to be away once or twice more.
                 least = 2 if self.fault.away else 0
                 assert least <= len(said) <= least + 4, log
                 assert said == (["WARNING", "INFO"] * 3)[: len(said)], log

@@ -16,8 +16,8 @@ ONLY = {"ok", "Down", "CircuitBreakerError"}  # how a call may end
 
 @pytest.fixture
 def workers(server, fleet_of):
-    """Starts workers with the settings that most tests here need. A machine that is
-    busy with them does not seem to have lost Redis."""
+    """Starts workers with the settings that most tests here need. No worker takes
+    Redis for lost because the machine is busy."""
 
     def start(number, fail_max=5, reset_timeout=1, success_threshold=1, **settings):
         breaker = {"fail_max": fail_max, "reset_timeout": reset_timeout}
@@ -149,8 +149,8 @@ def test_successes_of_two_processes_are_added(workers, service, server, namespac
 
 
 def test_the_fleet_opens_after_few_failures(workers, service):
-    """All processes together have few more than fail_max. Each by itself would have
-    that many, and all of them eight times as many."""
+    """All processes together have few more failures than fail_max. If each process
+    counted by itself, each would have fail_max, and all together eight times that."""
     eight = workers(8, fail_max=60, reset_timeout=60)
     service.mode = "down"
     ask_all(eight, "load", threads=1, pause=REFRESH / 2)
@@ -175,7 +175,8 @@ def test_an_idle_process_learns_of_an_opening_within_two_refreshes(workers):
         return found - moved - 5 * max(r["oversleeping"] for r in reports)
 
     def learns_in_time():
-        """At one of the times that it is asked, if the machine is quiet then."""
+        """Whether the idle process learned of all three moves in time. A busy machine
+        may delay the process in one attempt, so the test makes several."""
         found = []
         for move, state in (("open", "open"), ("close", "closed")):
             busy.ask("do", move)
@@ -226,7 +227,7 @@ def test_clocks_that_differ_change_nothing(workers, service, server, namespace):
 
 @pytest.fixture
 def mixed(workers):
-    """Starts four of ours, and four of 1.4.1, which only they know."""
+    """Starts four workers with this library, and four with release 1.4.1."""
 
     def start(reset_timeout=60):
         old = installed("pybreaker==1.4.1")
@@ -318,8 +319,8 @@ def test_old_processes_go_by_their_timeout_whatever_belongs_to_an_opening(
         return server.key(namespace, "opened_at")
 
     assert theirs[0].ask("call", "ok")["outcomes"] == {"CircuitBreakerError": 1}
-    # Its timeout over, an old one makes its trial, and it fails: in another second, as
-    # it is the second that tells openings apart.
+    # The timeout is over, and the trial of a process with release 1.4.1 fails. The test
+    # waits for another second, because only whole seconds tell two openings apart.
     second = int(moment())
     until(lambda: time.time() >= second + 1)
     opened_at = end_timeout(server, namespace)

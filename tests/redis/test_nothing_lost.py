@@ -21,7 +21,7 @@ import redis, stepwise
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
 signal.alarm(60)  # what hangs is killed
-stepwise.let_redis_be_silent()  # or so may seem a machine that is busy
+stepwise.let_redis_be_silent()  # a busy machine may delay an answer
 port, namespace = int(sys.argv[1]), sys.argv[2]
 
 def boom():

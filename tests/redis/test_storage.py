@@ -457,8 +457,8 @@ def test_the_last_failure_opens_its_process_at_once_and_the_fleet_later(
 
 
 def trips_alone(mine, theirs, key, refresh):
-    """Have mine trip, and theirs succeed before that is `refresh` seconds ago. Where
-    the machine is too slow for that, they try again."""
+    """Have the breaker `mine` trip, and the breaker `theirs` succeed less than
+    `refresh` seconds later. If the machine is too slow, both try again."""
 
     def have_tried():
         mine.close()
@@ -1230,7 +1230,7 @@ import pybreaker, stepwise
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 
 signal.alarm(60)  # what hangs is killed
-stepwise.let_redis_be_silent()  # or so may seem a machine that is busy
+stepwise.let_redis_be_silent()  # a busy machine may delay an answer
 port, namespace = int(sys.argv[1]), sys.argv[2]
 
 def boom():

@@ -264,18 +264,23 @@ def test_half_opening_by_hand_leaves_the_number_of_failed_trials(clock):
     assert_lasts(breaker, 40)
 
 
+def growing_ones(number):
+    """Breakers over one storage, in which each failed trial doubles the wait."""
+    storage = CircuitMemoryStorage("closed")
+    return [
+        CircuitBreaker(
+            fail_max=1, reset_timeout=10, max_reset_timeout=100, state_storage=storage
+        )
+        for _ in range(number)
+    ]
+
+
 def test_half_opening_by_hand_counts_the_trials_of_breakers_that_share_the_storage(
     clock,
 ):
     """An operator half-opens the circuit by a breaker that has made no call since the
     circuit opened, in a process that is idle, say."""
-    storage = CircuitMemoryStorage("closed")
-    works, idles = (
-        CircuitBreaker(
-            fail_max=1, reset_timeout=10, max_reset_timeout=100, state_storage=storage
-        )
-        for _ in range(2)
-    )
+    works, idles = growing_ones(2)
     fail(works)
     fail_trials(works, clock, 2)
     idles.half_open()
@@ -312,19 +317,14 @@ def test_the_numbers_that_hold_are_the_present_ones(clock):
 
 
 def test_growth_goes_by_the_breakers_that_share_a_memory_storage(clock):
-    """Whoever's trial fails adds one."""
-    storage = CircuitMemoryStorage("closed")
-    first, second, third = (
-        CircuitBreaker(
-            fail_max=1, reset_timeout=10, max_reset_timeout=100, state_storage=storage
-        )
-        for _ in range(3)
-    )
+    """Each failed trial adds one, whichever of the breakers runs the trial."""
+    first, second, third = growing_ones(3)
     fail(first)
     fail_trials(second, clock, 1)
     assert_lasts(first, 20)
     fail_trials(first, clock, 1)
     assert_lasts(third, 40)
+    storage = first._state_storage
     made_later = CircuitBreaker(
         reset_timeout=10, max_reset_timeout=100, state_storage=storage
     )
@@ -336,13 +336,7 @@ def test_growth_goes_by_the_breakers_that_share_a_memory_storage(clock):
 
 def test_a_breaker_that_missed_a_trial_sees_that_the_opening_grew(clock):
     """Both trials failed for the same reason, and this breaker saw only the first."""
-    storage = CircuitMemoryStorage("closed")
-    runs_trials, looks_on = (
-        CircuitBreaker(
-            fail_max=1, reset_timeout=10, max_reset_timeout=100, state_storage=storage
-        )
-        for _ in range(2)
-    )
+    runs_trials, looks_on = growing_ones(2)
     fail(runs_trials)
     fail_trials(runs_trials, clock, 1)
     reason = looks_on.state.reason

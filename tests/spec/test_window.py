@@ -1070,8 +1070,8 @@ def kept_by_the_library(grow):
 
 
 def assert_nothing_grows(little, much):
-    """Doing much keeps as little as doing little. What Python frees later or a table
-    that grows just then may disturb that at one time, and not each time."""
+    """`much` leaves as little in memory as `little`. Python may free memory late, or a
+    dictionary may grow, in one of three attempts but not in all."""
     for _ in range(3):
         few, many = kept_by_the_library(little), kept_by_the_library(much)
         if many - few < 5000:
@@ -1228,6 +1228,18 @@ def test_a_window_may_be_changed_while_calls_settle():
     assert breaker.fail_counter == 0
 
 
+def two_failures_before_another_breaker_moves(state, clock):
+    """A breaker whose failures are older than its window. Another breaker over the same
+    storage moved the circuit to `state` before the failures were too old."""
+    storage = CircuitMemoryStorage("closed")
+    windowed = CircuitBreaker(fail_max=5, window_seconds=10, state_storage=storage)
+    plain = CircuitBreaker(state_storage=storage)
+    fail(windowed, 2)
+    plain.state = state
+    clock.advance(20)
+    return windowed
+
+
 def narrow(breaker):
     breaker.window_seconds = 5
 
@@ -1243,12 +1255,7 @@ def test_no_setter_and_no_move_forgets_where_another_breaker_has_moved_the_circu
 ):
     """The breaker has not looked yet, and would have forgotten the two failures if the
     circuit were closed still."""
-    storage = CircuitMemoryStorage("closed")
-    windowed = CircuitBreaker(fail_max=5, window_seconds=10, state_storage=storage)
-    plain = CircuitBreaker(state_storage=storage)
-    fail(windowed, 2)
-    plain.state = state
-    clock.advance(20)
+    windowed = two_failures_before_another_breaker_moves(state, clock)
     act(windowed)
     assert windowed.fail_counter == 2
 
@@ -1256,12 +1263,7 @@ def test_no_setter_and_no_move_forgets_where_another_breaker_has_moved_the_circu
 @pytest.mark.parametrize("state", ["open", "half-open"])
 def test_time_forgets_nothing_in_a_circuit_that_another_breaker_has_moved(clock, state):
     """Nor before this breaker has looked at the storage that the two share."""
-    storage = CircuitMemoryStorage("closed")
-    windowed = CircuitBreaker(fail_max=5, window_seconds=10, state_storage=storage)
-    plain = CircuitBreaker(state_storage=storage)
-    fail(windowed, 2)
-    plain.state = state
-    clock.advance(20)
+    windowed = two_failures_before_another_breaker_moves(state, clock)
     assert windowed.current_state == state
     assert windowed.fail_counter == windowed.snapshot()["fail_counter"] == 2
     assert windowed.state.name == state

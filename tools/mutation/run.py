@@ -203,8 +203,8 @@ class Module:
         return compile(text, str(self.path), "exec")
 
     def mutated(self, mutation):
-        """The text with a mutation. Changes the syntax tree, so a process can ask only
-        once."""
+        """The text with a mutation. The mutation stays in the syntax tree, so each
+        process can call this method once."""
         operator = cosmic_ray.plugins.get_operator(mutation.operator_name)()
         visitor = MutationVisitor(mutation.occurrence, operator)
         return visitor.walk(self.syntax_tree).get_code()
