@@ -556,6 +556,32 @@ def test_an_exception_is_freed_when_the_caller_lets_go_of_it(way, new_error, boo
         gc.enable()
 
 
+class HearsRejections:
+    def rejected(self, cb, func, *args, **kwargs):
+        """Hear of a rejection, so that the breaker rejects the call under its lock."""
+
+
+@pytest.mark.parametrize(
+    "listeners", [(), (HearsRejections(),)], ids=["quiet", "heard"]
+)
+@pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="needs reference counting"
+)
+def test_a_rejection_is_freed_when_the_caller_lets_go_of_it(listeners):
+    """No cycle through a traceback keeps the error, and the breaker, alive."""
+    breaker = CircuitBreaker(listeners=listeners)
+    breaker.open()
+    gc.disable()
+    try:
+        try:
+            breaker.call(int)
+        except CircuitBreakerError as error:
+            alive = weakref.ref(error)
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 # Decorating leaves things what they are.
 
 

@@ -270,6 +270,29 @@ def test_a_storage_of_an_older_kind_needs_neither(name):
 # Breakers that share a memory storage.
 
 
+@pytest.mark.parametrize("move", ["open", "half_open"])
+def test_a_failure_is_not_counted_where_another_breaker_has_moved_the_circuit(move):
+    """The call was admitted while the circuit was closed, and its failure is late."""
+    storage = CircuitMemoryStorage("closed")
+    breaker, other = (CircuitBreaker(state_storage=storage) for _ in range(2))
+
+    def work():
+        getattr(other, move)()
+        raise OSError
+
+    with pytest.raises(OSError):
+        breaker.call(work)
+    assert breaker.fail_counter == 0
+
+
+def test_another_breaker_that_closes_a_closed_circuit_begins_no_era_here():
+    storage = CircuitMemoryStorage("closed")
+    breaker, other = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    state = breaker.state
+    other.close("to be sure")
+    assert breaker.state is state
+
+
 class Agreed:
     """What breakers over one storage have to agree about, whichever of them moves the
     circuit, and whichever has looked at the storage since."""
