@@ -12,12 +12,24 @@ from support import DEEP, fail
 import pybreaker
 from pybreaker import CircuitBreakers
 
+try:
+    import tracemalloc
+except ImportError:  # PyPy
+    tracemalloc = None
+
 KEYS = 1_000_000 if DEEP else 50_000
 
 
+def collect():
+    """Free what nothing needs, which takes PyPy, and a Python without a GIL, more than
+    one collection."""
+    for _ in range(3):
+        gc.collect()
+
+
 def held():
-    """How many objects that can refer to others Python holds."""
-    gc.collect()
+    """How many objects Python holds of those that its collector looks at."""
+    collect()
     return len(gc.get_objects())
 
 
@@ -32,32 +44,34 @@ def test_keys_that_are_asked_for_once_leave_no_more_than_maxsize_breakers():
         breakers[key]
     in_the_end = held() - at_first
     assert len(breakers) == 1000
-    assert len(pybreaker.breakers()) <= before + 1000
-    # Were nothing freed, `in_the_end` would be fifty times as much or more.
-    assert in_the_end < 2 * of_a_thousand
+    # PyPy's machine code keeps some dozens of the breakers that it was compiled for.
+    spare = 0 if sys.implementation.name == "cpython" else 500
+    assert len(pybreaker.breakers()) <= before + 1000 + spare
+    # Were nothing freed, `in_the_end` would be fifty times `of_a_thousand` or more.
+    assert in_the_end < 3 * of_a_thousand
 
 
-@pytest.mark.skipif(
-    not getattr(sys, "_is_gil_enabled", lambda: True)(),
-    reason="without a GIL, Python frees the memory of dictionaries when it likes",
-)
+def traced():
+    """How many bytes Python holds since tracemalloc has been started."""
+    collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.mark.skipif(tracemalloc is None, reason="PyPy has no tracemalloc")
 def test_keys_that_are_asked_for_once_leave_the_bytes_of_maxsize_breakers():
-    tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
     breakers = CircuitBreakers(maxsize=1000)
     tracemalloc.start()
     try:
         for key in range(1000):
             breakers[key]
-        gc.collect()
-        of_a_thousand, _ = tracemalloc.get_traced_memory()
+        of_a_thousand = traced()
         for key in range(1000, 10_000):
             breakers[key]
-        gc.collect()
-        in_the_end, _ = tracemalloc.get_traced_memory()
+        in_the_end = traced()
     finally:
         tracemalloc.stop()
     # How much a breaker takes differs between Pythons. Were nothing freed, `in_the_end`
-    # would be ten times as much.
+    # would be ten times `of_a_thousand`.
     assert in_the_end < 3 * of_a_thousand
 
 

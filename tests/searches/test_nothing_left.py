@@ -363,7 +363,9 @@ def is_stopped():
 def collect():
     """Free what nothing needs, and the names that Python remembers having looked up:
     some thousands, which seem to grow most on a free-threaded Python, where each call's
-    names have addresses of their own."""
+    names have addresses of their own. Such a Python frees the memory of what one
+    collection found at the next."""
+    gc.collect()
     gc.collect()
     if hasattr(sys, "_clear_internal_caches"):  # since 3.13
         sys._clear_internal_caches()
