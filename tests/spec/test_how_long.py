@@ -72,6 +72,17 @@ def test_each_failed_trial_doubles_the_timeout_up_to_the_longest(clock):
         fail_trials(breaker, clock, 1)
 
 
+def test_the_first_failed_trial_of_a_circuit_that_is_found_half_open_doubles(clock):
+    """A storage that knows no move has had no failed trial."""
+    breaker = CircuitBreaker(
+        reset_timeout=10,
+        max_reset_timeout=100,
+        state_storage=CircuitMemoryStorage("half-open"),
+    )
+    fail(breaker)
+    assert_lasts(breaker, 20)
+
+
 def test_no_call_is_admitted_before_the_grown_timeout_has_passed(clock):
     """And the first one afterwards is the trial."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)

@@ -431,7 +431,6 @@ def test_an_interrupt_in_the_predicate_reaches_the_caller():
 @pytest.fixture
 def without_collector():
     """What is freed is freed because nothing refers to it."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -681,6 +681,19 @@ def test_repr_tells_an_operator_everything(clock, fail):
     assert "\n" not in text
 
 
+def test_repr_tells_the_settings_that_change_when_a_circuit_opens_and_how_long():
+    """The longest timeout and the window, each only where it is set."""
+    parts = {
+        "max_reset_timeout": "max_reset_timeout 90 s",
+        "window_size": "window_size 50",
+        "window_seconds": "window_seconds 30 s",
+    }
+    values = {"max_reset_timeout": 90, "window_size": 50, "window_seconds": 30}
+    for setting, value in values.items():
+        text = repr(CircuitBreaker(**{setting: value}))
+        assert [name for name, part in parts.items() if part in text] == [setting]
+
+
 def test_a_reason_is_one_line_of_bearable_length():
     """Whatever the repr of an exception is: it is logged, and kept for an era."""
 

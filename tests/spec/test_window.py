@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import sys
@@ -1050,67 +1049,6 @@ def test_the_count_is_right_whichever_call_ends_while_it_is_read(
         if not was_interrupted:
             break
     assert number > 3
-
-
-# Memory.
-
-
-def kept_by_the_library(grow):
-    """Bytes that the library's code has allocated in `grow()` and that are kept."""
-    tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
-    mine = tracemalloc.Filter(True, pybreaker.__file__)
-    tracemalloc.start()
-    try:
-        grow()
-        gc.collect()  # the exceptions that the tests keep in a cycle
-        gc.collect()  # without a GIL, Python frees some memory at the next collection
-        snapshot = tracemalloc.take_snapshot().filter_traces([mine])
-        return sum(trace.size for trace in snapshot.traces)
-    finally:
-        tracemalloc.stop()
-
-
-def assert_nothing_grows(little, much):
-    """`much` leaves as little in memory as `little`. Python may free memory late, or a
-    dictionary may grow, in one of three attempts but not in all."""
-    for _ in range(3):
-        few, many = kept_by_the_library(little), kept_by_the_library(much)
-        if many - few < 5000:
-            return
-    pytest.fail(f"{many - few} bytes more are kept")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"fail_max": 3, "window_size": 4},
-        {"fail_max": 3, "window_seconds": 2},
-        {"fail_max": math.inf, "window_seconds": 4},
-        {"fail_max": math.inf, "window_size": math.inf, "window_seconds": 4},
-    ],
-    ids=str,
-)
-def test_no_more_is_kept_than_is_remembered(clock, settings):
-    """Two thousand failures, of which few are remembered, cost what few cost."""
-    breaker = CircuitBreaker(**settings)
-
-    def grow(steps):
-        for _ in range(steps):
-            fail(breaker, 2)
-            clock.advance(2)
-            if breaker.window_size == 4:
-                succeed(breaker, 4)
-
-    assert_nothing_grows(lambda: grow(20), lambda: grow(1000))
-    assert breaker.current_state == "closed"
-
-
-def test_a_window_that_was_switched_off_keeps_nothing():
-    """A thousand failures in a row cost no more than ten."""
-    breaker = CircuitBreaker(fail_max=math.inf, window_seconds=5)
-    breaker.window_seconds = None
-    assert_nothing_grows(lambda: fail(breaker, 10), lambda: fail(breaker, 1000))
-    assert breaker.fail_counter >= 1010
 
 
 # Threads.
