@@ -306,7 +306,7 @@ class CircuitBreaker:
     _as_made: tuple[Any, ...] | None = None  # settings that CircuitBreakers gave
     _move_under_way: _Move | None = None  # the move that the library is about to make
     _trial: _Trial | None = None  # the trial that holds the place
-    _records: tuple[Any, ...] = ()  # log records that no handler has got yet
+    _log_records: tuple[Any, ...] = ()  # log records that no handler has got yet
 
     def __init__(
         self,
@@ -963,7 +963,7 @@ class CircuitBreaker:
             except Exception as error:
                 with self._lock:
                     message = "%r could not judge an exception or a result"
-                    self._log(logging.ERROR, message, kind, exc_info=error)
+                    self._log_later(logging.ERROR, message, kind, exc_info=error)
                 self._hand_on_records()
         return False
 
@@ -980,7 +980,7 @@ class CircuitBreaker:
             # A rejection that no listener hears changes nothing and takes no lock.
             wait = state._wait()
             if wait and not (self._trial and self._is_within_trial()):
-                raise self._error(state._move, wait, state._hint)
+                raise self._new_error(state._move, wait, state._hint)
         while True:
             admission = self._enter(func, args, kwargs)
             trial = admission.trial
@@ -1005,7 +1005,7 @@ class CircuitBreaker:
         if seen._state == state.name and seen._last_move is state._known_move:
             wait = state._wait()
             if wait and not (self._trial and self._is_within_trial()):
-                raise self._error(state._move, wait, state._hint)
+                raise self._new_error(state._move, wait, state._hint)
         while True:
             admission = self._enter(func, args, kwargs)
             trial = admission.trial
@@ -1030,7 +1030,7 @@ class CircuitBreaker:
                 if self._storage.state != self._era.name or not self._era._admits_all:
                     self._look()
                 is_rejected = (
-                    "before_call" in self._hooks
+                    "before_call" in self._state_hooks
                     and self._is_rejected_by_gate(func, args, kwargs)
                 )
                 admission, state = self._admission, self._era
@@ -1045,7 +1045,7 @@ class CircuitBreaker:
                         admission = _WITHIN
                     elif wait:
                         admission = self._refuse(
-                            self._error(state._move, wait, state._hint),
+                            self._new_error(state._move, wait, state._hint),
                             func,
                             args,
                             kwargs,
@@ -1053,13 +1053,13 @@ class CircuitBreaker:
                     else:
                         trial = self._take_place()
                         return _Admission(None, trial)
-                self._tell("before_call", (self, func, *args), kwargs)
+                self._tell_all("before_call", (self, func, *args), kwargs)
                 return admission
         finally:
             # If a log handler were interrupted here, the trial would not give the
             # place back: the try in _admit begins later. So for a trial, records
             # stay until _begin_trial.
-            if self._records and trial is None:
+            if self._log_records and trial is None:
                 self._hand_on_records()
 
     def _is_rejected_by_gate(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -1079,7 +1079,7 @@ class CircuitBreaker:
         """Tell listeners that a call is rejected, and raise `error`, or in a dry run
         return the admission of a call that decides nothing. Lock held."""
         try:
-            self._tell("rejected", (self, func, *args), kwargs)
+            self._tell_all("rejected", (self, func, *args), kwargs)
             if not self._dry_run:
                 raise error
             return _WITHIN
@@ -1111,10 +1111,10 @@ class CircuitBreaker:
                 if not is_admitted:
                     hint = "" if granted else "another breaker runs the trial"
                     admission = self._refuse(
-                        self._error(self._era._move, 0.0, hint), func, args, kwargs
+                        self._new_error(self._era._move, 0.0, hint), func, args, kwargs
                     )
                     self._vacate(trial)
-                self._tell("before_call", (self, func, *args), kwargs)
+                self._tell_all("before_call", (self, func, *args), kwargs)
                 return admission
         finally:
             self._hand_on_records()
@@ -1166,7 +1166,7 @@ class CircuitBreaker:
                 if trial.claimed:
                     self._storage.release_trial()
 
-    def _error(
+    def _new_error(
         self, move: _Move, wait: float, hint: str, phrase: str = _REJECTED
     ) -> CircuitBreakerError:
         """An error that says why the circuit opened, for a call in the era that `move`
@@ -1214,7 +1214,7 @@ class CircuitBreaker:
             if outcome is _ABANDONED:
                 if self._hearers["abandoned"]:
                     with self._lock:
-                        self._tell("abandoned", (self,))
+                        self._tell_all("abandoned", (self,))
                 return
             if outcome is _SUCCESS:
                 seen = admission.settles
@@ -1233,7 +1233,7 @@ class CircuitBreaker:
                     is_counted = True
                 if self._storage.state != self._era.name:
                     self._look()
-                hooks = self._hooks
+                hooks = self._state_hooks
                 if hooks and self._ask_own_state(state, outcome, told, exc, by):
                     return
                 if outcome is _SUCCESS:
@@ -1243,12 +1243,12 @@ class CircuitBreaker:
                             state.on_success()
                         else:
                             state._succeeded()
-                    self._tell("success", (self,))
+                    self._tell_all("success", (self,))
                 else:
                     if state is self._era and not is_counted:
                         state._count_failure()
                     if self._hearers["failure"]:
-                        self._tell("failure", (self, told))
+                        self._tell_all("failure", (self, told))
                     # Not if the outcome is late, or if a listener moved the circuit.
                     if state is self._era:
                         if "on_failure" in hooks:
@@ -1262,7 +1262,7 @@ class CircuitBreaker:
             exc = told = error = None
             if admission.trial is not None:
                 self._vacate(admission.trial)
-            if self._records:
+            if self._log_records:
                 self._hand_on_records()
 
     def _ask_own_state(
@@ -1272,10 +1272,10 @@ class CircuitBreaker:
         `_handle_error` or `_handle_success`. Returns whether it settled. Lock held."""
         if state is not self._era:
             return False
-        if told is not None and "_handle_error" in self._hooks and not by:
+        if told is not None and "_handle_error" in self._state_hooks and not by:
             self._ask(state._handle_error, told, exc, reraise=False)
             return True
-        if outcome is _SUCCESS and "_handle_success" in self._hooks:
+        if outcome is _SUCCESS and "_handle_success" in self._state_hooks:
             if by != "_handle_success":
                 state._handle_success()
                 return True
@@ -1382,8 +1382,8 @@ class CircuitBreaker:
                 message = "%s: %s, was %s: %s (fail_counter %s, reset_timeout %s s)"
                 title = repr(self._name) if self._name else "unnamed breaker"
                 what = title, new, old, move.reason, count, self._reset_timeout
-                self._log(level, message, *map(str, what))
-            self._tell("state_change", (self, old, new))
+                self._log_later(level, message, *map(str, what))
+            self._tell_all("state_change", (self, old, new))
 
     def _make_state(self, move: _Move, **options: Any) -> CircuitBreakerState:
         made = state = self._create_new_state(move.state, **options)
@@ -1423,7 +1423,7 @@ class CircuitBreaker:
             or self._ignore != ()
             or self._has_own_judgement()
         )
-        self._hooks = _own_hooks(state)
+        self._state_hooks = _own_hooks(state)
         self._hearers: Any = (
             _hearers_of(self._told)
             if isinstance(self._told, tuple)
@@ -1431,7 +1431,7 @@ class CircuitBreaker:
         )
         is_quiet = (
             _is_plain(state)
-            and not self._hooks
+            and not self._state_hooks
             and _is_plain(storage)
             and type(self._told) is tuple
         )
@@ -1458,9 +1458,9 @@ class CircuitBreaker:
             state, None, passes, returns, settles, rejects, counts
         )
 
-    # Telling and logging. The lock is held in _tell and _log.
+    # Telling and logging. The lock is held in _tell_all and _log_later.
 
-    def _tell(self, event: str, args: Any, kwargs: Any = None) -> None:
+    def _tell_all(self, event: str, args: Any, kwargs: Any = None) -> None:
         for hear in self._hearers[event]:
             try:
                 if kwargs:
@@ -1470,23 +1470,23 @@ class CircuitBreaker:
             except Exception as exc:
                 listener = getattr(hear, "__self__", hear)
                 message = "listener %r raised an exception when told of %s"
-                self._log(logging.ERROR, message, listener, event, exc_info=exc)
+                self._log_later(logging.ERROR, message, listener, event, exc_info=exc)
 
-    def _log(self, *args: Any, **kwargs: Any) -> None:
+    def _log_later(self, *args: Any, **kwargs: Any) -> None:
         # A log handler has a lock. Thread A may hold the handler's lock and wait for
         # the breaker's, to format the breaker. So that thread B never holds the
         # breaker's lock and waits for the handler's, a record waits for its release.
-        self._records = (*self._records, (args, kwargs))
+        self._log_records = (*self._log_records, (args, kwargs))
 
     def _hand_on_records(self) -> None:
         """Log the records that were made under the lock, unless the running thread
         still holds the lock."""
-        if not self._records:
+        if not self._log_records:
             return
         is_owned = getattr(self._lock, "_is_owned", None)  # as threading.Condition asks
         if is_owned is None or not is_owned():
             with self._lock:
-                records, self._records = self._records, ()
+                records, self._log_records = self._log_records, ()
             for args, kwargs in records:
                 try:
                     logger.log(*args, **kwargs)
@@ -1527,7 +1527,7 @@ class CircuitBreaker:
         self._lock = threading.RLock()
         self._trial = self._move_under_way = None
         vars(self).pop("_factor", None)
-        self._records = ()
+        self._log_records = ()
 
 
 class CircuitBreakerState:
@@ -1586,7 +1586,7 @@ class CircuitBreakerState:
                 breaker._is_within_trial() if wait else state._start_trial()
             ) or breaker._dry_run
             if not is_admitted:
-                raise breaker._error(state._move, wait, state._hint)
+                raise breaker._new_error(state._move, wait, state._hint)
 
     @_logging
     def on_success(self) -> None:
@@ -1692,7 +1692,7 @@ class CircuitBreakerState:
         # None, from a subclass whose open() returns nothing, means True.
         if breaker._carry_out(move, breaker.open) is False or breaker._dry_run:
             return exc
-        return breaker._error(move, breaker._era._wait(), "", phrase)
+        return breaker._new_error(move, breaker._era._wait(), "", phrase)
 
 
 class CircuitClosedState(CircuitBreakerState):
@@ -2642,6 +2642,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
     # `state`, `counter` and `success_counter` are the slots themselves, so that quiet
     # calls read them fast. Tests in the field use the private names.
     __slots__ = (
+        "_name",
         "_state",
         "_fail_counter",
         "_success_counter",
@@ -2649,15 +2650,16 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
         "_last_move",
     )
 
-    _name = "memory"
     _is_plain = True
 
+    _name: str
     _state: str
     _fail_counter: int
     _success_counter: int
     _opening: tuple[datetime | None, float, float]
 
     def __init__(self, state: str) -> None:
+        self._name = "memory"
         self._state = _checked_state("state", state)
         self._fail_counter = 0
         self._success_counter = 0
@@ -2723,7 +2725,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
         return self._last_move
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_state", "_fail_counter", "_success_counter", "_opened_at")
+        names = "_name", "_state", "_fail_counter", "_success_counter", "_opened_at"
         return {**vars(self), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:

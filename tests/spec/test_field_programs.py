@@ -26,6 +26,7 @@ from pybreaker import (
     CircuitBreaker,
     CircuitBreakerError,
     CircuitBreakerStorage,
+    CircuitMemoryStorage,
 )
 
 # Names of the module.
@@ -243,6 +244,30 @@ def drive_all(awaitable):
     return asyncio.run(wait())
 
 
+# Subclasses.
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_log", "_logger", "_error", "_errors", "_records", "_tell", "_hooks", "_metrics"],
+)
+def test_a_subclass_may_keep_what_it_likes_under_a_usual_private_name(name):
+    """A subclass sets attributes of its own on the instance."""
+
+    class Own(CircuitBreaker):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            setattr(self, name, "its own")
+
+    breaker = Own(fail_max=2, reset_timeout=0)
+    fail(breaker, 3)
+    breaker.open(seconds=60)
+    fail(breaker)
+    breaker.close()
+    breaker.call(int)
+    assert getattr(breaker, name) == "its own"
+
+
 # Storages.
 
 
@@ -298,6 +323,28 @@ def test_a_storage_can_ask_whether_its_base_class_was_initialized():
     breakers = [CircuitBreaker(2, state_storage=SharedStorage("db")) for _ in range(2)]
     fail(breakers[0], 2)
     assert [breaker.current_state for breaker in breakers] == ["open", "open"]
+
+
+def test_a_memory_storage_can_ask_so_too():
+    """A subclass of which there is one object asks by hasattr(self, "name")."""
+
+    class Only(CircuitMemoryStorage):
+        made = []
+
+        def __new__(cls, *args):
+            if not cls.made:
+                cls.made.append(super().__new__(cls))
+            return cls.made[0]
+
+        def __init__(self, state="closed"):
+            if hasattr(self, "name"):
+                return
+            super().__init__(state)
+
+    first = CircuitBreaker(2, state_storage=Only())
+    second = CircuitBreaker(2, state_storage=Only("open"))
+    fail(second, 2)
+    assert [first.current_state, second.current_state] == ["open", "open"]
 
 
 def test_a_storage_whose_base_class_was_not_initialized_has_no_name():
