@@ -196,9 +196,12 @@ class FailedResult(Exception):
     `failure_result` matches `result`, which the call returned. The breaker never
     raises a `FailedResult`."""
 
+    result: object
+    """What the call returned."""
+
     def __init__(self, result: object) -> None:
         super().__init__(result)
-        self.result: object = result
+        self.result = result
 
 
 class _Watched:
@@ -1542,14 +1545,16 @@ class CircuitBreakerState:
     or `_handle_error`.
     """
 
+    name: str
+    """``'closed'``, ``'open'`` or ``'half-open'``."""
+
     _admits_all = False
     _made: Any  # the coroutine that a state stands in for
     _hint = ""  # what the error of a rejected call says beside the reason
 
     def __init__(self, cb: CircuitBreaker, name: str) -> None:
         self._breaker: CircuitBreaker = cb
-        self.name: str = name
-
+        self.name = name
         self._move = _NEW  # the move that began this era
         self._known_move: Any = _NOTHING  # the storage's last_move() at its beginning
 
@@ -2464,7 +2469,7 @@ class CircuitBreakerListener:
 
     def abandoned(self, cb: CircuitBreaker) -> None:
         """An admitted call was abandoned, neither a success nor a failure: the call was
-        cancelled, say, or raised an exception that `ignore` matches."""
+        canceled, say, or raised an exception that `ignore` matches."""
 
     def state_change(
         self,

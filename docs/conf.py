@@ -18,6 +18,7 @@ html_show_sphinx = False
 extensions = ["sphinx.ext.autodoc"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True
 # Docstrings put names between single backticks: those that the reference has are links.
 default_role = "py:obj"
 

@@ -85,6 +85,9 @@ def test_fastapi_answers_503_with_retry_after_while_a_circuit_is_open(play):
                 shop.hosts["api.example.org:443"].open(float("inf"))
                 response = await client.get("/orders/7")
                 print(response.status_code, response.headers.get("Retry-After"))
+                shop.hosts["api.example.org:443"].open(0)
+                ready = await client.get("/ready")
+                print(ready.status_code, ready.json())
 
         asyncio.run(main())
         """
@@ -95,6 +98,7 @@ def test_fastapi_answers_503_with_retry_after_while_a_circuit_is_open(play):
         "503 30",
         "503 {'api.example.org:443': 'open'}",
         "503 None",
+        "200 {'api.example.org:443': 'open'}",
     ]
 
 
