@@ -1520,7 +1520,7 @@ class CircuitBreaker:
             state = self._shown_state()
             if state._admits_all:
                 return not self.fail_counter and self._settings() == self._as_made
-            return state.name == STATE_OPEN and not (self._trial or state._wait())
+            return state.name == STATE_OPEN and not state._wait()
         finally:
             self._lock.release()
 

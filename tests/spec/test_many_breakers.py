@@ -414,6 +414,23 @@ def test_an_open_circuit_stays_until_it_would_admit_a_call(clock):
     assert "a" not in ask_for(breakers, range(100, 150))
 
 
+def test_a_circuit_that_is_found_open_stays_until_it_would_admit_a_call(clock):
+    """Another breaker over the same storage opened the circuit."""
+    storage = CircuitMemoryStorage("closed")
+
+    class Shared(CircuitBreakers):
+        def make(self, key):
+            settings = {"state_storage": storage} if key == "a" else {}
+            return CircuitBreaker(name=str(key), reset_timeout=60, **settings)
+
+    breakers = Shared(maxsize=10)
+    assert breakers["a"].current_state == "closed"
+    CircuitBreaker(state_storage=storage).open()
+    assert "a" in ask_for(breakers, range(50))
+    clock.advance(60)
+    assert "a" not in ask_for(breakers, range(100, 150))
+
+
 def test_an_open_circuit_with_a_trial_that_runs_stays():
     breakers = CircuitBreakers(maxsize=10, reset_timeout=0)
     breakers["a"].open()
