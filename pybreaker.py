@@ -903,7 +903,8 @@ class CircuitBreaker:
 
     def is_system_error(self, exception: BaseException) -> bool:
         """Whether the exception is a failure by `exclude` and `include`. A group that
-        `exclude` does not match is a failure if an exception in the group is one.
+        `exclude` does not match is a failure if an exception in the group is one that
+        `ignore` does not match.
 
         The breaker calls this method without the lock, and never for exceptions that
         abandon a call, such as `KeyboardInterrupt`. A subclass may override it.
@@ -1692,8 +1693,12 @@ class CircuitBreakerState:
     def _was_found(self) -> None:
         """Begin an era whose move something other than this breaker made."""
 
-    def _trip(self, phrase: str, move: _Move, exc: BaseException) -> BaseException:
+    def _trip(
+        self, phrase: str, move: _Move, exc: BaseException
+    ) -> BaseException | None:
         breaker = self._breaker
+        if breaker._era is not self:
+            return None  # the repr of exc, in the reason, has moved the circuit
         # None, from a subclass whose open() returns nothing, means True.
         if breaker._carry_out(move, breaker.open) is False or breaker._dry_run:
             return exc
@@ -1919,7 +1924,7 @@ def breakers() -> tuple[CircuitBreaker, ...]:
     return tuple(sorted(alive, key=lambda each: (each._name is None, each._name or "")))
 
 
-class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
+class CircuitBreakers(dict[object, CircuitBreaker]):
     """A mapping that makes a breaker for each key when the key is first looked up.
 
         breakers = CircuitBreakers(fail_max=25, window_size=50)
@@ -1927,8 +1932,10 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
 
     `breakers[key]` is ``CircuitBreaker(name=str(key), **settings)``, made once however
     many threads ask; looking up a breaker that is there takes no lock. A subclass may
-    override `make`. ``in``, ``len``, iteration and `get` make no breaker. The settings
-    are checked at once; `name` and `state_storage` among them are a `TypeError`.
+    override `make`. ``in``, ``len``, iteration and `get` make no breaker. A program
+    whose threads may look up new keys meanwhile iterates over `copy()`, a plain
+    dictionary. The settings are checked at once; `name` and `state_storage` among them
+    are a `TypeError`.
 
     Beyond `maxsize` breakers (a whole number from 1; `math.inf` for no limit), a new
     breaker makes the mapping drop old ones: those among a few of the oldest that are
@@ -1957,6 +1964,11 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
         checked = CircuitBreaker(**settings)  # raises if a setting is wrong
         del _breakers[id(checked)]
         self._lock = threading.RLock()
+        # The keys of the breakers that `make` has made, in the order in which
+        # _make_room judges them. A key stays here for a while after the program has
+        # deleted the key. Used with the lock held: an OrderedDict that one thread reads
+        # while another writes crashes a Python without a GIL.
+        self._by_age: OrderedDict[Any, None] = OrderedDict()
         self._gone: weakref.WeakValueDictionary[Any, CircuitBreaker] = (
             weakref.WeakValueDictionary()
         )
@@ -1990,30 +2002,31 @@ class CircuitBreakers(OrderedDict[object, CircuitBreaker]):
                     )
                 breaker._as_made = breaker._settings()
             self[key] = breaker
-            if len(self) > self._maxsize:
-                self._make_room()
+            self._by_age[key] = None
+            self._make_room()
             return breaker
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)}, maxsize {self._maxsize}>"
 
     def _make_room(self) -> None:
-        for _ in range(min(_LOOKED_AT, len(self) - 1)):  # never at the new breaker
-            key, breaker = next(iter(self.items()))
-            if not breaker._is_dispensable():
-                try:
-                    self.move_to_end(key)  # in one step, so that it is never missing
-                except KeyError:
-                    pass  # another thread has deleted the key
-                continue
-            # The breaker is judged once more when it has been taken out, as a call in
-            # another thread may have failed just before. From then on a look-up waits
-            # for the lock, and finds the breaker in _gone.
-            self._gone[key] = self.pop(key, breaker)
-            if not breaker._is_dispensable():
-                self[key] = breaker
-            elif len(self) <= self._maxsize:
+        for _ in range(min(_LOOKED_AT, len(self._by_age) - 1)):  # never at the new one
+            if len(self) <= self._maxsize and len(self._by_age) <= len(self):
                 return
+            key, _ = self._by_age.popitem(last=False)
+            breaker = self.get(key)
+            if breaker is None:
+                continue  # the program has deleted the key
+            self._by_age[key] = None
+            if len(self) > self._maxsize and breaker._is_dispensable():
+                # The breaker is judged once more when it has been taken out, as a call
+                # in another thread may have failed just before. From then on a look-up
+                # waits for the lock, and finds the breaker in _gone.
+                self._gone[key] = self.pop(key, breaker)
+                if breaker._is_dispensable():
+                    del self._by_age[key]
+                else:
+                    self[key] = breaker
 
 
 # What a call, a trial and a move are to the breaker.

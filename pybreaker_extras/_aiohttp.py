@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 from aiohttp.http import HttpProcessingError
 
-from pybreaker import CircuitBreakerError, CircuitBreakers
+from pybreaker import CircuitBreakerError, CircuitBreakers, FailedResult
 from pybreaker_extras.http import FAILURE_STATUSES, RETRY_AFTER_STATUSES, Layer
 
 if not hasattr(aiohttp, "ClientMiddlewareType"):
@@ -34,6 +34,15 @@ class Rejected(CircuitBreakerError, aiohttp.ClientError):
     """A request that its breaker did not admit, so that it was not sent."""
 
 
+class _FailedResult(FailedResult):
+    """Reasons and the log show the repr of an exception, and the repr of a response of
+    aiohttp has all headers, with cookies among them."""
+
+    def __repr__(self) -> str:
+        response: Any = self.result
+        return f"FailedResult(<ClientResponse [{response.status}]>)"
+
+
 class _AiohttpLayer(Layer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -42,6 +51,9 @@ class _AiohttpLayer(Layer):
 
     def status_of(self, response: Any) -> Any:
         return response.status
+
+    def failed_result(self, response: Any) -> FailedResult:
+        return _FailedResult(response)
 
     def is_failure(self, request: Any, exc: Exception) -> bool:
         if isinstance(exc, _FAILURES):

@@ -163,6 +163,9 @@ class Layer:
     def status_of(self, response: Any) -> Any:
         return response.status_code
 
+    def failed_result(self, response: Any) -> FailedResult:
+        return FailedResult(response)
+
     def is_failure(self, request: Any, exc: Exception) -> bool:
         """Whether an exception of the client says that the host is in trouble."""
         raise NotImplementedError
@@ -186,13 +189,17 @@ class Layer:
         except BaseException as exc:
             raised = attempt.answer(exc)
             if raised is exc:
+                del raised
                 if attempt.response is not None:
                     attempt.response.close()
                 raise
         else:
             attempt.answer()
             return response
-        return attempt.give(raised)
+        try:
+            return attempt.give(raised)
+        finally:
+            del raised  # else the exception, its traceback and this frame are a cycle
 
     async def send_async(self, request: Any, send: Any) -> Any:
         attempt = self._attempt(request, send)
@@ -203,13 +210,17 @@ class Layer:
         except BaseException as exc:
             raised = attempt.answer(exc)
             if raised is exc:
+                del raised
                 if attempt.response is not None:
                     await self.discard(attempt.response)
                 raise
         else:
             attempt.answer()
             return response
-        return attempt.give(raised)
+        try:
+            return attempt.give(raised)
+        finally:
+            del raised  # else the exception, its traceback and this frame are a cycle
 
     def _attempt(self, request: Any, send: Any) -> _Attempt | None:
         """An attempt to send the request through its breaker; None where the URL
@@ -318,7 +329,7 @@ class _Attempt:
             if is_of_present_era:
                 self._wait = min(asked, layer.retry_after_max)
         if status in layer.failure_statuses:
-            raise FailedResult(response)
+            raise layer.failed_result(response)
         return response
 
     # When the breaker is done.

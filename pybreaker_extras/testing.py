@@ -118,14 +118,16 @@ def let_timeout_pass(breaker: CircuitBreaker) -> None:
                 f"let_timeout_pass takes a breaker whose circuit is open, not "
                 f"{breaker!r}: let its calls fail or open() it first"
             )
-        wait = breaker.retry_after
-        moment: datetime | None
-        try:
-            moment = breaker._state_storage.opened_at
-            moment = moment and moment - timedelta(seconds=wait + 1)
-        except OverflowError:  # wait is infinite, or longer than a timedelta can be
-            moment = None  # which says that the timeout has passed
         storage: Any = breaker._state_storage
+        moment: datetime | None = storage.opened_at
+        if moment is not None:  # None says that the timeout has passed
+            # Another `opened_at` may let another random length be drawn for an opening
+            # of growing length. The length is at least 0.9 of the longest one.
+            length = (storage.open_for() + breaker.retry_after) / 0.9
+            try:
+                moment -= timedelta(seconds=length + 1)
+            except OverflowError:  # infinite, or longer than a timedelta can be
+                moment = None
         storage.opened_at = moment
 
 

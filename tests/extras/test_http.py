@@ -29,7 +29,7 @@ from http_clients import (
 )
 from http_service import Service
 from pages import python_blocks
-from support import PATIENCE
+from support import PATIENCE, drive
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakers
@@ -416,6 +416,76 @@ def test_nothing_keeps_a_response_that_failed_alive(make_client, service):
         gc.enable()
     gc.collect()
     assert ref() is None
+
+
+class Down(Exception):
+    """What the hosts of `FakeLayer` raise."""
+
+
+class FakeLayer(http.Layer):
+    """A client whose hosts are all down."""
+
+    def url_of(self, request):
+        return request
+
+    def is_failure(self, request, exc):
+        return isinstance(exc, Down)
+
+    def rejection(self, request):
+        return CircuitBreakerError()
+
+
+def is_freed(send):
+    """Whether the exception of send() is freed although the collector is off."""
+    ref = None
+    gc.disable()
+    try:
+        send()
+    except Exception as exc:
+        ref = weakref.ref(exc)
+    finally:
+        gc.enable()
+    return ref() is None
+
+
+def send(request):
+    raise Down
+
+
+async def send_async(request):
+    raise Down
+
+
+@pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="references are not counted here"
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_nothing_keeps_what_a_caller_gets_alive(is_async):
+    """Not where the failure counts, nor where it opens the circuit, nor a rejection."""
+    breakers = CircuitBreakers(fail_max=2)
+    layer = FakeLayer(breakers, None, (500,), (503,), 300)
+
+    def sent():
+        if is_async:
+            drive(layer.send_async("http://h/", send_async))
+        else:
+            layer.send("http://h/", send)
+
+    states = []
+    for _ in range(3):
+        assert is_freed(sent)
+        states.append(breakers["h:80"].current_state)
+    assert states == ["closed", "open", "open"]
+
+
+@for_each_client
+def test_the_reason_of_an_opening_shows_the_status_and_no_header(make_client, service):
+    """A header may be a cookie, and the reason is logged."""
+    breakers = CircuitBreakers(fail_max=1)
+    make_client(breakers).get(f"{service.url}/status/503")
+    reason = breakers[service.key].state.reason
+    assert "503" in reason
+    assert "Content-Length" not in reason
 
 
 @for_each_client

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import unittest
+from datetime import datetime, timezone
 
 import pytest
 from pages import python_blocks
@@ -16,7 +17,12 @@ from readme_support import blocks_of, source_of
 from support import PATIENCE, Boom, boom, fail
 
 import pybreaker
-from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakers
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakers,
+    CircuitMemoryStorage,
+)
 from pybreaker_extras import testing
 from pybreaker_extras.testing import let_timeout_pass, refusing, restoring_breakers
 
@@ -292,6 +298,21 @@ def test_the_next_call_is_the_trial_when_the_timeout_was_let_pass(settings):
     assert breaker.retry_after == 0
     assert breaker.call(lambda: breaker.current_state) == "half-open"
     assert breaker.current_state == "closed"
+
+
+@pytest.mark.parametrize("make_storage", [Shared, CircuitMemoryStorage])
+def test_a_length_that_is_drawn_anew_has_passed_as_well(make_storage):
+    """A moment that other code wrote into a storage has a random length of its own."""
+    for _ in range(50):
+        storage = Shared() if make_storage is Shared else CircuitMemoryStorage("closed")
+        breaker = CircuitBreaker(
+            reset_timeout=1000, max_reset_timeout=2000, state_storage=storage
+        )
+        storage.opened_at = datetime.now(timezone.utc)
+        storage.state = "open"
+        assert breaker.retry_after > 0
+        let_timeout_pass(breaker)
+        assert breaker.retry_after == 0
 
 
 def test_a_trial_that_fails_after_that_opens_the_circuit_for_its_full_time():

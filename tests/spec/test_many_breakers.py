@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 from internals import lock_of
-from support import DEEP, PATIENCE, Boom, boom, fail, let_go
+from support import DEEP, PATIENCE, Boom, at_once, boom, fail, let_go
 
 import pybreaker
 from pybreaker import (
@@ -684,6 +684,84 @@ def test_dead_keys_leave_about_as_many_as_their_timeouts_hold(clock):
         clock.advance(1)
         longest = max(longest, len(breakers))
     assert 100 <= longest <= 150
+
+
+def test_keys_that_the_program_deletes_leave_nothing():
+    """Each key is made, deleted and let go, with a maxsize and without."""
+
+    class Key:
+        pass
+
+    for maxsize in (50, math.inf):
+        breakers = CircuitBreakers(maxsize=maxsize)
+        breakers["stays"]
+        refs = []
+        for _ in range(200):
+            key = Key()
+            refs.append(weakref.ref(key))
+            breakers[key]
+            del breakers[key]
+        del key
+        ask_for(breakers, range(40))
+        breakers.clear()
+        ask_for(breakers, range(100, 140))
+        collect()
+        assert [ref() for ref in refs] == [None] * 200
+        assert len(breakers) == 40
+
+
+def test_deleting_a_key_makes_no_breaker_go_that_there_is_room_for():
+    breakers = CircuitBreakers(maxsize=20)
+    ask_for(breakers, range(20))
+    del breakers[0], breakers[10]
+    assert set(ask_for(breakers, [20, 21])) == {*range(1, 10), *range(11, 22)}
+
+
+def test_the_oldest_breaker_goes_first():
+    breakers = CircuitBreakers(maxsize=20)
+    ask_for(breakers, range(25))
+    assert set(breakers) == set(range(5, 25))
+
+
+def test_a_breaker_that_the_program_puts_in_stays():
+    """It counts among `maxsize`, so that others go for it."""
+    breakers = CircuitBreakers(maxsize=5)
+    breakers["own"] = own = CircuitBreaker()
+    ask_for(breakers, range(20))
+    assert len(breakers) == 5
+    assert breakers["own"] is own
+
+
+def test_threads_may_delete_and_iterate_while_others_make_breakers():
+    """A Python without a GIL once crashed here."""
+    breakers = CircuitBreakers(maxsize=16)
+    seen = set()
+
+    def make():
+        for number in range(3000):
+            assert breakers[number % 100].name == str(number % 100)
+
+    def delete():
+        for number in range(3000):
+            breakers.pop(number % 100, None)
+
+    def iterate():
+        for _ in range(3000):
+            seen.update(map(type, breakers.copy().values()))
+
+    at_once(make, make, delete, iterate)
+    assert seen <= {CircuitBreaker}
+    ask_for(breakers, range(100, 150))
+    assert len(breakers) == 16
+
+
+def test_copy_gives_a_plain_dictionary_of_the_moment():
+    breakers = CircuitBreakers(fail_max=2)
+    breakers["a"]
+    copied = breakers.copy()
+    assert type(copied) is dict
+    breakers["b"]
+    assert copied == {"a": breakers["a"]}
 
 
 def test_a_copy_of_the_mapping_is_the_mapping():

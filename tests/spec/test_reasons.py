@@ -140,6 +140,30 @@ def test_the_exception_is_shown_by_its_repr_on_one_line(caplog):
     assert len(reason) < 400
 
 
+def test_a_repr_that_moves_the_circuit_is_not_overruled():
+    """The failure has opened nothing then: there is one transition."""
+
+    class Moving(Exception):
+        def __repr__(self):
+            breaker.open(30, "asked for")
+            return "Moving()"
+
+    def moving():
+        raise Moving
+
+    class Watch:
+        def state_change(self, cb, old_state, new_state):
+            moves.append((old_state.name, new_state.name))
+
+    moves = []
+    breaker = CircuitBreaker(fail_max=1, listeners=[Watch()])
+    with pytest.raises(Moving):
+        breaker.call(moving)
+    assert moves == [("closed", "open")]
+    assert 0 < breaker.retry_after <= 30
+    assert breaker.state.reason == "asked for"
+
+
 def test_an_exception_whose_repr_fails_is_shown_by_its_class(caplog):
     """The caller gets what it would get otherwise."""
 
