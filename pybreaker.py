@@ -2042,8 +2042,6 @@ class _Admission:
     that there is nothing to settle when it returns (`returns`), that its success
     changes nothing (`settles`), or that it is rejected (`rejects`). A quiet failure
     reads the fifth with the lock held to find that it is only counted (`counts`).
-    Of the storage a quiet call reads `_state`, `_fail_counter` and `_last_move`, which
-    each storage that has `_is_plain` keeps.
     """
 
     __slots__ = ("state", "trial", "passes", "returns", "settles", "rejects", "counts")
@@ -2550,13 +2548,15 @@ class CircuitBreakerStorage:
 
     A class that sets ``_is_plain = True`` in its own body (subclasses do not inherit
     the promise) promises that the breaker may read a storage of exactly that class
-    without the lock: the attributes ``_state`` and ``_fail_counter`` always hold what
-    `state` and `counter` say, and any thread may call `open_for` and `last_move`.
+    without the lock: the attributes ``_state``, ``_fail_counter`` and ``_last_move``
+    always hold what `state`, `counter` and `last_move` say, and any thread may call
+    `open_for`.
     """
 
     __slots__ = ("__dict__", "__weakref__")
 
     _successes = 0
+    _last_move: Any = None
     _is_plain = False
 
     def __init__(self, name: str) -> None:

@@ -40,6 +40,11 @@ def test_the_module_has_the_names_of_datetime_that_programs_import_from_it():
     from pybreaker import UTC  # noqa: F401
 
 
+def test_a_name_that_the_module_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'pybreaker' has no attribute 'Nonsense'"):
+        pybreaker.Nonsense  # noqa: B018
+
+
 def test_what_has_tornado_support_stands_for_works():
     """Programs ask it before they decorate coroutines."""
     assert pybreaker.HAS_TORNADO_SUPPORT is True
