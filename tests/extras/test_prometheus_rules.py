@@ -6,6 +6,7 @@ tested with what the metrics really say.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import re
@@ -48,10 +49,15 @@ class World:
 
     def start(self, instance="a", **settings):
         """A new process of an instance: its breaker is closed, its counters are 0."""
+        return self.start_workers(1, instance, **settings).breakers[0]
+
+    def start_workers(self, number, instance="a", **settings):
+        """The same with so many breakers of one name, which the metrics add up as
+        multiprocess mode adds up the breakers of workers."""
         registry = self.registries[instance] = prometheus_client.CollectorRegistry()
-        breaker = CircuitBreaker(name="weather", **settings)
-        PrometheusMetrics(registry, breakers=[breaker]).watch(breaker)
-        return breaker
+        breakers = [CircuitBreaker(name="weather", **settings) for _ in range(number)]
+        PrometheusMetrics(registry, breakers=breakers).watch(*breakers)
+        return Workers(breakers)
 
     def sleep(self, seconds):
         """Time passes, and Prometheus scrapes."""
@@ -100,6 +106,18 @@ class World:
             except Exception:
                 pass
             self.sleep(min(every, max(0, end - self.now)))
+
+
+class Workers:
+    """The workers of one instance: a client's call is one of each worker."""
+
+    def __init__(self, breakers):
+        self.breakers = breakers  # which the instance's metrics show
+
+    def call(self, service):
+        for breaker in self.breakers:
+            with contextlib.suppress(Exception):
+                breaker.call(service)
 
 
 @pytest.fixture
@@ -291,6 +309,33 @@ def test_circuit_that_trips_again_and_again_is_one_alert(world, check_alerts):
         world.call(weather, 8)
         world.call(weather, 2, is_up=False)
     world.call(weather, 90)
+    check_alerts(TripsAgain=(31, 175))
+
+
+def test_single_trip_of_many_workers_is_no_alert(world, check_alerts):
+    """Each of four workers trips and recovers once. When three of the workers have
+    ended, the counters still have what those did."""
+    workers = world.start_workers(4)
+    world.call(workers, 10)
+    world.call(workers, 1, is_up=False)
+    world.call(workers, 20)
+    del workers.breakers[1:]
+    gc.collect()
+    world.call(workers, 60)
+    assert "4" in world.values("circuit_breaker_transitions", to="closed")
+    assert "1" in world.values("circuit_breaker_state", state="closed")
+    check_alerts()
+
+
+def test_workers_that_trip_again_and_again_are_one_alert(world, check_alerts):
+    """The alert of four workers fires when that of one process would, also where
+    another instance has had no trouble."""
+    workers, other = world.start_workers(4), world.start("b")
+    for _ in range(12):
+        world.call(workers, 8)
+        world.call(workers, 2, is_up=False)
+    world.call(workers, 90)
+    assert other.current_state == "closed"
     check_alerts(TripsAgain=(31, 175))
 
 
