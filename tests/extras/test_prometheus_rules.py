@@ -302,6 +302,30 @@ def test_outage_that_all_instances_see_is_one_alert(world, check_alerts):
     check_alerts(Open=(6, 90), Uncalled=(64, 90))
 
 
+def test_outage_in_a_dry_run_is_no_alert(world, check_alerts):
+    """Callers get no errors but those of the service."""
+    weather = world.start(dry_run=True)
+    world.call(weather, 10)
+    world.call(weather, 60, is_up=False)
+    assert "1" in world.values("circuit_breaker_state", state="open")
+    check_alerts()
+
+
+def test_dry_run_hides_no_circuit_that_refuses_calls(world, check_alerts):
+    """An instance in a dry run silences no other instance, and one worker in a dry run
+    silences no other worker."""
+    workers, canary = world.start_workers(2), world.start("b", dry_run=True)
+    world.call(workers, 10)
+    world.call(workers, 30, is_up=False)
+    workers.breakers[0].dry_run = True
+    world.call(workers, 30, is_up=False)
+    for breaker in workers.breakers:
+        breaker.dry_run = True
+    world.call(workers, 10, is_up=False)
+    assert canary.dry_run and workers.breakers[0].current_state == "open"
+    check_alerts(Open=(16, 74))
+
+
 def test_circuit_that_trips_again_and_again_is_one_alert(world, check_alerts):
     """It closes each time, so that no outage lasts for five minutes."""
     weather = world.start()
