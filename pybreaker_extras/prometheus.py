@@ -291,17 +291,16 @@ class PrometheusMetrics:
         deadline = time.monotonic() + PATIENCE
         counted = set()
         has_idle = False
-        for breaker in self._chosen():
-            try:
-                name, label = breaker.name, _label(breaker.name)
-                seen, story = self._look_at(breaker, deadline)
-                heard = self._hears(breaker)
-            except Exception:  # a storage out of reach must not hide other breakers
-                logger.warning("%r could not be read", breaker.name, exc_info=True)
-                continue
-            if heard:
-                counted.add(name)
+        breakers = tuple(self._chosen())
+        stories = [self._begin_to_look(breaker, deadline) for breaker in breakers]
+        for breaker, story in zip(breakers, stories):
+            seen = self._end_look(breaker, story, deadline)
+            label = _label(breaker.name)
+            if self._hears(breaker):
+                counted.add(breaker.name)
                 _put(series[LAST_TRANSITION], (label,), story.moved, max)
+            if not seen:  # the storage is out of reach, or has never answered
+                continue
             if story.outage or seen["state"] == CLOSED:  # else it is not known
                 _put(series[OUTAGE_START], (label,), story.outage, _earlier)
             _show(series, label, seen)
@@ -321,42 +320,78 @@ class PrometheusMetrics:
             took = time.monotonic() - now
             self._next_collection = now + max(COLLECTED_EVERY, took / COLLECTING)
 
-    def _look_at(
+    def _begin_to_look(
         self, breaker: pybreaker.CircuitBreaker, deadline: float
-    ) -> tuple[dict[str, Any], _Story]:
-        """A breaker's snapshot, and the breaker's story. If another thread holds the
-        breaker's lock until `deadline` (monotonic), the first is only what can be read
-        without the lock."""
-        lock = breaker._lock
-        if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            try:
-                seen = breaker.snapshot()
-                # The lock is still held. Otherwise: thread A sees the circuit closed,
-                # thread B trips it, and A wipes out the beginning of the outage.
-                return seen, self._find_outage(breaker, seen)
-            finally:
-                lock.release()
-        seen = {
-            "state": breaker.current_state,
-            "fail_counter": breaker.fail_counter,
-            "fail_max": breaker.fail_max,
-            "dry_run": breaker.dry_run,
-        }
+    ) -> _Story:
+        """The breaker's story. A storage of the user's own, which may hang or wait for
+        a network, is looked at from now on in a thread. All such threads begin before
+        the scrape waits for one, so a storage that hangs takes no time from others."""
         with self._lock:
-            return seen, self._story_of(breaker)
+            story = self._story_of(breaker)
+        if not _may_be_read(breaker) and not (story.looker and story.looker.is_alive()):
+            looker = threading.Thread(
+                target=self._look, args=(breaker, story, deadline), daemon=True
+            )
+            try:
+                looker.start()
+                story.looker = looker
+            except RuntimeError:  # no thread can start, as when Python ends
+                story.looker = None
+        return story
+
+    def _end_look(
+        self, breaker: pybreaker.CircuitBreaker, story: _Story, deadline: float
+    ) -> dict[str, Any]:
+        """What is seen of the breaker; from `deadline` (monotonic) on, what was seen
+        before, without the wait, which has become shorter since."""
+        if _may_be_read(breaker):
+            self._look(breaker, story, deadline)
+            return story.seen
+        looker = story.looker
+        if looker is not None:
+            looker.join(max(0.0, deadline - time.monotonic()))
+            if not looker.is_alive():
+                return story.seen
+        return {k: value for k, value in story.seen.items() if k != "retry_after"}
+
+    def _look(
+        self, breaker: pybreaker.CircuitBreaker, story: _Story, deadline: float
+    ) -> None:
+        """Keep a snapshot in the story. If another thread holds the breaker's lock
+        until `deadline`, it is only what can be read without the lock."""
+        lock = breaker._lock
+        try:
+            if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                try:
+                    # The lock is held for both. Otherwise: thread A sees the circuit
+                    # closed, thread B trips it, and A wipes out the beginning of the
+                    # outage.
+                    self._find_outage(breaker, breaker.snapshot())
+                finally:
+                    lock.release()
+            else:
+                story.seen = {
+                    "state": breaker.current_state,
+                    "fail_counter": breaker.fail_counter,
+                    "fail_max": breaker.fail_max,
+                    "dry_run": breaker.dry_run,
+                }
+        except Exception:  # a storage out of reach must not hide other breakers
+            story.seen = {}
+            logger.warning("%r could not be read", breaker.name, exc_info=True)
 
     def _find_outage(
         self, breaker: pybreaker.CircuitBreaker, seen: dict[str, Any]
-    ) -> _Story:
+    ) -> None:
         with self._lock:
             story = self._story_of(breaker)
+            story.seen = seen
             if seen["state"] == CLOSED:
                 story.outage = 0.0
             elif not story.outage and seen.get("opened_at"):
                 # No listener heard the outage begin: the breaker is not watched, or was
                 # not yet. The outage is at least as old as this opening.
                 story.outage = datetime.fromisoformat(seen["opened_at"]).timestamp()
-            return story
 
     # Forks.
 
@@ -430,9 +465,10 @@ class _Tallies(dict[Optional[str], _Tally]):
 
 class _Story:
     """When a breaker last moved, and since when it has not been closed, in Unix time; 0
-    is never. `stories` loses the story when the breaker goes."""
+    is never. Also what was seen of the breaker last, as by `snapshot`, or nothing.
+    `stories` loses the story when the breaker goes."""
 
-    __slots__ = ("breaker", "moved", "outage")
+    __slots__ = ("breaker", "moved", "outage", "seen", "looker")
 
     def __init__(
         self, breaker: pybreaker.CircuitBreaker, stories: dict[int, _Story]
@@ -448,9 +484,16 @@ class _Story:
         self.breaker = weakref.ref(breaker, forget)
         self.moved = 0.0
         self.outage = 0.0
+        self.seen: dict[str, Any] = {}
+        self.looker: threading.Thread | None = None  # looks at the breaker
 
 
 # What is read.
+
+
+def _may_be_read(breaker: pybreaker.CircuitBreaker) -> bool:
+    """Whether the breaker's storage says that it may be read at any time."""
+    return bool(vars(type(breaker._state_storage)).get("_is_plain", False))
 
 
 def _looks_idle(seen: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from support import PATIENCE
+from support import PATIENCE, until
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakers
@@ -139,6 +139,33 @@ class Deaf(pybreaker.CircuitBreakerStorage):
 
     def reset_counter(self):
         self.counter = 0
+
+
+class Hanging(pybreaker.CircuitMemoryStorage):
+    """A storage of the user's own, which does not answer until `let` is set."""
+
+    def __init__(self):
+        self.asked, self.let = threading.Event(), threading.Event()
+        self.let.set()
+        super().__init__("closed")
+
+    def hang(self):
+        self.asked.set()
+        assert self.let.wait(PATIENCE)
+
+    @property
+    def state(self):
+        self.hang()
+        return self._state
+
+    @state.setter
+    def state(self, state):
+        self._state = state
+
+    @property
+    def counter(self):
+        self.hang()
+        return self._fail_counter
 
 
 # Calls.
@@ -458,10 +485,77 @@ def test_breaker_whose_lock_is_held_does_not_hold_the_scrape_up(metrics, scrape)
     assert scrape().of("retry_after_seconds", "slow") == 0
 
 
+@pytest.mark.parametrize("is_called", [True, False])
+def test_storage_that_hangs_does_not_hold_the_scrape_up(metrics, scrape, is_called):
+    """Whether a call or nobody but the scrape waits for the storage, the breaker is
+    shown as it was seen last."""
+    storage = Hanging()
+    slow = CircuitBreaker(name="slow", fail_max=3, state_storage=storage)
+    storage._fail_counter = 2
+    metrics.watch(slow)
+    storage.asked.clear()
+    storage.let.clear()
+    thread = threading.Thread(target=slow.call, args=[int], daemon=True)
+    try:
+        if is_called:
+            thread.start()
+            assert storage.asked.wait(PATIENCE)
+        began = time.monotonic()
+        found = scrape()
+        assert time.monotonic() - began < PATIENCE / 2
+    finally:
+        storage.let.set()
+        if is_called:
+            thread.join(PATIENCE)
+    assert found.states()["slow", "closed"] == 1
+    assert found.of("failures", "slow") == 2
+    assert found.of("failures_limit", "slow") == 3
+    assert found.of("dry_run", "slow") == 0
+    assert found.of("retry_after_seconds", "slow") is None
+    assert found.of("trial_due", "slow") == 0
+    assert found.calls("slow")["success"] == 0
+    until(lambda: scrape().of("retry_after_seconds", "slow") == 0)
+
+
+def test_storage_that_has_never_answered_leaves_the_counters(metrics, scrape):
+    """No state is made up."""
+    storage = Hanging()
+    breaker = CircuitBreaker(name="slow", state_storage=storage, listeners=[metrics])
+    storage.let.clear()
+    try:
+        found = scrape()
+    finally:
+        storage.let.set()
+    assert found.values("state", "breaker", "state") == {}
+    assert found.of("failures", "slow") is None
+    assert found.calls("slow") == outcomes()
+    assert breaker.listeners == (metrics,)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A scrape waits for a storage that answers, however busy the machine is."""
+    monkeypatch.setattr(module, "PATIENCE", PATIENCE)
+
+
+def test_storages_that_may_hang_are_asked_at_once(scrape, registry, patient):
+    """A storage that hangs takes no time from another one: here the first answers as
+    soon as the second was asked."""
+    storages = first, second = Hanging(), Hanging()
+    breakers = [
+        CircuitBreaker(name=f"number {number}", state_storage=storage)
+        for number, storage in enumerate(storages)
+    ]
+    PrometheusMetrics(registry, breakers)
+    second.asked.clear()
+    first.let = second.asked
+    assert set(scrape().states()) == {("number 0", "closed"), ("number 1", "closed")}
+
+
 def test_breaker_whose_storage_is_out_of_reach_does_not_cost_the_others(
-    metrics, scrape, caplog
+    metrics, scrape, caplog, patient
 ):
-    """It is missing, which is logged."""
+    """Of the breaker itself there are counters only, and the error is logged."""
 
     class Away(Deaf):
         broken = False
@@ -475,8 +569,21 @@ def test_breaker_whose_storage_is_out_of_reach_does_not_cost_the_others(
     weather = CircuitBreaker(name="weather")
     metrics.watch(broken, weather)
     Away.broken = True
-    assert scrape().states() == {("weather", "closed"): 1}
+    found = scrape()
+    assert found.states() == {("weather", "closed"): 1}
+    assert found.calls("broken") == outcomes()
     assert "'broken' could not be read" in caplog.text
+
+
+def test_looking_at_a_storage_in_a_thread_keeps_no_breaker_alive(
+    metrics, scrape, patient
+):
+    """Neither the thread nor what was seen refers to the breaker afterwards."""
+    breaker = CircuitBreaker(name="weather", state_storage=Deaf("deaf"))
+    assert scrape().states() == {("weather", "closed"): 1}
+    del breaker
+    gc.collect()
+    assert scrape().states() == {}
 
 
 # Transitions and times.
@@ -1062,6 +1169,22 @@ def parts(output):
     return {title: Scrape(text) for title, text in found.items()}
 
 
+def scrape_of_files(directory):
+    """A scrape of what processes have left in the directory of multiprocess mode."""
+    return Scrape(
+        run(
+            """
+            import prometheus_client
+            from prometheus_client import multiprocess
+            registry = prometheus_client.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+            print(prometheus_client.generate_latest(registry).decode())
+            """,
+            PROMETHEUS_MULTIPROC_DIR=str(directory),
+        )
+    )
+
+
 @needs_fork
 def test_multiprocess_mode_adds_up_what_all_processes_say(tmp_path):
     """Two workers open their circuits, and one of them ends: circuits that are gone
@@ -1139,14 +1262,26 @@ def test_multiprocess_mode_writes_again_and_again_and_when_python_ends(tmp_path)
         PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
     )
     assert output == ""
-    found = run(
+    assert scrape_of_files(tmp_path).calls() == outcomes(success=3)
+
+
+def test_last_calls_are_written_when_python_ends_whatever_the_storage(tmp_path):
+    """Some Pythons start no thread any more when they end, as to look at a storage."""
+    run(
         """
         import prometheus_client
-        from prometheus_client import multiprocess
-        registry = prometheus_client.CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry)
-        print(prometheus_client.generate_latest(registry).decode())
+        import pybreaker
+        import pybreaker_extras.prometheus as module
+
+        class Own(pybreaker.CircuitMemoryStorage):
+            "A storage that does not say that it may be read at any time."
+
+        module.PUBLISHED_EVERY = 1000
+        metrics = module.PrometheusMetrics(prometheus_client.CollectorRegistry())
+        weather = pybreaker.CircuitBreaker(name="weather", state_storage=Own("closed"))
+        metrics.watch(weather)
+        weather.call(int)
         """,
         PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
     )
-    assert Scrape(found).calls() == outcomes(success=3)
+    assert scrape_of_files(tmp_path).calls() == outcomes(success=1)
