@@ -628,14 +628,21 @@ class _Publisher:
         with self._lock:
             series = self._read()
             for family, metric in self._metrics.items():
-                last, now = self._last.get(family, {}), series[family]
+                last, now = self._last.setdefault(family, {}), series[family]
                 for labels in {**last, **now}:
                     child = metric.labels(*labels)
                     if not family.is_counter:
                         child.set(now.get(labels, 0.0))  # 0 if no breaker has them now
                     elif labels in now:
-                        child.inc(now[labels] - last.get(labels, 0.0))
-            self._last = series
+                        written = last.get(labels, 0.0)
+                        if now[labels] < written:  # forgotten since, and counted anew
+                            written = 0.0
+                        child.inc(now[labels] - written)
+                    # At once, as the next labels may raise, such as for a full disk.
+                    if labels in now:
+                        last[labels] = now[labels]
+                    else:
+                        del last[labels]
 
 
 def _metrics_in_files() -> dict[_Family, Any]:

@@ -1285,3 +1285,74 @@ def test_last_calls_are_written_when_python_ends_whatever_the_storage(tmp_path):
         PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
     )
     assert scrape_of_files(tmp_path).calls() == outcomes(success=1)
+
+
+PUBLISHES_WHEN_TOLD = """
+    import gc, os
+    import prometheus_client
+    import pybreaker
+    import pybreaker_extras.prometheus as module
+
+    module._Publisher.start = lambda self: None  # no thread writes as well
+    metrics = module.PrometheusMetrics(prometheus_client.CollectorRegistry())
+    weather = pybreaker.CircuitBreaker(name="weather", listeners=[metrics])
+    weather.call(int)
+"""
+
+
+def test_error_while_files_are_written_makes_no_call_count_again(tmp_path):
+    """Here one counter cannot be written at one time, as on a full disk. Each counter
+    is written later what has not been written of it."""
+    run(
+        textwrap.dedent(PUBLISHES_WHEN_TOLD)
+        + textwrap.dedent("""
+            write, written = prometheus_client.Counter.inc, []
+
+            def fail_at_the_second(self, amount):
+                written.append(amount)
+                if len(written) == 2:
+                    raise OSError("no space left on device")
+                write(self, amount)
+
+            prometheus_client.Counter.inc = fail_at_the_second
+            for failing in True, False, False:
+                weather.call(int)
+                try:
+                    metrics.publish()
+                    assert not failing
+                except OSError:
+                    assert failing
+        """),
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
+    )
+    assert scrape_of_files(tmp_path).calls() == outcomes(success=4)
+
+
+def test_counters_that_were_forgotten_and_are_there_again_go_on(tmp_path):
+    """Between two writings a breaker goes, its counters are forgotten among a thousand
+    others, and another breaker has the name: its calls count from 0, and are added."""
+    run(
+        textwrap.dedent(PUBLISHES_WHEN_TOLD)
+        + textwrap.dedent("""
+            import time, types
+
+            for _ in range(9):
+                weather.call(int)
+            metrics.publish()
+            del weather
+            gc.collect()
+            later = time.monotonic() + 2 * module.KEPT
+            module.time = types.SimpleNamespace(
+                monotonic=lambda: later, time=time.time
+            )
+            for number in range(1024):
+                host = pybreaker.CircuitBreaker(name=str(number), listeners=[metrics])
+                host.call(int)
+            assert "weather" not in metrics._tallies
+            weather = pybreaker.CircuitBreaker(name="weather", listeners=[metrics])
+            weather.call(int)
+            metrics.publish()
+        """),
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
+    )
+    assert scrape_of_files(tmp_path).calls() == outcomes(success=11)
