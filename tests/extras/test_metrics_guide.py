@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 from pathlib import Path
 
@@ -171,6 +172,26 @@ def test_opentelemetry_counts_calls_and_transitions(telemetry, fail):
     assert points == {attributes(circuit_breaker__state="open"): 1}
 
 
+def test_opentelemetry_counts_each_call_of_a_dry_run_once(telemetry, fail):
+    """By its outcome. That it would have been rejected is counted apart."""
+    weather, collect = telemetry
+    weather.dry_run = True
+    for func in fail, fail, int, int, int:
+        try:
+            weather.call(func)
+        except Exception:
+            pass
+    found = collect()
+    outcome = "circuit_breaker__call__outcome"
+    assert found["circuit_breaker.calls"][1] == {
+        attributes(**{outcome: "failure", "error__type": "Boom"}): 2,
+        attributes(**{outcome: "success"}): 3,
+    }
+    rejections, points = found["circuit_breaker.dry_run.rejections"]
+    assert (rejections.unit, rejections.data.is_monotonic) == ("{call}", True)
+    assert points == {attributes(): 3}
+
+
 def test_opentelemetry_shows_the_state_as_it_is(telemetry):
     """An UpDownCounter, which follows a change of name and counts breakers with one
     name together."""
@@ -204,3 +225,12 @@ def test_opentelemetry_shows_the_wait_in_seconds(telemetry):
     assert wait.unit == "s"
     assert 0 < points[attributes()] <= 1000
     assert points[attributes("unnamed")] == 0
+
+
+def test_opentelemetry_is_given_no_infinite_wait(telemetry, caplog):
+    """The SDK would drop the value, and log a warning at each collection."""
+    weather, collect = telemetry
+    weather.open(math.inf)
+    wait, points = collect()["circuit_breaker.retry_after"]
+    assert points == {attributes("unnamed"): 0}
+    assert [each for each in caplog.records if each.name.startswith("opente")] == []
