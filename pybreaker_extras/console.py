@@ -699,7 +699,7 @@ class Console:
 
     def _answer(self, environ: Environ) -> Answer:
         self._check_host(environ)
-        if self._authorize is not None and not self._authorize(environ):
+        if self._authorize is not None and not _answered(self._authorize(environ)):
             raise Refusal(403, "you are not authorized to use this console")
         handlers = self._handlers(environ)
         if not handlers:
@@ -1125,12 +1125,27 @@ def _names(parameter: str, names: Any) -> list[str]:
 def _checked_function(parameter: str, function: Any) -> Any:
     if function is not None and not callable(function):
         raise TypeError(f"{parameter} must be a function or None, not {function!r}")
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__  # of an object
+    ):
         raise TypeError(
             f"{parameter} must be a plain function, as nothing would await what "
             f"{function!r} returns"
         )
     return function
+
+
+def _answered(answer: object) -> object:
+    """What `authorize` has answered, unless that would have to be awaited: an object
+    that nothing awaits is true, and would grant every request."""
+    if not inspect.isawaitable(answer):
+        return answer
+    if inspect.iscoroutine(answer):
+        answer.close()  # so that Python does not warn that nothing awaited it
+    raise TypeError(
+        f"authorize must be a plain function, as nothing awaits what it returned: "
+        f"{answer!r}"
+    )
 
 
 def _program() -> str:

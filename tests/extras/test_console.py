@@ -563,8 +563,13 @@ def test_coroutine_function_is_no_authorization():
     async def authorize(environ):
         return False
 
-    with pytest.raises(TypeError, match="authorize must be a plain function"):
-        Console(authorize=authorize)
+    class Authority:
+        async def __call__(self, environ):
+            return False
+
+    for each in (authorize, Authority()):
+        with pytest.raises(TypeError, match="authorize must be a plain function"):
+            Console(authorize=each)
 
 
 # An outage as one story
@@ -2307,6 +2312,28 @@ def test_authorization_that_fails_grants_nothing(serve, weather, caplog):
     assert client.post("/breakers/weather/open").status == 500
     assert weather.current_state == "closed"
     assert "no such user" in caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_authorization_that_would_have_to_be_awaited_grants_nothing(
+    serve, weather, caplog
+):
+    """Neither a coroutine nor another awaitable object does, though both are true."""
+
+    async def answer():
+        return True
+
+    class Awaitable:
+        def __await__(self):
+            return iter(())
+
+    for authorize in (lambda environ: answer(), lambda environ: Awaitable()):
+        client = serve(Console([weather], authorize=authorize))
+        assert client.get("/").status == 500
+        assert client.post("/breakers/weather/open").status == 500
+        gc.collect()
+    assert weather.current_state == "closed"
+    assert "nothing awaits what it returned" in caplog.text
 
 
 def ask_as(console, **environ):
