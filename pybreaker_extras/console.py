@@ -299,7 +299,8 @@ class Watch:
                     picture = breaker.snapshot()
                     self._begin_with(picture, breaker)
                     held = _held_for(breaker, picture["state"])
-                    picture["held"] = held is not None
+                    # Once its time has passed, the next call is the trial.
+                    picture["held"] = held is not None and picture["retry_after"] != 0
                     picture["reason"] = self._redact(picture["reason"])
                 except (
                     Exception

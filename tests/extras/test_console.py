@@ -808,6 +808,18 @@ def test_circuit_is_held_open_until_it_is_released(client, weather):
     assert page.news() == "weather is closed: all its calls go through."
 
 
+def test_hold_whose_time_has_passed_is_told_as_one_no_more(client, weather, clock):
+    """The next call is the trial, so nothing says that calls are refused."""
+    weather.open(seconds=60)
+    assert client.get("/breakers/weather").json()["held"]
+    clock.advance(60)
+    row = client.row("weather")
+    assert "HELD" not in row.headline
+    assert "OPEN: the next call is the trial." in row.story
+    assert "Half-open, let one call try" in row.buttons
+    assert not client.get("/breakers/weather").json()["held"]
+
+
 def test_no_is_an_answer(client, weather):
     """The question is gone, nothing has moved, and what was typed is still there."""
     page = client.press(client.page(), "weather", "Hold open")
