@@ -1396,11 +1396,15 @@ class _Page:
         self._matching = [
             row
             for row in everything
-            if matches(row.key, row.picture)
-            or row.ident in form.typed
-            or row.ident == form.unfolded
+            if matches(row.key, row.picture) or self._is_in_use(row)
         ]
-        self._rows = self._matching[:ROWS]
+        # Where there is no room for all, none is left out that the operator works on.
+        shown = sorted(self._matching, key=self._is_in_use, reverse=True)[:ROWS]
+        self._rows = sorted(shown, key=_Row.rank)
+
+    def _is_in_use(self, row: _Row) -> bool:
+        """Whether the row was typed into, or its button was pressed."""
+        return row.ident in self._form.typed or row.ident == self._form.unfolded
 
     def whole(self) -> str:
         """The page itself."""
@@ -1520,7 +1524,7 @@ class _Page:
 
     def _row(self, row: _Row, has_form: bool = True) -> str:
         form = self._form
-        unfolded = row.ident == form.unfolded or row.ident in form.typed
+        unfolded = self._is_in_use(row)
         # The page that comes back shows the row whose button was pressed.
         said = form.errors or form.notices or form.question
         has_focus = row.ident == form.unfolded and not said

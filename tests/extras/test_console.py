@@ -426,6 +426,25 @@ def test_page_of_very_many_breakers_says_how_to_find_the_others(serve, monkeypat
     assert "3 of 5 breakers are shown; narrow the search" in page.text
 
 
+def test_rows_in_use_have_room_on_a_page_of_very_many_breakers(serve, monkeypatch):
+    """Worse rows that come meanwhile, or another search, lose neither what was typed
+    nor a question. The order is that of all rows."""
+    monkeypatch.setattr(module, "ROWS", 3)
+    breakers = [CircuitBreaker(name=f"b{number}") for number in range(6)]
+    client = serve(Console(breakers))
+    page = client.page("?q=b5")
+    ident = page.row("b5").ident
+    page = client.submit(page, "filter", q="", **{f"{ident}.minutes": "45"})
+    assert [row.name for row in page.rows] == ["b0", "b1", "b5"]
+    assert page.row("b5").typed["minutes"] == "45"
+    for breaker in breakers[1:5]:
+        breaker.open()
+    page = client.press(page, "b0", "Half-open, let one call try")
+    assert [row.name for row in page.rows] == ["b1", "b0", "b5"]
+    assert "Half-open b0, which is closed?" in page.text
+    assert page.row("b5").typed["minutes"] == "45"
+
+
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
 def test_state_is_told_by_word_and_mark_and_colour(client, weather, state):
     """Each has its own, so none of the three is needed."""
