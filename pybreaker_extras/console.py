@@ -971,14 +971,14 @@ class Console:
     ) -> str | None:
         """Ask, as all calls will be refused."""
         typed = form.typed.get(watch.ident, {}).get("minutes", MINUTES)
-        minutes = _number(typed)
-        if isinstance(minutes, str) or not 0 < minutes < 1e9:
+        seconds = _seconds_of(typed)
+        if seconds is None:
             form.errors[watch.ident] = {
                 "minutes": f"minutes must be a number above 0, not {typed!r}; for no "
                 "end there is the button beside it"
             }
         else:
-            form.question = f"yes.{watch.ident}.{minutes * 60:.15g}"
+            form.question = f"yes.{watch.ident}.{seconds}"
         return None
 
     def _press_hold_on(
@@ -1016,7 +1016,10 @@ class Console:
         except ValueError:
             raise Refusal(422, "there is no such button") from None
         self._move(environ, key, watch, "open", form.reason(watch.ident), seconds)
-        form.forget(watch.ident, "why", "minutes")
+        # Another number was typed beside the question, and is for another hold.
+        typed = form.typed.get(watch.ident, {}).get("minutes", MINUTES)
+        is_used = _seconds_of(typed) == exact
+        form.forget(watch.ident, "why", *(["minutes"] if is_used else []))
         breaker = watch.breaker
         effect = _effect(breaker is not None and breaker.dry_run)
         return f"{key} is held open {_until(seconds)}: {effect}."
@@ -1228,6 +1231,15 @@ def _number(text: str) -> Any:
         with contextlib.suppress(ValueError):
             return _parsed(kind, text)
     return text
+
+
+def _seconds_of(minutes: str) -> str | None:
+    """The length of a hold, as the button that is sure has it. None: the text is no
+    length."""
+    number = _number(minutes)
+    if isinstance(number, str) or not 0 < number < 1e9:
+        return None
+    return f"{number * 60:.15g}"
 
 
 def _parsed(kind: Any, text: str) -> Any:

@@ -839,6 +839,20 @@ def test_hold_whose_time_has_passed_is_told_as_one_no_more(client, weather, cloc
     assert not client.get("/breakers/weather").json()["held"]
 
 
+@pytest.mark.parametrize(
+    ("button", "wait"), [("Hold open", 45 * 60), ("Hold open until released", math.inf)]
+)
+def test_minutes_that_were_typed_beside_the_question_are_kept(
+    client, weather, button, wait
+):
+    """The answer is to the question, and does not use them."""
+    page = client.press(client.page(), "weather", button, minutes="45")
+    page = client.press(page, "weather", "Yes, hold weather open", minutes="90")
+    assert weather.retry_after == pytest.approx(wait)
+    row = page.row("weather")
+    assert (row.typed["minutes"], row.is_unfolded) == ("90", True)
+
+
 def test_no_is_an_answer(client, weather):
     """The question is gone, nothing has moved, and what was typed is still there."""
     page = client.press(client.page(), "weather", "Hold open")
