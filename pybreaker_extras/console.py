@@ -752,7 +752,9 @@ class Console:
         user = environ.get("REMOTE_USER")
         if user:
             return "".join(c if c.isprintable() else "?" for c in str(user)[:100])
-        address = environ.get("REMOTE_ADDR") or "unknown"
+        # Most servers tell no address of what connects to a Unix socket.
+        unix = "unix" if "unix" in self._proxies else "unknown"
+        address = environ.get("REMOTE_ADDR") or unix
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
         # Each proxy has appended whom it was asked by; the first is only claimed.
         while address in self._proxies and forwarded:

@@ -2420,6 +2420,16 @@ def test_who_asked_is_the_user_or_the_address_behind_a_trusted_proxy(
     assert weather.state.reason == f"by hand, from {who}"
 
 
+@pytest.mark.parametrize("address", [{"REMOTE_ADDR": ""}, {"REMOTE_ADDR": None}])
+def test_proxy_behind_a_unix_socket_is_trusted_where_the_server_tells_no_address(
+    weather, address
+):
+    """Gunicorn's address is empty, and that of an ASGI server is missing."""
+    console = Console([weather], trusted_proxies=["unix"])
+    ask_as(console, **address, HTTP_X_FORWARDED_FOR="9.9.9.9, 1.1.1.1")
+    assert weather.state.reason == "by hand, from 1.1.1.1"
+
+
 SECRETS = {
     "redis://:hunter2@cache/0": "redis://:***@cache/0",
     "redis://user:hunter2@cache/0": "redis://user:***@cache/0",
