@@ -513,11 +513,12 @@ class Refusal(Exception):
         self.body = {"error": message, **(details or {})}
 
 
-_URL_PASSWORD = re.compile(r"(://[^\s/:'\"]*:)[^\s'\"<>]*@")
+# An apostrophe may be part of a name and of a password, and may stand after a URL.
+_URL_PASSWORD = re.compile(r"(://[^\s/:\"]*:)[^\s\"<>]*@")
 # The end of a text that was cut where a password may have been.
-_CUT_PASSWORD = re.compile(r"(://[^\s/:'\"]*:)(?!\d{1,5}(?:[/?#)]|$))[^\s'\"<>@]+$")
+_CUT_PASSWORD = re.compile(r"(://[^\s/:\"]*:)(?!\d{1,5}(?:[/?#)']|$))[^\s\"<>@]+$")
 _QUERY_PASSWORD = re.compile(
-    r"([?&;#](?:\w*(?:password|passwd|pwd|secret|token|api_?key))=)[^&;\s'\"<>]+",
+    r"([?&;#](?:\w*(?:pass(?:word|wd|phrase)?|pwd|secret|token|api_?key))=)[^&;\s'\"<>]+",
     re.IGNORECASE,
 )
 
