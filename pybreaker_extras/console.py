@@ -100,7 +100,7 @@ ROWS = 300  # on a page; the filter finds the others
 REFRESH = 2  # seconds between two looks of the page
 PATIENCE = 10  # seconds that a client has to ask and to take the answer
 LOOK = 0.25  # seconds that one page waits for breakers that are busy
-LEAST_LOOK = 0.005  # that the page waits for each breaker, though others were busy
+LEAST_LOOK = 0.005  # that the page waits for each that the last look found not busy
 WAIT = 1.0  # seconds that a change waits for a breaker that is busy
 CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
 MAX_HEAD = 32 * 1024  # bytes of a request before its body,
@@ -292,7 +292,8 @@ class Watch:
     def _take(self, deadline: float) -> None:
         """Look at the breaker, and keep what is seen."""
         try:
-            patience = max(LEAST_LOOK, deadline - time.monotonic())
+            least = LEAST_LOOK if self._busy_since is None else 0.0
+            patience = max(least, deadline - time.monotonic())
             with self.holding(patience) as breaker:
                 self._listen_to(breaker)
                 try:

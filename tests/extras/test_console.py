@@ -1393,6 +1393,27 @@ def test_breaker_that_stays_busy_costs_a_page_its_time_once(
         assert time.monotonic() - begun < PATIENCE / 2
 
 
+def test_page_waits_for_no_breaker_that_was_busy_already(serve, monkeypatch):
+    """However many they are, and also when the time of the page is used up."""
+    breakers = [CircuitBreaker(name=f"b{number}") for number in range(3)]
+    waits, holding = [], module.Watch.holding
+
+    def noted(watch, patience):
+        waits.append(patience)
+        return holding(watch, patience)
+
+    console = Console(breakers)
+    monkeypatch.setattr(module, "LOOK", 0.0)
+    with contextlib.ExitStack() as stack:
+        for breaker in breakers:
+            stack.enter_context(held(breaker))
+        for watch in console.watches().values():
+            assert watch.picture(0.0)["busy"]
+        monkeypatch.setattr(module.Watch, "holding", noted)
+        assert serve(console).page().heading() == "3 busy"
+    assert waits == [0.0, 0.0, 0.0]
+
+
 def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
     client, weather, monkeypatch
 ):
