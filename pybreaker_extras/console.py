@@ -622,11 +622,14 @@ class Console:
     def watches(self) -> dict[str, Watch]:
         """The watches by what URLs call them: the breaker's name. Breakers without
         a name, or with the same, are told apart by a number."""
+        watches = self._all_watches()
+        names = [watch.name or "unnamed" for watch in watches]
+        # A number makes no name that another breaker has of its own.
+        taken = set(names)
         found: dict[str, Watch] = {}
-        for watch in self._all_watches():
-            name = key = watch.name or "unnamed"
-            number = 1
-            while key in found:
+        for name, watch in zip(names, watches):
+            key, number = name, 1
+            while key in found or (number > 1 and key in taken):
                 number += 1
                 key = f"{name}-{number}"
             found[key] = watch

@@ -1776,6 +1776,18 @@ def test_breakers_of_the_same_name_or_of_none_are_told_apart_by_a_number(serve):
     assert [b.current_state == "open" for b in breakers] == [0, 0, 1, 1, 0]
 
 
+def test_number_makes_no_name_that_another_breaker_has(serve):
+    """Each name leads to the first breaker that has it, and the numbers go round it."""
+    breakers = [CircuitBreaker(name=name) for name in ("pay", "pay", "pay-2", "pay-2")]
+    client = serve(Console(breakers))
+    urls = [
+        listed["url"].rpartition("/")[2] for listed in client.get("/breakers").json()
+    ]
+    assert urls == ["pay", "pay-3", "pay-2", "pay-2-2"]
+    client.post("/breakers/pay-2/open")
+    assert [b.current_state == "open" for b in breakers] == [0, 0, 1, 0]
+
+
 def test_breaker_can_be_added_and_renamed_later(serve, weather):
     """The console shows what is true now."""
     console = Console([])
