@@ -2443,6 +2443,13 @@ class _Request(io.BufferedReader):
         return content
 
 
+class _Run(wsgiref.simple_server.ServerHandler):
+    """One run of the application, whose environment is of the request alone: not of
+    the process, whose variables could pass for a user or a header."""
+
+    os_environ: dict[str, str] = {}
+
+
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
     timeout = PATIENCE
 
@@ -2453,6 +2460,18 @@ class Handler(wsgiref.simple_server.WSGIRequestHandler):
         self._request = _Request(self.connection, self._asks)
         self.rfile.close()
         self.rfile = self._request
+
+    def handle(self) -> None:
+        """Answer one request, as the overridden method does, in an environment of the
+        request alone."""
+        self.raw_requestline = self.rfile.readline()
+        if self.parse_request():
+            rfile: Any = self.rfile
+            wfile: Any = self.wfile
+            server: Any = self.server
+            run: Any = _Run(rfile, wfile, self.get_stderr(), self.get_environ())
+            run.request_handler = self
+            run.run(server.get_app())
 
     def parse_request(self) -> bool:
         if not super().parse_request():

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import weakref
+import wsgiref.handlers
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
@@ -2461,6 +2462,27 @@ def test_proxy_behind_a_unix_socket_is_trusted_where_the_server_tells_no_address
     console = Console([weather], trusted_proxies=["unix"])
     ask_as(console, **address, HTTP_X_FORWARDED_FOR="9.9.9.9, 1.1.1.1")
     assert weather.state.reason == "by hand, from 1.1.1.1"
+
+
+def test_variables_of_the_process_are_no_part_of_a_request(serve, weather, monkeypatch):
+    """They would pass for a user, or for a header that the client has not sent."""
+    variables = {"REMOTE_USER": "root", "HTTP_X_KEY": "secret", "HTTPS": "on"}
+    monkeypatch.setattr(wsgiref.handlers.BaseHandler, "os_environ", variables)
+    asked = []
+
+    def authorize(environ):
+        asked.append(environ)
+        return True
+
+    client = serve(Console([weather], authorize=authorize))
+    assert client.post("/breakers/weather/open?a=b").status == 200
+    assert weather.state.reason == "by hand, from 127.0.0.1"
+    (environ,) = asked
+    assert not {*variables} & {*environ}
+    assert environ["wsgi.url_scheme"] == "http"
+    assert environ["SERVER_PORT"] == str(client.port)
+    assert environ["QUERY_STRING"] == "a=b"
+    assert environ["wsgi.multithread"]
 
 
 SECRETS = {
