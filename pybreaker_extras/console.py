@@ -2286,7 +2286,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         self._allowance = float(BURST)  # connections that may still ask for nothing
         self._counted = time.monotonic()
         self._closing = threading.Event()
-        self._owns_file = False  # of a Unix socket
+        self._file_owner: int | None = None  # the process that made a Unix socket
         super().__init__(*args)
         self.socket.setblocking(False)  # a client that waited may be gone
 
@@ -2299,7 +2299,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         else:
             _make_way(str(self.server_address))
             self.socket.bind(self.server_address)
-            self._owns_file = True
+            self._file_owner = os.getpid()
             os.chmod(str(self.server_address), 0o600)  # before a client can connect
             self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
@@ -2307,8 +2307,8 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     def server_close(self) -> None:
         self._closing.set()
         super().server_close()
-        if self._owns_file:
-            self._owns_file = False
+        if self._file_owner == os.getpid():  # and not a fork, which has a copy
+            self._file_owner = None
             with contextlib.suppress(OSError):
                 os.unlink(str(self.server_address))
 

@@ -2896,6 +2896,28 @@ def test_unix_socket_serves_several_processes_of_a_host(weather, tmp_path):
     assert not os.path.exists(path)
 
 
+def test_fork_that_closes_its_copy_of_a_server_leaves_the_socket_in_place(tmp_path):
+    """The parent goes on to listen there, and removes the file in the end."""
+    if not (hasattr(socket, "AF_UNIX") and hasattr(os, "fork")):
+        pytest.skip("needs Unix sockets and forks")
+    script = """
+import os
+from pybreaker_extras.console import Console, serve
+server = serve(Console([]), "unix:console.sock")
+if os.fork() == 0:
+    server.server_close()
+    os._exit(0)
+os.wait()
+assert os.path.exists("console.sock")
+server.server_close()
+assert not os.path.exists("console.sock")
+"""
+    command = [sys.executable, "-c", script]
+    places = [os.path.abspath(place) for place in sys.path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    subprocess.run(command, check=True, timeout=4 * PATIENCE, env=env, cwd=tmp_path)
+
+
 def test_file_that_is_no_socket_is_not_removed(tmp_path):
     """A mistyped path costs no file."""
     path = tmp_path / "notes.txt"
