@@ -1660,10 +1660,12 @@ class _Page:
             what += "the service is well again. Half-open lets one call try first."
             yes = f"Yes, close {name}"
         else:
-            what = (
-                f"Half-open {name}, which is closed? Its calls are refused but for one "
-            )
-            what += "at a time, until that succeeds."
+            what = f"Half-open {name}, which is closed? "
+            if row.picture.get("dry_run"):
+                what += f"Meanwhile {_effect(True)}."
+            else:
+                what += "Its calls are refused but for one at a time, until that "
+                what += "succeeds."
             yes = f"Yes, half-open {name}"
         sure = f'name="do" value="{escape(self._form.question)}" autofocus'
         return f"""<div class="question" role="group" aria-label="Are you sure?">

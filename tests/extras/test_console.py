@@ -777,6 +777,9 @@ def test_next_trial_is_told_in_words(client, weather, clock):
 def test_dry_run_is_told_as_one(client, weather):
     """Nothing is refused, so nothing says that it is."""
     weather.dry_run = True
+    page = client.press(client.page(), "weather", "Half-open, let one call try")
+    told = "which is closed? Meanwhile all its calls go through, as it is a dry run."
+    assert told in page.text
     weather.open()
     row = client.row("weather")
     assert row.headline.startswith(
