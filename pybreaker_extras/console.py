@@ -101,6 +101,7 @@ REFRESH = 2  # seconds between two looks of the page
 PATIENCE = 10  # seconds that a client has to ask and to take the answer
 LOOK = 0.25  # seconds that one page waits for breakers that are busy
 LEAST_LOOK = 0.005  # that the page waits for each that the last look found not busy
+MORE_LOOKS = 0.5  # seconds that all of these waits may take together
 WAIT = 1.0  # seconds that a change waits for a breaker that is busy
 CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
 MAX_HEAD = 32 * 1024  # bytes of a request before its body,
@@ -292,8 +293,9 @@ class Watch:
     def _take(self, deadline: float) -> None:
         """Look at the breaker, and keep what is seen."""
         try:
-            least = LEAST_LOOK if self._busy_since is None else 0.0
-            patience = max(least, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            least = min(LEAST_LOOK, left + MORE_LOOKS)
+            patience = max(left, least if self._busy_since is None else 0.0)
             with self.holding(patience) as breaker:
                 self._listen_to(breaker)
                 try:

@@ -1418,12 +1418,29 @@ def test_page_waits_for_no_breaker_that_was_busy_already(serve, monkeypatch):
     assert waits == [0.0, 0.0, 0.0]
 
 
+def test_page_has_one_time_for_all_breakers_that_become_busy(weather, monkeypatch):
+    """Once that time is used up, the page waits for no breaker any more."""
+    waits, holding = [], module.Watch.holding
+
+    def noted(watch, patience):
+        waits.append(patience)
+        return holding(watch, patience)
+
+    (watch,) = Console([weather]).watches().values()
+    monkeypatch.setattr(module.Watch, "holding", noted)
+    with held(weather):
+        deadline = time.monotonic() - module.MORE_LOOKS
+        assert watch.picture(deadline)["busy"]
+    assert max(waits) <= 0
+
+
 def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
     client, weather, monkeypatch
 ):
     """Although other breakers have used up the time of the page."""
     monkeypatch.setattr(module, "LOOK", 0.0)
     monkeypatch.setattr(module, "LEAST_LOOK", PATIENCE)
+    monkeypatch.setattr(module, "MORE_LOOKS", PATIENCE)
     has_it = threading.Event()
 
     def hold():
