@@ -100,8 +100,8 @@ ROWS = 300  # on a page; the filter finds the others
 REFRESH = 2  # seconds between two looks of the page
 PATIENCE = 10  # seconds that a client has to ask and to take the answer
 LOOK = 0.25  # seconds that one page waits for breakers that are busy
-LEAST_LOOK = 0.005  # that the page waits for each that the last look found not busy
-MORE_LOOKS = 0.5  # seconds that all of these waits may take together
+LEAST_LOOK = 0.005  # that a page waits for a breaker that was not busy when seen last
+MORE_LOOKS = 0.5  # seconds that all these least looks of a page may take together
 WAIT = 1.0  # seconds that a change waits for a breaker that is busy
 CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
 MAX_HEAD = 32 * 1024  # bytes of a request before its body,
@@ -302,7 +302,7 @@ class Watch:
                     picture = breaker.snapshot()
                     self._begin_with(picture, breaker)
                     held = _held_for(breaker, picture["state"])
-                    # Once its time has passed, the next call is the trial.
+                    # Once the time of a hold has passed, the next call is the trial.
                     picture["held"] = held is not None and picture["retry_after"] != 0
                     picture["reason"] = self._redact(picture["reason"])
                 except (
@@ -759,7 +759,7 @@ class Console:
         user = environ.get("REMOTE_USER")
         if user:
             return "".join(c if c.isprintable() else "?" for c in str(user)[:100])
-        # Most servers tell no address of what connects to a Unix socket.
+        # Most servers tell no address of a client that connects to a Unix socket.
         unix = "unix" if "unix" in self._proxies else "unknown"
         address = environ.get("REMOTE_ADDR") or unix
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
@@ -1025,7 +1025,7 @@ class Console:
         except ValueError:
             raise Refusal(422, "there is no such button") from None
         self._move(environ, key, watch, "open", form.reason(watch.ident), seconds)
-        # Another number was typed beside the question, and is for another hold.
+        # A number that was typed beside the question is for another hold, and is kept.
         typed = form.typed.get(watch.ident, {}).get("minutes", MINUTES)
         is_used = _seconds_of(typed) == exact
         form.forget(watch.ident, "why", *(["minutes"] if is_used else []))
@@ -1419,7 +1419,7 @@ class _Page:
             for row in everything
             if matches(row.key, row.picture) or self._is_in_use(row)
         ]
-        # Where there is no room for all, none is left out that the operator works on.
+        # If there are more than ROWS, the rows on which the operator works are shown.
         shown = sorted(self._matching, key=self._is_in_use, reverse=True)[:ROWS]
         self._rows = sorted(shown, key=_Row.rank)
 

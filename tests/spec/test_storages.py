@@ -21,6 +21,7 @@ import guards
 import pytest
 from freezegun import freeze_time
 from internals import is_place_free
+from support import while_locked
 
 from pybreaker import (
     CircuitBreaker,
@@ -466,6 +467,28 @@ def test_two_breakers_that_fail_at_once_lose_no_failure(path, boom, fail):
         for future in [pool.submit(run) for _ in range(2)]:
             future.result(60)
     assert SQLiteStorage(path).counter == 40
+
+
+class PromisingStorage(PlainStorage):
+    """Promises that the breaker may read the storage without the lock, and knows
+    nothing of moves."""
+
+    _is_plain = True
+    _state = property(lambda self: self.state)
+    _fail_counter = property(lambda self: self.counter)
+
+
+def test_a_rejection_by_a_storage_that_promises_to_be_plain_takes_no_lock():
+    breaker = CircuitBreaker(state_storage=PromisingStorage("closed"))
+    assert breaker.call(int) == 0
+    breaker.open()
+
+    def rejected():
+        with pytest.raises(CircuitBreakerError):
+            breaker.call(int)
+        return True
+
+    assert while_locked(breaker, rejected)
 
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
