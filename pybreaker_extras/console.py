@@ -1764,10 +1764,10 @@ class _Row:
             return f"OPEN: {refused}; the next trial {when}."
         if self.state == "half-open":
             done, needed = picture["success_counter"], picture["success_threshold"]
-            told = (
-                f"HALF-OPEN: one call at a time is let through as a trial; {done} of "
-            )
-            told += f"{needed} successes."
+            admitted = "one call at a time is let through as a trial"
+            if picture["dry_run"]:
+                admitted = "one call at a time is the trial, and all calls go through"
+            told = f"HALF-OPEN: {admitted}; {done} of {needed} successes."
             if picture["retry_after"] != 0:
                 told += " A trial is running" + (
                     f"; it has {wait} left." if wait else "."

@@ -749,6 +749,15 @@ def test_failures_are_told_with_how_many_open_the_circuit(client, weather):
     assert "3 of \N{INFINITY} failures" in client.row("weather").story
 
 
+def test_half_open_in_a_dry_run_is_told_as_refusing_nothing(client, weather):
+    weather.dry_run = True
+    weather.half_open()
+    told = (
+        "HALF-OPEN: one call at a time is the trial, and all calls go through; 0 of 1"
+    )
+    assert told in client.row("weather").story
+
+
 def test_half_open_is_told_with_the_successes_that_it_needs(client, weather):
     """And with the trial that runs."""
     weather.success_threshold = 3
