@@ -67,7 +67,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import pybreaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, MutableMapping
 
     Environ = dict[str, Any]
     Application = Callable[[Environ, Any], Iterable[bytes]]
@@ -2451,7 +2451,7 @@ class _Run(wsgiref.simple_server.ServerHandler):
     """One run of the application, whose environment is of the request alone: not of
     the process, whose variables could pass for a user or a header."""
 
-    os_environ: dict[str, str] = {}
+    os_environ: MutableMapping[str, str] = {}
 
 
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
