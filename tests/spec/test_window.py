@@ -306,6 +306,21 @@ def test_each_closed_era_has_its_window(clock):
         assert breaker.current_state == "closed"
 
 
+def test_a_state_that_is_driven_by_hand_takes_nothing_from_the_era_after_it(clock):
+    """A failure that the old state remembers is too old by now, and leaves alone what
+    the new state has counted."""
+    breaker = CircuitBreaker(fail_max=3, window_seconds=60)
+    old = breaker.state
+    fail(breaker)
+    clock.advance(30)
+    fail(breaker)
+    breaker.close()
+    clock.advance(40)
+    fail(breaker, 2)
+    old.on_failure(Exception())
+    assert breaker.fail_counter == 2
+
+
 @pytest.mark.parametrize("move", ["open", "half_open"])
 def test_in_another_state_time_forgets_nothing(clock, move):
     """`fail_counter` stands as it was when the circuit left the closed state."""
