@@ -55,10 +55,10 @@ module replaces. The module imports only the standard library.
 # _count_failure, _succeeded, _failed).
 #
 # A quiet call is one that the storage alone decides, because no listener hears
-# of the call and the state and the storage are the library's own. An _Admission
-# holds what a quiet call may read without the lock. _find_admission makes one
-# when an era begins, when listeners, storage or settings change, and when a
-# program writes one of the private attributes that are _Watched.
+# of the call, no state class of a user's decides, and the storage is the library's
+# own. An _Admission holds what a quiet call may read without the lock.
+# _find_admission makes one when an era begins, when listeners, storage or settings
+# change, and when a program writes one of the private attributes that are _Watched.
 #
 # For speed two rules are written twice: how to guard a plain function
 # (_guard_function, call) and when to reject (_enter, _admit with _admit_async).
@@ -1224,7 +1224,7 @@ class CircuitBreaker:
                 seen = admission.settles
                 if not seen._fail_counter:
                     return  # a success that changes nothing takes no lock
-                if self._window_size is not None and seen is not _OPAQUE:
+                if seen is not _OPAQUE:
                     number = state._draw_number()
                     if not state._forgets(number):
                         return
@@ -1434,10 +1434,7 @@ class CircuitBreaker:
             else _HearersInList(self._told)
         )
         is_quiet = (
-            _is_plain(state)
-            and not self._state_hooks
-            and _is_plain(storage)
-            and type(self._told) is tuple
+            not self._state_hooks and _is_plain(storage) and type(self._told) is tuple
         )
         seen = storage if is_quiet else _OPAQUE
         if getattr(state, "_known_move", None) is _NOTHING:  # not by _make_state
@@ -1659,15 +1656,6 @@ class CircuitBreakerState:
         """Count the failure of a call that this state admitted."""
         self._breaker._inc_counter()
 
-    def _draw_number(self) -> int:
-        """Draw the number of a success among the counted calls. Needs no lock."""
-        return 0
-
-    def _forgets(self, number: int) -> bool:
-        """Whether the success with that number may make the window forget a failure.
-        Needs no lock."""
-        return True
-
     def _remembered(self) -> int:
         """How many failures have not been forgotten. Needs no lock."""
         return self._breaker._storage.counter
@@ -1709,7 +1697,6 @@ class CircuitClosedState(CircuitBreakerState):
     """Calls are admitted, and failures counted, in a row or in the window."""
 
     _admits_all = True
-    _is_plain = True
 
     def __init__(
         self,
@@ -1777,9 +1764,12 @@ class CircuitClosedState(CircuitBreakerState):
         self._forget()
 
     def _draw_number(self) -> int:
+        """Draw the number of a success among the counted calls. Needs no lock."""
         return next(self._numbers)
 
     def _forgets(self, number: int) -> bool:
+        """Whether the success with that number may make this state forget a failure.
+        Needs no lock."""
         breaker = self._breaker
         marks = self._marks  # which a setter in another thread may make None
         is_in_step = marks and len(marks) == breaker._storage.counter
@@ -1853,8 +1843,6 @@ class CircuitOpenState(CircuitBreakerState):
     """Calls are rejected until the timeout has passed. An open circuit admits no
     call, so no outcome counts in this era."""
 
-    _is_plain = True
-
     def __init__(
         self,
         cb: CircuitBreaker,
@@ -1892,7 +1880,6 @@ class CircuitOpenState(CircuitBreakerState):
 class CircuitHalfOpenState(CircuitBreakerState):
     """One call at a time, the trial, is admitted; all other calls are rejected."""
 
-    _is_plain = True
     _hint = "a trial call is running"
 
     def __init__(
@@ -3057,8 +3044,8 @@ def _without(items: Iterable[Any], item: object, what: str) -> tuple[Any, ...]:
 
 
 def _is_plain(thing: Any) -> bool:
-    """Whether the very class of a state or a storage promises that a call may decide
-    without the lock. A subclass or a mock may do more, so neither inherits that."""
+    """Whether the very class of a storage promises that a call may decide without the
+    lock. A subclass or a mock may do more, so neither inherits the promise."""
     return bool(vars(type(thing)).get("_is_plain", False))
 
 

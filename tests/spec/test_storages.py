@@ -1923,3 +1923,36 @@ def test_a_subclass_of_the_memory_storage_extends_by_super(fail):
     storage.increment_counter()
     breaker.call(int)
     assert (storage.counter, storage.resets) == (0, 1)
+
+
+class FreshStorage(CircuitMemoryStorage):
+    """Answers with a new string each time, as a database does."""
+
+    state = property(
+        lambda self: "".join(list(self._state)),
+        lambda self, state: setattr(self, "_state", state),
+    )
+
+
+def test_the_name_of_a_state_that_a_storage_returns_is_compared_by_its_letters(fail):
+    """A found state is shown as the library's own, in each place that shows a state."""
+    shown = {
+        "closed": "<CircuitBreaker unnamed: closed, 0 of 5 failures, "
+        "reset_timeout 60 s>",
+        "open": "<CircuitBreaker unnamed: open, 0 of 5 failures, "
+        "next call is a trial, reset_timeout 60 s>",
+        "half-open": "<CircuitBreaker unnamed: half-open, 0 of 5 failures, "
+        "0 of 1 successes, next call is a trial, reset_timeout 60 s>",
+    }
+    for name, text in shown.items():
+        storage = FreshStorage("closed")
+        breaker = CircuitBreaker(state_storage=storage)
+        storage.state = name
+        assert repr(breaker) == text
+        assert breaker.snapshot()["state"] == breaker.state.name == name
+        breaker.open()
+        assert breaker.retry_after > 59
+        breaker.close()
+        with pytest.raises(Exception, match="^$"):
+            breaker.call(fail)
+        assert breaker.fail_counter == 1

@@ -1222,3 +1222,14 @@ def test_time_forgets_nothing_in_a_circuit_that_another_breaker_has_moved(clock,
     assert windowed.fail_counter == windowed.snapshot()["fail_counter"] == 2
     assert windowed.state.name == state
     assert windowed.fail_counter == 2
+
+
+def test_a_circuit_that_another_breaker_has_closed_has_no_failures(clock):
+    """This breaker has not looked at the storage that the two share."""
+    storage = CircuitMemoryStorage("open")
+    windowed = CircuitBreaker(window_seconds=10, state_storage=storage)
+    plain = CircuitBreaker(state_storage=storage)
+    plain.close()
+    assert windowed.fail_counter == 0
+    fail(plain)
+    assert windowed.fail_counter == 1
