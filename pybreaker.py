@@ -1360,8 +1360,8 @@ class CircuitBreaker:
         """The move that something other than this breaker has made in the storage
         since this era began, or None."""
         era, state, known = self._era, self._storage.state, self._storage.last_move()
-        if known is None or known is era._known_move or known.state != state:
-            known = None  # the storage knows nothing new of the move to this state
+        if known is era._known_move:
+            known = None  # the storage knows of no later move
         if state == era.name and (known is None or not era._differs_from(known)):
             return None
         return _Move.found(state, known).follow(era._move)
@@ -2263,7 +2263,6 @@ def _guard_result(breaker: Any, result: Any, admission: _Admission) -> Any:
 _GENERATOR, _COROUTINE, _ITERABLE_COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x100, 0x200
 _LAZY_FLAGS = _GENERATOR | _COROUTINE | _ITERABLE_COROUTINE | _ASYNC_GENERATOR
 _GUARDS_BY_FLAGS = {
-    0: _guard_function,
     _GENERATOR: _guard_generator,
     _COROUTINE: _guard_coroutine,
     _GENERATOR | _ITERABLE_COROUTINE: _guard_iterable_coroutine,
@@ -2356,7 +2355,7 @@ class _Block:
             breaker = self._uses.pop()  # atomic: of several threads, one gets it
         except IndexError:
             raise RuntimeError("each breaker.calling() guards one block") from None
-        if not breaker._has_own_call() or _lazy_flags(breaker.call) & _COROUTINE:
+        if not breaker._has_own_call() or _lazy_flags(breaker.call):
             return True
         from contextlib import contextmanager  # imported here, as few blocks need it
 

@@ -16,6 +16,7 @@ from support import at_once, boom, fail, while_locked
 from pybreaker import (
     CircuitBreaker,
     CircuitBreakerError,
+    CircuitBreakerListener,
     CircuitBreakerStorage,
     CircuitMemoryStorage,
 )
@@ -872,3 +873,27 @@ def test_retry_after_of_a_closed_circuit_with_growth_takes_no_factor():
     breaker = CircuitBreaker(max_reset_timeout=100)
     assert breaker.retry_after == 0
     assert while_locked(breaker, breaker.call, int) == 0
+
+
+@guards.every_way
+def test_a_quiet_rejection_goes_by_an_opening_that_another_breaker_made(way, clock):
+    """The rejecting breaker found the first opening, and nothing has made it look at
+    the storage since the second."""
+    storage = CircuitMemoryStorage("closed")
+    mover, finder = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    for seconds in (5, 300):
+        mover.open(seconds)
+        with pytest.raises(CircuitBreakerError) as caught:
+            way(finder, int)
+        assert caught.value.retry_after == seconds
+
+
+def test_adding_a_listener_hides_no_opening_that_another_breaker_made(clock):
+    storage = CircuitMemoryStorage("closed")
+    mover, finder = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    mover.open(5, "first")
+    assert finder.state.reason == "first"
+    mover.open(300, "second")
+    finder.add_listener(CircuitBreakerListener())
+    assert rejection(finder).retry_after == 300
+    assert finder.state.reason == "second"

@@ -264,3 +264,28 @@ def test_a_storage_may_tell_of_a_move_that_another_process_made():
     assert breaker.state.name == "open"
     assert breaker.state.reason == Remote.reason
     assert CircuitBreaker(state_storage=storage).state.reason == Remote.reason
+
+
+def test_a_storage_may_forget_its_last_move():
+    """An open circuit stays as it is, and a circuit that is moved without a reason is
+    found so."""
+    storage = CircuitMemoryStorage("closed")
+    mover, finder = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    mover.open(reason="first")
+    state = finder.state
+    storage._last_move = None
+    assert finder.state is state
+    storage.state = "half-open"
+    assert finder.state.reason == "found so in the storage"
+
+
+def test_a_circuit_that_was_closed_and_opened_meanwhile_has_a_new_era():
+    """Another breaker closed the circuit, and other code wrote that it is open."""
+    storage = CircuitMemoryStorage("closed")
+    mover, finder = (CircuitBreaker(state_storage=storage) for _ in range(2))
+    mover.open(reason="first")
+    state = finder.state
+    mover.close()
+    storage.state = "open"
+    assert finder.state is not state
+    assert finder.state.reason == "found so in the storage"

@@ -822,7 +822,8 @@ def test_a_suite_may_replace_a_breaker_by_a_mock_of_it():
         breaker.call(int, "5")
         breaker.call.assert_called_once_with(int, "5")
         assert breaker.current_state == "open"
-        assert hasattr(like, "_listeners")
+        for name in ("_listeners", "_excluded_exceptions", "_state", "_state_storage"):
+            assert hasattr(like, name)
         with pytest.raises(TypeError):
             breaker.add_listener()
 
@@ -1706,3 +1707,16 @@ def test_an_open_method_that_returns_nothing_lets_the_trip_raise_its_error(fail)
 
     with pytest.raises(CircuitBreakerError):
         Old(fail_max=1).call(fail)
+
+
+def test_a_listener_does_more_than_watch_unless_its_class_says_otherwise():
+    assert CircuitBreakerListener.only_watches is False
+
+
+@pytest.mark.parametrize("method", ["before_call", "on_success", "on_failure"])
+def test_a_method_of_a_state_has_its_name_and_its_docstring(method):
+    """`help` shows them."""
+    function = getattr(CircuitBreakerState, method)
+    assert function.__name__ == method
+    assert function.__doc__
+    assert "self" in inspect.signature(function).parameters

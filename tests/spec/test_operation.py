@@ -379,3 +379,82 @@ def test_breakers_need_not_be_told_apart_by_comparing_them():
     after_fork()
     for breaker, lock in zip(breakers, locks):
         assert lock_of(breaker) is not lock
+
+
+class Filter:
+    """A filter of the library's logger that counts the records, and raises."""
+
+    def __init__(self):
+        self.records = 0
+
+    def filter(self, record):
+        self.records += 1
+        raise RuntimeError
+
+
+def test_a_filter_that_raises_keeps_no_other_record_from_the_log(log):
+    """The listener raises, so there are two records."""
+
+    class Broken:
+        def state_change(self, cb, old_state, new_state):
+            raise ZeroDivisionError
+
+    broken = Filter()
+    breaker = CircuitBreaker(listeners=[Broken()])
+    logging.getLogger("pybreaker").addFilter(broken)
+    try:
+        breaker.open()
+    finally:
+        logging.getLogger("pybreaker").removeFilter(broken)
+    assert broken.records == 2
+
+
+def test_a_handler_gets_no_record_while_a_listener_holds_the_lock(log):
+    """The listener moves the circuit again, and only then the lock is released."""
+
+    class Locks(logging.Handler):
+        def emit(self, record):
+            free = []
+            thread = threading.Thread(target=lambda: free.append(repr(breaker)))
+            thread.start()
+            thread.join(PATIENCE)
+            heard.append(bool(free))
+
+    class Closes:
+        def state_change(self, cb, old_state, new_state):
+            if new_state.name == "open":
+                cb.close()
+                cb.is_system_error(ValueError())
+                told.append(len(log()))
+
+    def cannot_judge(exc):
+        raise TypeError
+
+    breaker = CircuitBreaker(exclude=[cannot_judge], listeners=[Closes()])
+    heard, told, handler = [], [], Locks()
+    logging.getLogger("pybreaker").addHandler(handler)
+    try:
+        breaker.open()
+    finally:
+        logging.getLogger("pybreaker").removeHandler(handler)
+    assert told == [0]
+    assert heard == [True, True, True]
+
+
+def test_methods_of_a_state_that_move_the_circuit_log_that_at_once(log, clock):
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
+    breaker.open()
+    clock.advance(60)
+    breaker.state.before_call(int)
+    assert len(log()) == 2
+    breaker.state.on_success()
+    assert len(log()) == 3
+    breaker._inc_counter()
+    with pytest.raises(CircuitBreakerError):
+        breaker.state.on_failure(ValueError())
+    assert len(log()) == 4
+
+
+def test_a_breaker_in_a_dry_run_says_so_first():
+    breaker = CircuitBreaker(dry_run=True, name="db")
+    assert repr(breaker).startswith("<CircuitBreaker dry run, 'db': closed, 0 of 5 ")

@@ -536,3 +536,24 @@ def test_a_state_with_hooks_serves_code_that_drives_it_by_hand():
     with pytest.raises(CircuitBreakerError):
         state._handle_error(Boom(), reraise=False)
     assert breaker.current_state == "open"
+
+
+@pairwise(hook=SETTLING, put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
+def test_a_late_call_is_not_put_before_a_state_of_the_same_class(
+    hook, put_in, base, guard, monkeypatch
+):
+    """The circuit was moved from a state to the same state while the call ran."""
+    heard = []
+    cls = watching(base, hook, heard)
+    breaker = put_in(cls, base, monkeypatch)
+
+    def work():
+        breaker.state = NAMES[base]
+        breaker._state = cls(breaker, prev_state=breaker._state)
+        if hook == "_handle_error":
+            raise Boom
+
+    raised = raised_by(guard, breaker, work)
+    assert type(raised) is (Boom if hook == "_handle_error" else type(None))
+    assert heard == []
+    assert breaker.current_state == NAMES[base]

@@ -1233,3 +1233,46 @@ def test_a_circuit_that_another_breaker_has_closed_has_no_failures(clock):
     assert windowed.fail_counter == 0
     fail(plain)
     assert windowed.fail_counter == 1
+
+
+def test_a_window_of_time_does_not_care_when_the_clock_began(clock):
+    """The clock of a machine begins with its start, so it may say 3 seconds."""
+    clock.now = 3.0
+    breaker = CircuitBreaker(fail_max=3, window_seconds=5)
+    fail(breaker)
+    clock.advance(7)
+    assert breaker.fail_counter == 0
+    fail(breaker, 2)
+    assert (breaker.current_state, breaker.fail_counter) == ("closed", 2)
+
+
+def test_a_failure_has_a_place_of_its_own_after_other_code_has_lowered_the_count():
+    """The storage has lost the first of three failures. The fourth, and not that one,
+    is remembered for four calls."""
+    breaker = CircuitBreaker(fail_max=4, window_size=4)
+    fail(breaker, 3)
+    breaker._state_storage.counter = 2
+    fail(breaker)
+    succeed(breaker)
+    assert breaker.fail_counter == 3
+
+
+def test_a_failure_above_the_limit_is_counted_where_other_code_has_set_the_count():
+    """The failure opens the circuit, and is one more than there were."""
+    breaker = CircuitBreaker(fail_max=3, window_size=9)
+    breaker._state_storage.counter = 7
+    fail(breaker)
+    assert (breaker.current_state, breaker.fail_counter) == ("open", 8)
+
+
+def test_infinity_is_infinity_whichever_object_says_so():
+    infinity = float("inf")
+    assert infinity is not math.inf
+    both = "fail_max and window_size .*window_seconds"
+    refused(both, lambda: CircuitBreaker(fail_max=infinity, window_size=math.inf))
+    refused(both, lambda: CircuitBreaker(fail_max=math.inf, window_size=infinity))
+    refused("window_seconds.*inf", lambda: CircuitBreaker(window_seconds=infinity))
+    breaker = CircuitBreaker(fail_max=2, window_size=infinity)
+    assert breaker.snapshot()["window_size"] == "inf"
+    fail(breaker, 2)
+    assert breaker.state.reason.startswith("2 failures; the last: ")
