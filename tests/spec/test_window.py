@@ -1276,3 +1276,24 @@ def test_infinity_is_infinity_whichever_object_says_so():
     assert breaker.snapshot()["window_size"] == "inf"
     fail(breaker, 2)
     assert breaker.state.reason.startswith("2 failures; the last: ")
+
+
+def test_a_much_narrower_window_forgets_what_is_far_outside():
+    """The failure was eight calls ago, and the window has three."""
+    breaker = CircuitBreaker(fail_max=2, window_size=10)
+    fail(breaker)
+    succeed(breaker, 7)
+    assert breaker.fail_counter == 1
+    breaker.window_size = 3
+    assert breaker.fail_counter == 0
+
+
+def test_time_forgets_old_failures_where_other_code_has_raised_the_count(clock):
+    """The storage has five failures, and knows when two of them were counted."""
+    breaker = CircuitBreaker(fail_max=9, window_seconds=30)
+    fail(breaker)
+    clock.advance(20)
+    fail(breaker)
+    breaker._state_storage.counter = 5
+    clock.advance(11)
+    assert breaker.fail_counter == 4
