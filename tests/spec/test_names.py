@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import pickle
+import sys
 import threading
 import time
 import types
@@ -1720,3 +1721,21 @@ def test_a_method_of_a_state_has_its_name_and_its_docstring(method):
     assert function.__name__ == method
     assert function.__doc__
     assert "self" in inspect.signature(function).parameters
+
+
+def test_the_shared_storage_is_loaded_when_it_is_first_asked_for():
+    from pybreaker_extras import redis
+
+    assert pybreaker.CircuitRedisStorage is redis.CircuitRedisStorage
+
+
+def test_a_copy_of_the_module_alone_says_what_the_shared_storage_lacks(monkeypatch):
+    """No other missing module is taken for the missing file."""
+    monkeypatch.setitem(sys.modules, "pybreaker_extras.redis", None)
+    with pytest.raises(ImportError, match="pybreaker_extras/redis.py") as caught:
+        pybreaker.CircuitRedisStorage  # noqa: B018
+    assert type(caught.value) is ImportError
+    monkeypatch.delitem(sys.modules, "pybreaker_extras.redis")
+    monkeypatch.setitem(sys.modules, "queue", None)
+    with pytest.raises(ModuleNotFoundError, match="queue"):
+        pybreaker.CircuitRedisStorage  # noqa: B018
