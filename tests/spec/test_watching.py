@@ -184,8 +184,7 @@ def test_what_can_only_be_read_refuses_to_be_set(attribute):
 
 
 def test_everything_can_be_read_and_set_while_a_call_is_in_flight(boom):
-    """Another thread does so without waiting for the call, and the call obeys at
-    once."""
+    """Another thread reads and sets, without waiting for the call that is in flight."""
     breaker = CircuitBreaker(fail_max=5, reset_timeout=60, name="database")
     running, finish = threading.Event(), threading.Event()
     outcome = []
@@ -286,7 +285,7 @@ def test_retry_after_counts_down_for_days(clock):
 
 
 def test_retry_after_can_be_infinite(clock):
-    """With reset_timeout=math.inf it is so in an open circuit and during a trial."""
+    """With reset_timeout=math.inf a circuit that is open or on trial has no end to wait for."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     clock.advance(1e9)
@@ -492,7 +491,7 @@ def test_a_state_may_be_set_by_a_name_that_was_typed(name):
 
 
 def test_setting_the_state_to_open_starts_the_timeout_again(clock):
-    """Setting the state to open does so on a circuit that is open already as well."""
+    """Setting the state of an open circuit to open starts its timeout again."""
     breaker = CircuitBreaker(reset_timeout=10)
     breaker.state = "open"
     clock.advance(9)
