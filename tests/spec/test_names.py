@@ -1284,7 +1284,7 @@ def test_a_subclass_that_refuses_keeps_generators_from_running():
 
 
 def test_a_subclass_may_hold_the_lock_around_the_call(fail, boom):
-    """The call() of older releases held the lock, and so does that of some subclasses."""
+    """Like older releases, some subclasses hold the lock in call()."""
 
     class Queueing(CircuitBreaker):
         def call(self, func, *args, **kwargs):

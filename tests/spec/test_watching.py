@@ -285,7 +285,7 @@ def test_retry_after_counts_down_for_days(clock):
 
 
 def test_retry_after_can_be_infinite(clock):
-    """With reset_timeout=math.inf a circuit that is open or on trial has no end to wait for."""
+    """With reset_timeout=math.inf the wait is infinite when open and during a trial."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     clock.advance(1e9)
