@@ -19,14 +19,14 @@ PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_of_a_breaker_is_that_breaker(copied):
-    """As a copy of a function is that function."""
+    """Copying a function gives that very function, too."""
     breaker = CircuitBreaker(name="db")
     assert copied(breaker) is breaker
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_of_a_subclass_is_that_breaker(copied):
-    """Whatever attributes the subclass has set on it."""
+    """The subclass may have set any attributes on the breaker."""
 
     class Counting(CircuitBreaker):
         def __init__(self, *args, **kwargs):
@@ -94,7 +94,7 @@ def test_pickling_a_breaker_is_refused_with_the_way_out(protocol):
     ],
 )
 def test_pickling_what_holds_a_breaker_is_refused_alike(holder):
-    """Such are the arguments of a task queue."""
+    """A task queue pickles arguments, which may hold a breaker."""
     with pytest.raises(TypeError, match="process"):
         pickle.dumps(holder(CircuitBreaker(name="db")))
 
@@ -104,7 +104,7 @@ class Plain(CircuitBreaker):
 
 
 def test_a_subclass_that_does_not_say_how_is_refused_alike():
-    """It inherits the refusal with its text."""
+    """Such a subclass inherits the refusal with its text."""
     with pytest.raises(TypeError, match="process"):
         pickle.dumps(Plain(name="db"))
 
@@ -133,7 +133,7 @@ class StatedBelow(Stated):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("cls", [Reduced, Stated, StatedBelow])
 def test_a_subclass_that_says_how_can_be_pickled(cls, protocol):
-    """By __reduce__ or by __getstate__, and what arrives is a working breaker."""
+    """By __reduce__ or by __getstate__ a subclass makes a working breaker arrive."""
     breaker = cls(fail_max=2, name="db")
     arrived = pickle.loads(pickle.dumps(breaker, protocol))
     assert type(arrived) is cls

@@ -197,7 +197,7 @@ def test_help_explains_all_that_completion_offers(weather):
     ],
 )
 def test_setting_is_read_set_and_read_again(weather, in_flight, setting, value):
-    """Calls that are on their way do not disturb it."""
+    """Setting does not disturb calls that are on their way."""
     in_flight()
     prompt = Prompt(weather=weather)
     # The prompt shows nothing for None, which is a setting that is off.
@@ -222,7 +222,7 @@ def test_breaker_that_is_tripping_is_held_closed_by_hand(weather, in_flight):
 
 
 def test_mistake_is_told_and_changes_nothing(weather):
-    """In the last line of the traceback, where the eye falls."""
+    """The last line of the traceback, where the eye falls, has the error's text."""
     prompt = Prompt(weather=weather)
     before = weather.snapshot()
     shown = prompt.type("weather.fail_max = 0")
@@ -233,8 +233,8 @@ def test_mistake_is_told_and_changes_nothing(weather):
 
 
 def test_circuit_is_held_open_for_a_maintenance_window_and_let_go(clock):
-    """While eight threads keep calling: in the window not one call gets through,
-    however long it lasts; afterwards a trial brings the circuit back."""
+    """In the window not one call of eight threads gets through, however long the window
+    lasts; afterwards a trial brings the circuit back."""
     weather = CircuitBreaker(name="weather")
     ran, done = threading.Semaphore(0), threading.Event()
     rejected = [threading.Semaphore(0) for _ in range(8)]  # for each thread

@@ -56,7 +56,8 @@ SPELLINGS = {
 def test_a_decorated_static_or_class_method_stays_one_and_is_guarded(
     kind, make, spelling, recorder
 ):
-    """Of a class and of its objects, with the arguments of its kind."""
+    """The method is called on the class and on objects, with the arguments of its
+    kind."""
     breaker = CircuitBreaker(name="db", listeners=[recorder])
     method, run = make(kind)
     decorated = spelling(breaker)(method)
@@ -99,7 +100,7 @@ def test_the_function_inside_keeps_its_kind_name_and_docstring(kind, make):
 
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
 def test_failures_of_a_decorated_static_or_class_method_open_the_circuit(kind):
-    """As those of any function do."""
+    """Their failures count like those of any function."""
     breaker = CircuitBreaker(fail_max=2)
 
     class Service:
@@ -139,8 +140,8 @@ def test_the_order_of_the_two_decorators_makes_no_difference(kind):
 
 
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
-def test_a_subclass_that_overrides_call_sees_them_as_well(kind):
-    """As it sees all decorated calls."""
+def test_a_subclass_that_overrides_call_sees_static_and_class_methods(kind):
+    """The subclass's call() sees all decorated calls."""
     seen = []
 
     class Watching(CircuitBreaker):
