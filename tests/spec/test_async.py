@@ -453,7 +453,7 @@ def test_cancelling_one_of_many_tasks_leaves_the_others(recorder):
 
 
 def test_a_timeout_around_the_guarded_code_does_not_count():
-    """wait_for() cancels what it waits for, and that is abandoned."""
+    """wait_for() cancels the call, and a cancelled call is abandoned."""
     breaker = CircuitBreaker(fail_max=1)
 
     async def main():

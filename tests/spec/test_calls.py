@@ -239,7 +239,7 @@ def test_an_open_circuit_rejects_calls(guard, clock):
 
 
 def test_the_first_call_after_the_timeout_is_the_trial(guard, clock, fail):
-    """It makes the circuit half-open and runs the function exactly once."""
+    """The trial makes the circuit half-open and runs the function exactly once."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     with pytest.raises(CircuitBreakerError):
         guard(breaker, fail)()
@@ -357,7 +357,7 @@ def test_a_failed_trial_gives_its_place_back(clock, fail):
 
 
 def test_successful_trials_close_the_circuit(guard, clock, fail, boom):
-    """It takes success_threshold of them; the first forgets the failures."""
+    """success_threshold trials are needed; the first forgets the failures."""
     breaker = CircuitBreaker(fail_max=2, success_threshold=3)
     with pytest.raises(boom):
         guard(breaker, fail)()
@@ -647,7 +647,8 @@ def test_a_trial_that_another_breakers_trial_began_in_goes_on_after_it():
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_trials_of_several_breakers_may_end_in_any_order(order):
-    """The end of one takes nothing from those that go on, older or younger."""
+    """The end of one trial takes nothing from the trials that go on, older or
+    younger."""
     breakers = [CircuitBreaker(success_threshold=2) for _ in order]
     trials = [breaker.calling() for breaker in breakers]
     for breaker, trial in zip(breakers, trials):
@@ -759,8 +760,7 @@ def test_nothing_belongs_to_a_trial_that_lost_its_place(clock, in_flight):
 
 @pytest.mark.parametrize("move", ["open", "half_open", "close"])
 def test_nothing_belongs_to_a_trial_of_an_earlier_era(clock, in_flight, move):
-    """A call in its context is rejected, a trial, or a plain call, as the new state has
-    it."""
+    """A call in the old trial's context is treated as any other in the new state."""
     breaker = CircuitBreaker(fail_max=5, success_threshold=3)
     breaker.half_open()
     trial = in_flight(breaker)
@@ -778,7 +778,7 @@ def test_nothing_belongs_to_a_trial_of_an_earlier_era(clock, in_flight, move):
 
 
 @pytest.mark.parametrize("end", [None, OSError()], ids=repr)
-def test_a_call_within_a_trial_decides_nothing_after_it_either(
+def test_a_call_within_a_trial_decides_nothing_after_the_trial(
     clock, in_flight, recorder, end
 ):
     """The call may outlast the trial, and is still what it was admitted as."""
@@ -1272,7 +1272,7 @@ def test_setting_the_machines_clock_changes_nothing(clock, in_flight, days):
 
 
 def test_freezegun_moves_the_circuits_time():
-    """It moves time.monotonic together with the wall clock."""
+    """freezegun moves time.monotonic together with the wall clock."""
     breaker = CircuitBreaker(reset_timeout=60)
     with freezegun.freeze_time("2020-02-02") as wall:
         breaker.open()
@@ -1284,7 +1284,7 @@ def test_freezegun_moves_the_circuits_time():
 
 
 def test_a_replaced_time_monotonic_is_used(monkeypatch):
-    """The library looks it up in its module whenever it asks for the time."""
+    """The library looks `monotonic` up in the module `time` for every reading."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     later = time.monotonic() + 60

@@ -279,7 +279,7 @@ def with_a_storage_of_the_users_own():
     [with_a_listener, with_failures_to_forget, with_a_storage_of_the_users_own],
     ids=lambda make: make.__name__,
 )
-def test_calls_that_need_the_lock_do_not_wait_for_each_other_either(make, guard):
+def test_calls_that_need_the_lock_do_not_wait_for_each_other(make, guard):
     """The lock is for deciding, never for the guarded call."""
     breaker = make()
     results = all_at_once(*[guard(breaker, meeting())] * THREADS)
@@ -287,7 +287,7 @@ def test_calls_that_need_the_lock_do_not_wait_for_each_other_either(make, guard)
     assert breaker.fail_counter == 0
 
 
-def test_a_trial_that_takes_its_time_keeps_nobody_waiting():
+def test_a_trial_that_takes_its_time_keeps_no_thread_waiting():
     """Other calls are rejected meanwhile, and the breaker can be watched and
     steered."""
     breaker = CircuitBreaker(success_threshold=5)
@@ -1015,7 +1015,8 @@ def test_a_quiet_call_runs_nothing_but_its_guard(word):
 
 
 def test_a_call_asks_a_listener_only_for_the_events_that_it_tells():
-    """The breaker has found out which listener hears which event when adding it."""
+    """When a listener is added, the breaker finds out which events that listener
+    hears."""
     told, asked = [], []
 
     class Asked(pybreaker.CircuitBreakerListener):
@@ -1038,7 +1039,7 @@ def test_a_call_asks_a_listener_only_for_the_events_that_it_tells():
 
 
 @pytest.mark.parametrize("listeners", [[], [pybreaker.CircuitBreakerListener()]])
-def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
+def test_a_rejection_that_no_listener_hears_takes_no_lock(guard, listeners):
     """The call is rejected at once, even while another thread is telling a listener."""
     breaker = CircuitBreaker(listeners=listeners)
     call = guard(breaker, int)
@@ -1056,7 +1057,7 @@ def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
 
 
 @pytest.mark.parametrize("word", CLOSED)
-def test_a_success_that_nobody_hears_takes_no_lock(guard, word):
+def test_a_success_that_no_listener_hears_takes_no_lock(guard, word):
     """The breaker has a listener that overrides no method."""
     breaker = CircuitBreaker(listeners=[pybreaker.CircuitBreakerListener()])
     call = guard(breaker, int)

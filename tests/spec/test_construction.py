@@ -73,7 +73,7 @@ def test_the_arguments_of_older_releases_may_be_given_by_position(recorder):
 
 
 def test_arguments_have_their_names():
-    """Each may be given by keyword, those of older releases under their old names."""
+    """Each argument may be given by keyword, the older ones under their old names."""
     assert list(inspect.signature(CircuitBreaker).parameters) == [
         "fail_max",
         "reset_timeout",
@@ -255,7 +255,7 @@ def test_infinite_fail_max_only_observes(fail, boom):
 
 
 def test_infinite_reset_timeout_waits_for_a_move_by_hand(clock):
-    """With reset_timeout=math.inf the circuit stays open until it is closed."""
+    """With reset_timeout=math.inf the circuit stays open until somebody closes it."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     clock.advance(1e15)
@@ -409,7 +409,7 @@ def test_classes_and_predicates_mix_freely():
     assert breaker.is_system_error(ValueError("time"))
 
 
-def test_a_predicate_is_spared_what_something_before_it_has_excluded():
+def test_a_predicate_is_not_asked_about_what_is_excluded_already():
     """The predicate may count on attributes that excluded exceptions lack."""
 
     def is_about_the_client(exc):
@@ -469,7 +469,7 @@ def test_exclude_is_any_iterable(kind):
 
 @pytest.mark.parametrize("bare", [KeyError, Mixin, WithMetaclass, Abstract])
 def test_one_bare_class_is_refused(bare):
-    """The TypeError says how to write it, iterable classes included."""
+    """The TypeError, also for a class that is iterable, says how to write the class."""
     with refusal(TypeError, "exclude", bare) as error:
         CircuitBreaker(exclude=bare)
     assert f"exclude=[{bare.__name__}]" in str(error.value)
@@ -477,7 +477,7 @@ def test_one_bare_class_is_refused(bare):
 
 @pytest.mark.parametrize("bare", [is_about_money, KeyError("x"), object()])
 def test_what_is_no_iterable_is_refused(bare):
-    """A predicate on its own or anything else: the TypeError says how to write it."""
+    """The value is a predicate or anything else: the TypeError says how to write it."""
     with refusal(TypeError, "exclude", bare) as error:
         CircuitBreaker(exclude=bare)
     assert "exclude=[" in str(error.value)
@@ -488,14 +488,14 @@ NEITHER = [5, "KeyError", None, KeyError("x"), (KeyError, ValueError)]
 
 @pytest.mark.parametrize("item", NEITHER)
 def test_an_item_that_is_neither_class_nor_predicate_is_refused(item):
-    """The TypeError names the item and says how to write it."""
+    """The TypeError names the item, and says how to write exclusions."""
     with refusal(TypeError, "exclude", item) as error:
         CircuitBreaker(exclude=[KeyError, item])
     assert "exclude=[" in str(error.value)
 
 
 @pytest.mark.parametrize("item", NEITHER)
-def test_exclusions_that_are_added_are_checked_alike(item):
+def test_exclusions_that_are_added_are_checked_like_the_argument(item):
     """Of several exclusions none is added unless all can be."""
     breaker = CircuitBreaker(exclude=[KeyError])
     with refusal(TypeError, "exclude", item):
@@ -582,7 +582,7 @@ def test_an_object_that_is_no_listener_is_refused(item):
 
 
 @pytest.mark.parametrize("item", NO_LISTENERS)
-def test_listeners_that_are_added_are_checked_alike(item):
+def test_listeners_that_are_added_are_checked_like_the_argument(item):
     """Of several listeners none is added unless all can be."""
     first = OnlyFailures()
     breaker = CircuitBreaker(listeners=[first])
@@ -595,8 +595,7 @@ def test_listeners_that_are_added_are_checked_alike(item):
 
 @pytest.mark.parametrize("bare", [CircuitBreakerListener(), 5, print])
 def test_listeners_that_are_no_iterable_are_refused(bare):
-    """One listener on its own is refused as well; the TypeError says how to write
-    it."""
+    """One listener on its own is refused as well; the TypeError tells what to write."""
     with refusal(TypeError, "listeners", bare) as error:
         CircuitBreaker(listeners=bare)
     assert "listeners=[" in str(error.value)

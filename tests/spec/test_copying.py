@@ -75,7 +75,7 @@ def test_a_copy_of_a_tripped_breaker_is_still_the_tripped_one():
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_pickling_a_breaker_is_refused_with_the_way_out(protocol):
-    """The TypeError says why, where to make the breaker, and to name it."""
+    """The TypeError says why, and to make and name the breaker in each process."""
     breaker = CircuitBreaker(name="db")
     with pytest.raises(TypeError) as refused:
         pickle.dumps(breaker, protocol)
@@ -93,7 +93,7 @@ def test_pickling_a_breaker_is_refused_with_the_way_out(protocol):
         lambda breaker: {"listeners": breaker.call},
     ],
 )
-def test_pickling_what_holds_a_breaker_is_refused_alike(holder):
+def test_pickling_an_object_that_holds_a_breaker_is_refused(holder):
     """A task queue pickles arguments, which may hold a breaker."""
     with pytest.raises(TypeError, match="process"):
         pickle.dumps(holder(CircuitBreaker(name="db")))
@@ -103,8 +103,8 @@ class Plain(CircuitBreaker):
     """Says nothing about pickling."""
 
 
-def test_a_subclass_that_does_not_say_how_is_refused_alike():
-    """Such a subclass inherits the refusal with its text."""
+def test_pickling_a_subclass_that_does_not_say_how_is_refused():
+    """The subclass inherits the refusal with its text."""
     with pytest.raises(TypeError, match="process"):
         pickle.dumps(Plain(name="db"))
 

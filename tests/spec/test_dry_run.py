@@ -141,8 +141,8 @@ def test_an_override_of_open_that_returns_nothing_raises_nothing():
 
 
 def test_the_gate_of_a_state_raises_nothing(clock):
-    """The gate of an open circuit and of one on trial lets calls pass. It half-opens
-    the circuit as it does without dry run."""
+    """The gate lets calls pass, in an open circuit and during a trial, and half-opens
+    the circuit as ever."""
     breaker = CircuitBreaker(dry_run=True)
     breaker.open()
     breaker.state.before_call(int)
@@ -213,7 +213,7 @@ def test_a_trial_that_the_storage_refuses_runs_and_decides_nothing(way, state, e
     assert (breaker.current_state, breaker.retry_after) == (state, 0)
 
 
-def test_an_ignored_exception_is_told_to_nobody(events):
+def test_an_ignored_exception_is_told_to_no_listener(events):
     """Listeners hear of no outcome, also where the call would have been rejected."""
     breaker = CircuitBreaker(dry_run=True, ignore=[Boom], listeners=[events])
     breaker.open()

@@ -67,7 +67,9 @@ def test_the_one_argument_of_the_error_is_the_phrase(provoke, guard):
 
 
 @PROVOCATIONS
-def test_the_arguments_are_the_same_whoever_raises_and_whenever(provoke, clock):
+def test_the_arguments_are_the_same_whichever_breaker_raises_and_whenever(
+    provoke, clock
+):
     """A tracker of errors makes one group of errors with the same arguments."""
     one = provoke(CircuitBreaker(name="db", reset_timeout=60))
     other = provoke(CircuitBreaker(name="mail", reset_timeout=5))
@@ -122,7 +124,7 @@ def test_the_reason_in_the_text_is_that_of_the_raising(provoke, clock):
 
 @PROVOCATIONS
 def test_the_name_in_the_text_is_that_of_the_reading(provoke):
-    """A breaker that is given its name late has it in all its errors."""
+    """A breaker that is given its name late has that name in all its errors."""
     breaker = CircuitBreaker(name="before")
     error = provoke(breaker)
     assert "before" in str(error)

@@ -72,7 +72,7 @@ def test_a_circuit_opened_in_a_frozen_future_waits_its_timeout_after_the_block(m
 
 @pytest.mark.parametrize("moment", FUTURE)
 def test_a_circuit_opened_in_a_frozen_future_recovers_in_an_earlier_year(moment):
-    """The timeout begins at the first look, and then it passes."""
+    """The timeout begins at the first look, and ends a full timeout later."""
     with freeze_time(moment):
         breaker = open_circuit()
     with freeze_time("2024-01-01") as frozen:
@@ -181,7 +181,7 @@ class Repository:
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_breaker_of_a_module_survives_the_frozen_tests_of_a_suite(moment):
-    """One test trips it in a frozen year; a later one runs in the present."""
+    """One test trips the breaker in a frozen year; a later test runs in the present."""
     Repository.breaker.close()
     with freeze_time(moment):
         with pytest.raises(CircuitBreakerError):

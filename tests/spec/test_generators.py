@@ -207,7 +207,7 @@ def test_an_ended_generator_stays_ended(make, recorder):
 
 
 def test_a_guarded_generator_can_be_iterated():
-    """A for loop gets all items, and so does an asynchronous one."""
+    """A `for` loop gets all items, and so does an `async for` loop."""
     breaker = CircuitBreaker()
 
     @breaker
@@ -822,7 +822,7 @@ def test_listeners_get_calling_as_the_function(recorder):
 
 
 def test_a_block_swallows_nothing(boom):
-    """What the block raises leaves it."""
+    """The block's exception leaves the block."""
     breaker = CircuitBreaker()
     error = boom()
     with pytest.raises(boom) as caught, breaker.calling():

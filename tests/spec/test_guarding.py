@@ -293,7 +293,7 @@ def test_what_the_function_returns_reaches_the_caller(way, recorder):
 
 @every_way
 def test_a_success_sets_the_count_back(way):
-    """Whichever way it was guarded, a success forgets the failures before it."""
+    """A success forgets the failures before it, whichever way the call was guarded."""
     breaker = CircuitBreaker()
     breaker.fail_counter = 3
     way(breaker, int)
@@ -354,7 +354,7 @@ def test_an_open_circuit_rejects_the_call(way, clock, recorder):
 
 @every_way
 def test_the_first_call_after_the_timeout_is_the_trial(way, clock):
-    """It makes the circuit half-open, runs once, and its success closes it."""
+    """The trial makes the circuit half-open, runs once, and closes the circuit."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(60)
@@ -366,7 +366,7 @@ def test_the_first_call_after_the_timeout_is_the_trial(way, clock):
 
 @every_way
 def test_a_failed_trial_opens_the_circuit_again(way, fail, boom):
-    """It raises CircuitBreakerError from what the function raised."""
+    """The trial raises CircuitBreakerError from what the function raised."""
     breaker = CircuitBreaker()
     breaker.half_open()
     with pytest.raises(CircuitBreakerError, match="Trial call failed") as caught:
@@ -419,7 +419,7 @@ def test_an_abandoned_trial_only_gives_its_place_back(way, exclude, clock, recor
 
 @every_way
 def test_an_abandoned_call_leaves_the_count(way):
-    """In a closed circuit it is neither a failure nor a success."""
+    """In a closed circuit an abandoned call is neither a failure nor a success."""
     breaker = CircuitBreaker()
     breaker.fail_counter = 3
     with pytest.raises(KeyboardInterrupt):
@@ -429,7 +429,7 @@ def test_an_abandoned_call_leaves_the_count(way):
 
 @every_way
 def test_an_excluded_exception_is_a_success(way, boom, recorder):
-    """It reaches the caller untouched and sets the count back."""
+    """The exception reaches the caller untouched, and the count goes back to 0."""
     breaker = CircuitBreaker(exclude=[boom], listeners=[recorder])
     breaker.fail_counter = 3
     error = boom()
@@ -920,7 +920,8 @@ def test_what_a_plain_function_returns_is_guarded_to_its_end(
 def test_a_plain_function_that_would_return_something_lazy_is_rejected_at_the_call(
     kind,
 ):
-    """The breaker cannot know what the function would return, so it is not called."""
+    """What the function would return is unknown, so the breaker does not call the
+    function."""
     breaker = CircuitBreaker()
     breaker.open()
     func = mock.Mock(side_effect=kind)
@@ -1032,7 +1033,7 @@ def test_call_async_makes_a_coroutine_function(kind):
     assert drive(decorated("a")) == "a 2 c"
 
 
-def test_call_async_is_known_inside_a_class_too():
+def test_call_async_is_known_inside_a_class():
     """The two underscores in front of the option's name do no harm there."""
     breaker = CircuitBreaker()
 

@@ -418,8 +418,8 @@ class Grants(CircuitMemoryStorage):
 def test_the_storage_is_asked_for_a_trial_as_long_as_that_may_hold_its_place(
     clock, way
 ):
-    """The time grows without the factor; the length of an opening by hand is left
-    out."""
+    """The time that is asked for grows; it has no factor, and no part of an opening by
+    hand."""
     storage = Grants()
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=10, max_reset_timeout=30, state_storage=storage
@@ -694,7 +694,8 @@ def test_failures_that_end_after_such_an_opening_are_late(clock):
 
 
 def test_a_listener_may_open_for_as_long_as_asked_when_a_trial_fails(clock):
-    """That opening is by hand, so the failed trials before it are forgotten."""
+    """The opening by the listener is by hand, so the failed trials before are
+    forgotten."""
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=10, max_reset_timeout=100, listeners=[Obeys()]
     )
@@ -739,7 +740,7 @@ def test_an_opening_by_a_listener_of_an_opening_is_one_by_hand(clock):
 
 
 class TakesNothing(CircuitBreaker):
-    """As subclasses were written before moves took arguments."""
+    """A subclass as it was written before moves took arguments."""
 
     def __init__(self, **settings):
         self.moves = []

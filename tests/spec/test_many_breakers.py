@@ -158,7 +158,7 @@ def test_all_threads_that_ask_at_once_get_the_same_breaker():
         assert len(found) == 4 and len(set(map(id, found))) == 1
 
 
-def test_threads_that_ask_while_others_make_room_lose_no_breaker():
+def test_a_thread_that_asks_while_another_makes_room_loses_no_breaker():
     """Thread A makes room for new keys all the time. Thread B holds the breaker of one
     key, and asks for that key again and again."""
     breakers, held, wrong = CircuitBreakers(maxsize=2), [], []
@@ -517,8 +517,8 @@ def test_a_breaker_that_fails_while_it_is_taken_out_stays():
 
 
 def test_a_new_key_waits_for_no_open_breaker_that_is_busy():
-    """The busy breaker's timeout grows, and no call has asked yet how long it is
-    open."""
+    """The busy breaker's timeout grows, and no call has asked yet how long the opening
+    is."""
     breakers = CircuitBreakers(maxsize=1, max_reset_timeout=100)
     breakers["busy"].max_reset_timeout = None
     breakers["busy"].open()
@@ -766,7 +766,8 @@ def test_copy_gives_a_plain_dictionary_of_the_moment():
 
 
 def test_a_copy_of_the_mapping_is_the_mapping():
-    """A client session that holds the mapping may be copied, as one with a breaker."""
+    """A client session that holds the mapping may be copied, like one with a
+    breaker."""
     breakers = CircuitBreakers()
     assert copy.copy(breakers) is copy.deepcopy(breakers) is breakers
     assert copy.deepcopy({"breakers": breakers})["breakers"] is breakers

@@ -202,7 +202,7 @@ def test_a_mock_can_be_the_first_state():
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_a_function_can_stand_in_for_a_state_class(name, class_name, monkeypatch):
-    """Suites that count transitions put one there."""
+    """Suites put a function there to count transitions."""
     original, made = getattr(pybreaker, class_name), []
 
     def counting(breaker, prev_state=None, notify=False):
@@ -1238,7 +1238,7 @@ def test_a_subclass_that_refuses_keeps_decorated_functions_from_running():
 
 
 def test_a_subclass_that_refuses_keeps_coroutines_from_running():
-    """A decorated one stays a coroutine function, and is refused when awaited."""
+    """A decorated function stays a coroutine function, and is refused when awaited."""
     breaker, ran = RefusingBreaker(fail_max=1), []
 
     @breaker
@@ -1263,7 +1263,8 @@ def test_a_subclass_that_refuses_keeps_coroutines_from_running():
 
 
 def test_a_subclass_that_refuses_keeps_generators_from_running():
-    """A decorated one stays a generator function, and the first next() is refused."""
+    """A decorated function stays a generator function, and its first next() is
+    refused."""
     breaker = RefusingBreaker(fail_max=1)
 
     @breaker

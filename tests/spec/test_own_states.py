@@ -249,8 +249,8 @@ def cautious(base):
 def test_a_handle_success_that_keeps_a_success_to_itself_has_it_ignored(
     put_in, base, guard, monkeypatch
 ):
-    """A success counts when the state leaves one to the library; a trial gives its
-    place back with either."""
+    """A success counts once the state leaves it to the library; a trial gives its place
+    back in any case."""
     cls = cautious(base)
     breaker = put_in(cls, base, monkeypatch, reset_timeout=60)
     breaker.fail_counter = 2

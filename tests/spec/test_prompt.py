@@ -94,7 +94,7 @@ SESSIONS = ["At a prompt", "What an operator can do"]
 
 
 def blocks():
-    """Those of the page's blocks that are sessions of an operator, by section."""
+    """The page's blocks that are sessions of an operator, by section."""
     sections = {}
     for block in blocks_of(source_of(PAGE), PAGE):
         if block.kind == "pycon" and block.section in SESSIONS:
@@ -123,7 +123,8 @@ def test_session_of_the_guide_goes_as_it_is_shown(section, texts, weather, in_fl
 
 
 def test_name_of_a_breaker_is_all_it_takes_to_know_the_situation(weather, clock, fail):
-    """While it is tripping, when it is open, and while the trial runs."""
+    """The repr tells the situation while the circuit trips, is open, and is on
+    trial."""
     prompt = Prompt(weather=weather)
     seen = [prompt.type("weather")]
     for _ in range(5):
@@ -146,7 +147,7 @@ def test_name_of_a_breaker_is_all_it_takes_to_know_the_situation(weather, clock,
 
 
 def test_completion_offers_what_an_operator_needs(weather):
-    """Nothing private among it, and pressing Tab changes nothing."""
+    """Completion offers nothing private, and pressing Tab changes nothing."""
     weather.open()
     before = weather.snapshot()
     completer = rlcompleter.Completer({"weather": weather})
@@ -172,7 +173,7 @@ def test_completion_offers_what_an_operator_needs(weather):
 
 
 def test_help_explains_all_that_completion_offers(weather):
-    """Each with words of its own."""
+    """help() has words of its own for each name."""
     text = pydoc.render_doc(weather, renderer=pydoc.plaintext)
     for name in dir(weather):
         if not name.startswith("_"):

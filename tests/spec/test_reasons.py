@@ -73,8 +73,8 @@ def log(caplog):
     ids=str,
 )
 def test_a_trip_says_how_many_failures_there_were(settings, expected, caplog):
-    """The reason tells whether they were in a row or in the window, and within which
-    time."""
+    """The reason tells whether the failures were in a row or in the window, and in
+    which time."""
     breaker = CircuitBreaker(**settings)
     error = fail(breaker, settings.get("fail_max", 5))
     assert isinstance(error, CircuitBreakerError)

@@ -66,7 +66,7 @@ def call_async_of_a_future(breaker, work):
 
 
 def call_of_a_subclass(breaker, work):
-    """In a subclass that overrides `call`, which decorated calls go through."""
+    """A decorated call in a subclass that overrides `call`."""
 
     class Watches(type(breaker)):
         def call(self, func, *args, **kwargs):

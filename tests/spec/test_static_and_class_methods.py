@@ -83,7 +83,7 @@ def test_a_decorated_static_or_class_method_stays_one_and_is_guarded(
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
 @pytest.mark.parametrize("make", [plain, coroutine, generator, async_generator])
 def test_the_function_inside_keeps_its_kind_name_and_docstring(kind, make):
-    """Tools that look at the class see what they saw before."""
+    """Tools that look at the class see the same kind, name and docstring as before."""
     method, _ = make(kind)
     decorated = CircuitBreaker()(method)
     inside = decorated.__func__

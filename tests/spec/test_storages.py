@@ -640,7 +640,7 @@ def test_a_trial_whose_circuit_is_moved_from_outside_is_late(kind, recorder):
 
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
-def test_a_trial_whose_circuit_was_closed_from_outside_is_late_too(kind, recorder):
+def test_a_trial_whose_circuit_was_closed_from_outside_is_late(kind, recorder):
     """The trial's success decides nothing in the closed era."""
     storage = kind("half-open")
     breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
@@ -770,7 +770,8 @@ def test_calls_to_a_healthy_service_write_nothing():
     ],
 )
 def test_the_memory_storage_reads_back_what_was_written(moment):
-    """The value read is the one written: naive, aware or anything false."""
+    """The value that is read is the one that was written: naive, aware or anything
+    false."""
     storage = CircuitMemoryStorage("open")
     storage.opened_at = moment
     assert storage.opened_at is moment
@@ -968,7 +969,7 @@ def test_the_count_that_opens_the_circuit_is_said_to_have_moved_it(fail, boom):
 
 
 def test_no_other_opening_is_said_to_be_made_by_the_count(fail):
-    """An opening by hand and the one by a failed trial are moved by something else."""
+    """Openings by hand and by a failed trial are not made by the count."""
     storage = AskedStorage()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     breaker.open()
@@ -1564,7 +1565,7 @@ def test_a_grant_passes_to_the_call_that_holds_the_place(clock, end, fail, boom)
         ("half-open", "open", ["half-open", "open"]),
     ],
 )
-def test_a_storage_that_others_write_while_a_claim_waits_is_followed(
+def test_a_storage_that_is_written_while_a_claim_waits_is_followed(
     guard, fleet, before, written, path, recorder
 ):
     """The call is treated as if it came after the write. Writing the state that was
@@ -1767,7 +1768,7 @@ def test_a_memory_storage_refuses_an_unknown_state():
 
 
 def test_a_memory_storage_counts():
-    """Its methods can be called by hand."""
+    """The methods of the storage can be called by hand."""
     storage = CircuitMemoryStorage("closed")
     storage.increment_counter()
     storage.increment_counter()

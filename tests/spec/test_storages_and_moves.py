@@ -23,7 +23,7 @@ from pybreaker import (
 
 
 class Row(CircuitBreakerStorage):
-    """A storage as it was written before there were moves. It remembers writes."""
+    """A storage as it was written before there were moves, which remembers writes."""
 
     def __init__(self, state="closed"):
         super().__init__("row")

@@ -392,7 +392,7 @@ def test_with_fail_max_lowered_the_next_failure_opens(fail_max, count, fail, boo
     assert (breaker.current_state, breaker.fail_counter) == ("open", count)
 
 
-def test_a_high_limit_is_a_limit_too(fail):
+def test_a_count_that_reaches_a_high_limit_opens_the_circuit(fail):
     """Two numbers that are equal need not be the same object."""
     breaker = CircuitBreaker(fail_max=1000)
     breaker.fail_counter = int("1000")
@@ -564,7 +564,7 @@ def test_a_count_that_was_counted_up_is_counted_from(fail):
     assert 0 < breaker.retry_after <= 60
 
 
-def test_a_count_that_is_set_is_nobodys_failure():
+def test_a_count_that_is_set_is_no_failure_of_a_call():
     """A subclass's _inc_counter() is not called while a count is being set."""
 
     class Alarming(CircuitBreaker):
@@ -710,8 +710,7 @@ def test_repr_tells_the_settings_that_change_when_a_circuit_opens_and_how_long()
 
 
 def test_a_reason_is_one_line_of_bearable_length():
-    """A reason is logged and kept for an era, so the repr of an exception is cut in
-    it."""
+    """A reason is logged and kept for an era, so a long repr of an exception is cut."""
 
     class Babbling(Exception):
         def __repr__(self):
@@ -730,7 +729,7 @@ def test_a_reason_is_one_line_of_bearable_length():
 
 
 def test_repr_tells_when_the_next_trial_is_due(clock):
-    """The repr of an open circuit tells it, and that of a closed circuit does not."""
+    """The repr of an open circuit tells when, and that of a closed circuit does not."""
     breaker = CircuitBreaker(reset_timeout=45)
     assert "trial" not in repr(breaker)
     breaker.open()
@@ -741,7 +740,7 @@ def test_repr_tells_when_the_next_trial_is_due(clock):
     assert "next call is a trial" in repr(breaker)
 
 
-def test_repr_of_a_circuit_that_waits_for_somebody(clock):
+def test_repr_of_a_circuit_that_waits_for_a_move_by_hand(clock):
     """With an infinite timeout the repr says that the circuit is moved only by hand."""
     breaker = CircuitBreaker(math.inf, math.inf)
     breaker.open()
@@ -960,7 +959,7 @@ def test_the_life_of_a_circuit_in_order(clock, fail, recorder):
 
 
 def test_listeners_are_told_one_event_after_the_other(fail):
-    """All of them hear of one event, in their order, before any hears the next."""
+    """All listeners hear of one event, in their order, before any hears the next."""
     heard = []
 
     class Listener(CircuitBreakerListener):
@@ -1661,7 +1660,7 @@ def test_a_predicate_that_raises_is_logged_where_nothing_is_called(boom, caplog)
     assert tracebacks(caplog) == [exc]
 
 
-def test_a_predicate_that_raises_leaves_the_word_to_the_others(fail, boom, caplog):
+def test_a_predicate_that_raises_leaves_the_decision_to_the_rest(fail, boom, caplog):
     """A predicate or class behind the one that raised may still exclude."""
     breaker = CircuitBreaker(1, exclude=[raising(RuntimeError()), boom])
     with pytest.raises(boom):
@@ -1836,7 +1835,9 @@ def test_an_interruption_at_the_end_of_a_trial_gives_the_place_back(
 
 
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
-def test_an_interruption_keeps_the_news_from_those_behind(interruption, recorder):
+def test_an_interruption_keeps_the_news_from_the_listeners_behind(
+    interruption, recorder
+):
     """Only the listeners in front of the one that raised hear of the event."""
     first = type(recorder)()
     breaker = CircuitBreaker(
@@ -1994,7 +1995,7 @@ def test_the_error_names_the_breaker_as_it_is_called_now():
         breaker.call(int)
 
 
-def test_the_error_of_a_circuit_that_waits_for_somebody():
+def test_the_error_of_a_circuit_that_waits_for_a_move_by_hand():
     """The error says that only a hand helps, and retry_after is math.inf."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
@@ -2039,7 +2040,7 @@ class WithDetails(CircuitBreakerError):
     """An error of the user's own, which lives at module level for pickle."""
 
 
-def test_what_others_have_put_on_the_error_survives_pickling():
+def test_what_other_code_has_put_on_the_error_survives_pickling():
     """Notes survive, and so does an attribute that a framework keeps on the error."""
     error = CircuitBreakerError("message")
     error.__notes__ = ["while the customer was updated"]

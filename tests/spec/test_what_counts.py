@@ -82,8 +82,7 @@ CASES = [
 @pytest.mark.parametrize("settings, expected", CASES, ids=name_of)
 @pytest.mark.parametrize("later", [False, True], ids=["made so", "set so"])
 def test_an_exception_is_judged_in_this_order(settings, expected, later):
-    """`ignore` decides first, then `exclude`, then `include`; any other is a
-    failure."""
+    """`ignore` decides first, then `exclude`, then `include`, else it is a failure."""
     if later:
         breaker = CircuitBreaker()
         for name, value in settings.items():
@@ -144,7 +143,7 @@ def test_no_predicate_is_asked_about_the_abandoned_kinds(exc, setting):
     assert asked == []
 
 
-def test_a_plain_base_exception_is_judged_as_others_are():
+def test_a_plain_base_exception_is_judged_like_an_exception():
     """Such an exception does not abandon the call."""
 
     class Strange(BaseException):
@@ -367,7 +366,7 @@ def test_is_system_error_answers_for_exclude_and_include():
 
 @guards.every_way
 def test_a_subclass_that_judges_itself_is_asked_where_nothing_is_set(way):
-    """Its `is_system_error` alone says what is a failure."""
+    """The subclass's `is_system_error` alone says what is a failure."""
 
     class Judges(CircuitBreaker):
         def is_system_error(self, exception):
@@ -378,7 +377,8 @@ def test_a_subclass_that_judges_itself_is_asked_where_nothing_is_set(way):
 
 
 def test_a_subclass_that_judges_itself_is_asked_after_ignore():
-    """Its `is_system_error` stands in the place of `exclude` and `include`."""
+    """The subclass's `is_system_error` stands in the place of `exclude` and
+    `include`."""
     asked = []
 
     class Judges(CircuitBreaker):
@@ -399,7 +399,7 @@ def test_a_subclass_that_judges_itself_is_asked_after_ignore():
 
 
 class BackportedGroup(BaseException):
-    """As the package exceptiongroup has it, for Pythons without groups."""
+    """A group as the package exceptiongroup has it, for Pythons without groups."""
 
     def __init__(self, message, exceptions):
         super().__init__(message)

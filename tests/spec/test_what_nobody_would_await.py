@@ -66,7 +66,7 @@ def test_a_predicate_whose_answer_is_always_true_is_refused(predicate):
 
 
 @every(predicate=LAZY)
-def test_a_predicate_that_is_added_or_set_is_checked_alike(predicate):
+def test_a_predicate_that_is_added_or_set_is_checked_like_the_argument(predicate):
     """A refusal changes nothing."""
     breaker = CircuitBreaker(exclude=[KeyError])
     with pytest.raises(TypeError):
@@ -105,7 +105,7 @@ def test_a_listener_with_a_method_that_must_be_awaited_is_refused(event):
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_a_listener_that_is_added_is_checked_alike(event):
+def test_a_listener_that_is_added_is_checked_like_the_argument(event):
     """A refusal adds none of the listeners that were given."""
     listener = type("Listener", (), {event: hears})()
     breaker, other = CircuitBreaker(), CircuitBreakerListener()
@@ -140,7 +140,7 @@ def test_a_mock_of_an_asynchronous_listener_is_refused_and_an_ordinary_one_taken
 
 
 def test_other_methods_of_a_listener_may_be_coroutine_functions():
-    """The breaker never calls them."""
+    """The breaker never calls such methods."""
 
     class Reporter(CircuitBreakerListener):
         heard = 0

@@ -81,7 +81,7 @@ def test_excluded_exceptions_count_as_calls(way):
 
 
 def test_a_failure_pushes_an_older_one_out_of_the_window():
-    """The failure that would be the third is one of only two in the last four."""
+    """The third failure is one of only two failures in the last four calls."""
     breaker = CircuitBreaker(fail_max=3, window_size=4)
     fail(breaker, 2)
     succeed(breaker, 3)
@@ -92,7 +92,8 @@ def test_a_failure_pushes_an_older_one_out_of_the_window():
 
 
 def test_half_of_fifty_calls_open_the_circuit():
-    """25 failures in 49 calls, every second one, are enough, and 24 are not."""
+    """25 failures in 49 calls, every second call, are enough, and 24 failures are
+    not."""
     breaker = CircuitBreaker(fail_max=25, window_size=50)
     for _ in range(24):
         fail(breaker)
@@ -123,7 +124,8 @@ def test_a_window_without_end_forgets_only_when_the_circuit_closes():
 
 
 def test_a_window_of_one_call_remembers_the_last_one():
-    """One success forgets the failure before it, if that did not open."""
+    """One success forgets the failure before it, unless that failure opened the
+    circuit."""
     breaker = CircuitBreaker(fail_max=1, window_size=1)
     breaker.fail_counter = 1
     succeed(breaker)
@@ -370,7 +372,7 @@ def test_the_trip_is_decided_on_what_is_true_after_the_failure_was_told(clock):
 
 
 def test_a_count_that_is_set_is_so_many_failures_counted_just_now(clock):
-    """They are forgotten after as many calls, and as many seconds, as others."""
+    """Such failures are forgotten after as many calls and seconds as any."""
     breaker = CircuitBreaker(fail_max=3, window_size=4, window_seconds=30)
     fail(breaker)
     clock.advance(20)
@@ -407,8 +409,8 @@ def test_setting_the_count_to_zero_forgets_all():
 
 @pytest.mark.parametrize("listener", [False, True])
 def test_only_a_failure_opens_the_circuit(listener):
-    """A count that is set to the limit does not open it. A success at that count does
-    not either, with a listener to tell of the success or without."""
+    """Setting the count to the limit does not open the circuit. Neither does a success
+    at that count, whether a listener is told of the success or not."""
 
     class Hears:
         def success(self, cb):
@@ -424,7 +426,7 @@ def test_only_a_failure_opens_the_circuit(listener):
     assert breaker.current_state == "open"
 
 
-def test_a_failure_that_was_counted_by_hand_is_forgotten_as_others_are():
+def test_a_failure_that_was_counted_by_hand_is_forgotten_like_any_other():
     """Code in the field counts through `_inc_counter()` and `on_failure()`."""
     breaker = CircuitBreaker(fail_max=3, window_size=4)
     with breaker._lock:
