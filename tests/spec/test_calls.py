@@ -460,7 +460,7 @@ def test_the_timeout_at_the_time_of_asking_decides(clock, in_flight, timeout, re
 
 
 def test_with_an_endless_timeout_a_trial_is_never_replaced(clock, in_flight):
-    """Only moving the circuit by hand frees the place."""
+    """Only moving the circuit by hand frees the place of a trial that hangs."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.half_open()
     in_flight(breaker)

@@ -82,7 +82,7 @@ def test_pickling_a_breaker_is_refused_with_the_way_out(protocol):
     text = str(refused.value)
     assert "process" in text
     assert "name" in text
-    assert "RLock" not in text  # about the lock the reader can do nothing
+    assert "RLock" not in text  # the reader can do nothing about the lock
 
 
 @pytest.mark.parametrize(

@@ -1173,7 +1173,7 @@ def test_what_is_thrown_into_a_block_around_yield_counts(make_fixture, leave_in)
 
 @every_fixture
 def test_closing_a_block_around_yield_abandons_it(make_fixture, recorder):
-    """In a block GeneratorExit abandons the call, as it does anywhere else."""
+    """A GeneratorExit that leaves a block abandons the call."""
     breaker = CircuitBreaker(listeners=[recorder])
     generator = make_fixture(breaker)
     step(generator)

@@ -279,7 +279,7 @@ def held(breaker):
     return block
 
 
-# All of them admit, run and settle in the same way.
+# All ways to guard admit, run and settle alike.
 
 
 @every_way
@@ -617,7 +617,7 @@ async def await_it(awaitable):
     return await awaitable
 
 
-# Each kind of function, with what makes the result out of a call of that kind.
+# Each kind of function, with what turns the return value of a call into the result.
 KINDS = {
     plain: lambda result: result,
     coroutine: drive,

@@ -1148,7 +1148,7 @@ def test_looking_at_a_breaker_makes_no_state(monkeypatch):
     monkeypatch.setattr(pybreaker, "CircuitOpenState", Noted)
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
-    breaker._state_storage.state = "".join(["op", "en"])  # equal, and not the same
+    breaker._state_storage.state = "".join(["op", "en"])  # equal, not the same string
     assert breaker.retry_after == math.inf
     assert "open" in repr(breaker)
     assert breaker.snapshot()["state"] == "open"

@@ -79,7 +79,7 @@ def test_a_move_by_hand_is_logged_as_one(move, level, log):
 def test_a_change_found_in_the_storage_is_logged_as_that(log):
     """This breaker cannot know why another program made the change."""
     breaker = CircuitBreaker()
-    storage_of(breaker).state = "".join(["op", "en"])  # as read from somewhere
+    storage_of(breaker).state = "".join(["op", "en"])  # equal, not the same string
     assert breaker.state.name == "open"
     ((level, text),) = log()
     assert level == "WARNING"

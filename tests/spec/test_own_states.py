@@ -468,7 +468,7 @@ def test_an_open_state_may_refuse_the_trial(put_in, guard, monkeypatch, clock):
     assert breaker.current_state == "closed"
 
 
-# What a state has beside these.
+# What else holds for such states.
 
 
 @pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)

@@ -41,7 +41,7 @@ def call_async_of_an_iterable_coroutine(breaker, work):
     @types.coroutine
     def coroutine():
         return work()
-        yield  # never reached, but makes it a generator function
+        yield  # never reached, but makes this a generator function
 
     return drive(breaker.call_async(coroutine))
 
