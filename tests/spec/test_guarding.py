@@ -1127,7 +1127,7 @@ class Refusing(CircuitBreaker):
 @every_kind
 @pytest.mark.parametrize("options", [None, {}], ids=["bare", "with parentheses"])
 def test_a_subclass_that_overrides_call_sees_decorated_calls(kind, options, recorder):
-    """Its call() gets the function itself with its arguments, when the call runs."""
+    """The override gets the function itself with its arguments, when the call runs."""
     breaker = Counting(listeners=[recorder])
     decorated = (breaker if options is None else breaker(**options))(kind)
     assert nature(decorated) == nature(kind)
@@ -1163,7 +1163,7 @@ def test_a_subclass_sees_a_lazy_call_when_it_first_runs(kind):
 
 @every_kind
 def test_a_subclass_may_refuse_a_decorated_call(kind, recorder):
-    """The exception of its call() reaches the caller, and nothing was admitted."""
+    """The exception of the override reaches the caller, and nothing was admitted."""
     breaker = Refusing(listeners=[recorder])
     with pytest.raises(PermissionError, match="maintenance"):
         KINDS[kind](breaker(kind)("a"))

@@ -365,7 +365,7 @@ def test_a_breaker_that_missed_a_trial_sees_that_the_opening_grew(clock):
 
 
 def test_a_trial_may_hold_its_place_as_long_as_the_opening_grew(clock):
-    """The settings at the time of asking decide on the time; the factor does not."""
+    """The settings at the time of asking decide how long, and there is no factor."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     fail_trials(breaker, clock, 2)

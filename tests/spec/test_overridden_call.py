@@ -159,7 +159,7 @@ def test_a_generator_exit_in_such_a_block_is_a_success(block, recorder):
 
 @BLOCKS
 def test_a_generator_exit_in_another_block_is_abandoned(block, recorder):
-    """The library's own call() has no generator that could be closed."""
+    """Without an override there is no generator to close, so the call is abandoned."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.fail_counter = 2
     with pytest.raises(GeneratorExit):

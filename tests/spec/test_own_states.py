@@ -161,7 +161,7 @@ def closed_for_maintenance(base):
 def test_a_before_call_that_raises_keeps_the_function_from_running(
     put_in, base, guard, monkeypatch
 ):
-    """Its exception reaches the caller, nothing is counted, and no place is kept."""
+    """The exception reaches the caller, nothing is counted, and no place is kept."""
     cls, ran = closed_for_maintenance(base), []
     breaker = put_in(cls, base, monkeypatch, reset_timeout=60)
     breaker.fail_counter = 2

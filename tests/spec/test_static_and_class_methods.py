@@ -100,7 +100,7 @@ def test_the_function_inside_keeps_its_kind_name_and_docstring(kind, make):
 
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
 def test_failures_of_a_decorated_static_or_class_method_open_the_circuit(kind):
-    """Their failures count like those of any function."""
+    """Such failures count like those of any function."""
     breaker = CircuitBreaker(fail_max=2)
 
     class Service:

@@ -271,7 +271,7 @@ def test_a_breaker_lives_a_whole_life_in_the_storage(storage, fail, boom, record
 
 
 def test_an_old_storage_serves_a_breaker_that_needs_one_success():
-    """A storage without a success counter does for `success_threshold=1`."""
+    """A storage without a success counter is enough for `success_threshold=1`."""
     breaker = CircuitBreaker(state_storage=OldStorage())
     breaker.half_open()
     assert breaker.success_counter == 0
