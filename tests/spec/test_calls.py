@@ -630,7 +630,7 @@ def test_two_half_open_breakers_may_call_each_other(guard, clock):
     assert (one.current_state, other.current_state) == ("closed", "closed")
 
 
-def test_a_trial_that_another_breakers_trial_began_in_goes_on_after_it():
+def test_a_trial_goes_on_after_another_breakers_trial_within_it():
     """The end of the inner trial takes nothing from the outer one."""
     outer, inner = CircuitBreaker(success_threshold=2), CircuitBreaker()
     outer.half_open()
@@ -662,7 +662,7 @@ def test_trials_of_several_breakers_may_end_in_any_order(order):
             assert rejects(breakers[running])
 
 
-def test_a_trial_of_one_breaker_opens_no_door_of_another(in_flight):
+def test_a_trial_of_one_breaker_admits_no_call_of_another(in_flight):
     """The rejection by the other breaker is the failure of this breaker's trial."""
     one, other = CircuitBreaker(), CircuitBreaker()
     one.half_open()

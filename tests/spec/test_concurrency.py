@@ -329,7 +329,9 @@ def failing(exc_type, threads=THREADS):
 
 
 @pytest.mark.parametrize("fail_max", [1, 5, THREADS - 1, THREADS])
-def test_many_that_fail_at_once_open_the_circuit_once(guard, recorder, boom, fail_max):
+def test_many_calls_that_fail_at_once_open_the_circuit_once(
+    guard, recorder, boom, fail_max
+):
     """One call trips the circuit; the other calls fail below the limit, or late."""
     breaker = CircuitBreaker(fail_max=fail_max, listeners=[recorder])
     results = all_at_once(*[guard(breaker, failing(boom))] * THREADS)
@@ -339,7 +341,7 @@ def test_many_that_fail_at_once_open_the_circuit_once(guard, recorder, boom, fai
     assert (breaker.current_state, breaker.fail_counter) == ("open", fail_max)
 
 
-def test_many_that_fail_at_once_are_all_counted(hasty, boom):
+def test_many_calls_that_fail_at_once_are_all_counted(hasty, boom):
     """No failure is lost where there is room for all failures below the limit."""
     breaker = CircuitBreaker(fail_max=math.inf)
 
@@ -413,7 +415,7 @@ def half_opened_over_a_storage_of_the_users_own(clock):
     ],
     ids=lambda make: make.__name__,
 )
-def test_of_many_that_arrive_at_the_end_of_a_timeout_one_is_the_trial(
+def test_of_many_calls_at_the_end_of_a_timeout_one_is_the_trial(
     make, guard, clock, recorder
 ):
     """The trial alone runs; all other calls are rejected while it does."""
@@ -445,7 +447,7 @@ def test_of_many_that_arrive_at_the_end_of_a_timeout_one_is_the_trial(
     assert recorder.transitions == [*before, ("half-open", "closed")]
 
 
-def test_of_many_that_find_a_trial_hanging_one_takes_over(clock):
+def test_of_many_calls_that_find_a_trial_hanging_one_takes_over(clock):
     """The call that takes over holds the place for a whole timeout of its own."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
     breaker.half_open()

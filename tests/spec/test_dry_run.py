@@ -222,7 +222,7 @@ def test_an_ignored_exception_is_told_to_no_listener(events):
     assert events.names == ["rejected", "before_call"]
 
 
-def test_switching_it_off_enforces_at_once():
+def test_switching_dry_run_off_enforces_at_once():
     """The next call is rejected."""
     breaker = CircuitBreaker(dry_run=True)
     breaker.open()
@@ -245,7 +245,7 @@ def test_a_call_is_refused_where_a_listener_of_the_rejection_switches_dry_run_of
         breaker.call(boom)
 
 
-def test_switching_it_on_lets_all_calls_in_at_once():
+def test_switching_dry_run_on_lets_all_calls_in_at_once():
     """The next call runs."""
     breaker = CircuitBreaker()
     breaker.open()
@@ -256,7 +256,7 @@ def test_switching_it_on_lets_all_calls_in_at_once():
 
 
 @pytest.mark.parametrize("work, state", [(int, "closed"), (boom, "open")])
-def test_switching_it_off_during_a_trial_leaves_the_trial(work, state):
+def test_switching_dry_run_off_during_a_trial_leaves_the_trial(work, state):
     """Other calls are rejected from then on, and the trial decides."""
     breaker = CircuitBreaker(dry_run=True, throw_new_error_on_trip=True)
     breaker.open(0)
@@ -292,7 +292,7 @@ def test_a_call_that_would_be_rejected_decides_nothing_when_dry_run_ends():
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
 
 
-def test_switching_it_on_during_a_call_spares_its_caller_the_error():
+def test_switching_dry_run_on_during_a_call_spares_the_caller_the_error():
     """The setting that holds when the call ends decides what the call raises."""
     breaker = CircuitBreaker(fail_max=1)
 
@@ -311,7 +311,7 @@ def test_a_closed_circuit_takes_no_lock_in_a_dry_run():
     assert while_locked(breaker, breaker.call, int) == 0
 
 
-def test_repr_and_snapshot_say_so():
+def test_repr_and_snapshot_tell_of_dry_run():
     """repr and snapshot say nothing of dry run where it is off."""
     breaker = CircuitBreaker(dry_run=True)
     assert "dry run" in repr(breaker)

@@ -113,7 +113,7 @@ def test_a_trip_says_only_that_there_was_a_failure_where_one_is_enough(caplog):
     assert shown(breaker, caplog) == "a failure: Boom()"
 
 
-def test_a_failed_trial_says_so(caplog):
+def test_a_failed_trial_is_the_reason_of_the_opening(caplog):
     """The reason shows the exception that the trial raised."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     breaker.open(0)
@@ -166,7 +166,7 @@ def test_a_repr_that_moves_the_circuit_is_not_overruled():
 
 
 def test_an_exception_whose_repr_fails_is_shown_by_its_class(caplog):
-    """The caller gets the function's exception, or the trip's error, as ever."""
+    """The caller gets CircuitBreakerError from the function's exception, as ever."""
 
     class Mute(Exception):
         def __repr__(self):

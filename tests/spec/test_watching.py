@@ -857,7 +857,7 @@ def test_a_listener_may_hear_of_abandoned_calls(run):
     assert len(listener.heard) == 3
 
 
-def test_abandoned_calls_that_are_late_are_told_and_a_trial_is_when_it_gives_up():
+def test_abandoned_calls_are_told_late_ones_and_trials_included():
     """The trial holds its place until the listener has been told."""
     waits = []
 
@@ -1410,7 +1410,9 @@ def test_what_a_listener_causes_is_told_at_once(fail, recorder):
     assert recorder.names == ["before_call", "state_change", "failure"]
 
 
-def test_a_listener_that_takes_itself_off_the_list_leaves_the_next_its_news(recorder):
+def test_a_listener_that_takes_itself_off_the_list_hides_no_event_from_the_next(
+    recorder,
+):
     """Code in the field changes breaker._listeners in place, even from within a
     listener."""
     breaker = CircuitBreaker()
@@ -1436,7 +1438,9 @@ def test_a_listener_that_is_taken_off_while_it_is_asked_hides_no_other(recorder)
     assert recorder.names == ["before_call", "success"]
 
 
-def test_a_predicate_that_takes_itself_off_the_list_leaves_the_next_its_say(fail, boom):
+def test_a_predicate_that_takes_itself_off_the_list_hides_no_exception_from_the_next(
+    fail, boom
+):
     """Code in the field changes breaker._excluded_exceptions from within a
     predicate."""
     breaker = CircuitBreaker(1)
@@ -1506,7 +1510,7 @@ def test_a_listener_may_read_and_set_everything(recorder):
     assert recorder.names == ["success"]
 
 
-def test_a_listener_that_moves_the_circuit_at_the_trial_s_beginning(clock, recorder):
+def test_a_listener_may_close_the_circuit_at_the_beginning_of_a_trial(clock, recorder):
     """The listener closes the circuit, so the call goes on as one in a closed
     circuit."""
     breaker = CircuitBreaker(1, 10)
@@ -1521,7 +1525,7 @@ def test_a_listener_that_moves_the_circuit_at_the_trial_s_beginning(clock, recor
     ]
 
 
-def test_a_listener_that_opens_the_circuit_at_the_trial_s_beginning(clock):
+def test_a_listener_may_open_the_circuit_at_the_beginning_of_a_trial(clock):
     """The listener opens the circuit again, so the call is rejected and does not
     run."""
     ran = []
@@ -1627,7 +1631,9 @@ def test_a_listener_whose_method_cannot_be_had_changes_nothing(
     assert {type(exc) for exc in tracebacks(caplog)} == {RuntimeError}
 
 
-def test_an_exception_that_stops_a_listener_does_not_undo_it(fail, boom, caplog):
+def test_an_exception_in_a_listener_does_not_undo_what_the_listener_did(
+    fail, boom, caplog
+):
     """What the listener did to the breaker before it raised stands."""
 
     def close_and_break(cb):
