@@ -37,7 +37,7 @@ async def pause():
 
 
 def elsewhere(func, *args):
-    """Calls it in a context that has nothing to do with this one."""
+    """Calls the function in a context that has nothing to do with this one."""
     return contextvars.Context().run(func, *args)
 
 
@@ -145,7 +145,7 @@ WAYS = [
 
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
-# The others are admitted by code that cannot await, and so cannot be cancelled.
+# These ways are admitted by code that cannot await, and so cannot be cancelled there.
 NOT_AWAITING = [block, decorated_iterable_coroutine, call_of_a_lambda]
 every_way_that_awaits_its_admission = pytest.mark.parametrize(
     "way",
@@ -161,7 +161,7 @@ every_breaker = pytest.mark.parametrize("make", [CircuitBreaker, Seen])
 
 
 def test_a_coroutine_that_is_never_awaited_decides_nothing(recorder):
-    """Making it is no call: it takes no place and is not told."""
+    """Making a coroutine is no call: no place is taken and no listener is told."""
     breaker = CircuitBreaker()
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -178,7 +178,7 @@ def test_a_coroutine_that_is_never_awaited_decides_nothing(recorder):
 
 
 def test_a_task_that_is_cancelled_before_its_first_step_decides_nothing(recorder):
-    """It was never admitted."""
+    """The call was never admitted."""
     breaker = CircuitBreaker()
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -204,7 +204,7 @@ def test_a_task_that_is_cancelled_before_its_first_step_decides_nothing(recorder
     ids=["decorated", "call", "call_async"],
 )
 def test_a_coroutine_is_admitted_when_it_is_awaited(make):
-    """What the circuit says then decides, not what it said before."""
+    """The state of the circuit at the await decides, not the state before."""
     breaker = CircuitBreaker()
     ran = []
 
@@ -259,7 +259,7 @@ def test_a_coroutine_settles_when_it_is_done(make, way, clock, recorder):
 @every_way
 @every_breaker
 def test_what_a_coroutine_raises_after_an_await_is_counted(make, way, boom):
-    """The failure that opens the circuit is raised to who awaits."""
+    """The failure that opens the circuit is raised to the code that awaits."""
     breaker = make(fail_max=2)
 
     async def work():
@@ -279,7 +279,7 @@ def test_what_a_coroutine_raises_after_an_await_is_counted(make, way, boom):
 
 
 def test_call_async_returns_a_coroutine():
-    """It is a coroutine function, so tasks can be made of its calls."""
+    """call_async is a coroutine function, so tasks can be made of its calls."""
     breaker = CircuitBreaker()
     assert inspect.iscoroutinefunction(breaker.call_async)
 
@@ -302,7 +302,8 @@ def test_call_async_returns_a_coroutine():
 @every_breaker
 @pytest.mark.parametrize("steps", range(1, 5))
 def test_a_task_that_is_cancelled_at_any_await_is_abandoned(way, make, steps, recorder):
-    """No failure, no success; a cancelled trial gives its place back."""
+    """A cancelled call is no failure and no success; a cancelled trial gives its place
+    back."""
     breaker = make()
     breaker.fail_counter = 3
     breaker.half_open()
@@ -334,7 +335,7 @@ def test_a_task_that_is_cancelled_at_any_await_is_abandoned(way, make, steps, re
 
 @every_way
 def test_a_call_that_is_cancelled_in_a_closed_circuit_leaves_the_count(way):
-    """It tells nothing about the service, good or bad."""
+    """A cancellation tells nothing about the service, good or bad."""
     breaker = CircuitBreaker()
     breaker.fail_counter = 3
 
@@ -405,7 +406,7 @@ class SlowToGrant(CircuitMemoryStorage):
 def test_a_task_that_is_cancelled_while_the_storage_grants_its_trial_was_no_call(
     way, recorder
 ):
-    """The place comes back, nothing was told, and the function did not run."""
+    """The place comes back, no listener was told, and the function did not run."""
     storage = SlowToGrant()
     breaker = CircuitBreaker(
         state_storage=storage, listeners=[recorder], reset_timeout=60
@@ -452,7 +453,7 @@ def test_cancelling_one_of_many_tasks_leaves_the_others(recorder):
 
 
 def test_a_timeout_around_the_guarded_code_does_not_count():
-    """wait_for() cancels what it waits for, and that is abandoned."""
+    """wait_for() cancels the call, and a cancelled call is abandoned."""
     breaker = CircuitBreaker(fail_max=1)
 
     async def main():
@@ -469,7 +470,7 @@ def test_a_timeout_around_the_guarded_code_does_not_count():
 
 
 def test_a_timeout_inside_the_guarded_code_counts():
-    """There it is what the service's slowness raises."""
+    """Inside, the slowness of the service raises an exception in the guarded code."""
     breaker = CircuitBreaker(fail_max=1)
 
     @breaker
@@ -489,7 +490,7 @@ def test_a_timeout_inside_the_guarded_code_counts():
 
 
 class Awaitable:
-    """Some other library's idea of a coroutine."""
+    """An awaitable object of some other library."""
 
     def __init__(self, result):
         self.result = result
@@ -565,7 +566,7 @@ async def plain_async_generator():
     ids=lambda make: make.__name__,
 )
 def test_call_async_returns_what_cannot_be_awaited_as_it_is(make, recorder):
-    """The call ends where it begins."""
+    """The call ends when the function returns."""
     breaker = CircuitBreaker(listeners=[recorder])
     result = make()
 
@@ -610,7 +611,7 @@ def test_call_async_awaits_once():
 
 
 def test_guarded_tasks_do_not_wait_for_each_other():
-    """Fifty tasks are in guarded calls at once: they all wait for the last."""
+    """Fifty tasks are in guarded calls at once: each task waits for the last one."""
     breaker = CircuitBreaker()
     number = 50
 
@@ -631,7 +632,8 @@ def test_guarded_tasks_do_not_wait_for_each_other():
 
 
 def test_many_tasks_that_fail_at_once_open_the_circuit_once(recorder, boom):
-    """One trip, one transition; who is late gets what the function raised."""
+    """There is one trip and one transition; a late task gets what the function
+    raised."""
     breaker = CircuitBreaker(fail_max=3, listeners=[recorder])
 
     async def main():
@@ -656,7 +658,7 @@ def test_many_tasks_that_fail_at_once_open_the_circuit_once(recorder, boom):
 
 @every_way
 def test_of_many_tasks_after_the_timeout_one_is_the_trial(way, clock):
-    """The function runs once, and the others are rejected meanwhile."""
+    """The function runs once, and the other tasks are rejected meanwhile."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(60)
@@ -682,7 +684,8 @@ def test_of_many_tasks_after_the_timeout_one_is_the_trial(way, clock):
 
 
 def in_threads(functions):
-    """Runs each in a thread of its own; what one raises fails the test."""
+    """Runs each function in a thread of its own; what a function raises fails the
+    test."""
     errors = []
 
     def run_it(function):
@@ -750,7 +753,7 @@ def test_several_loops_and_threads_share_a_breaker(recorder, boom):
 
 
 def test_several_loops_and_threads_have_one_trial(clock, recorder):
-    """All arrive when the timeout has passed; one gets through."""
+    """All calls arrive when the timeout has passed; one gets through."""
     breaker = CircuitBreaker(reset_timeout=60, listeners=[recorder])
     breaker.open()
     clock.advance(60)
@@ -830,8 +833,8 @@ def test_tasks_that_a_trial_starts_belong_to_it(way, fail, boom):
 
 
 @every_way
-def test_tasks_that_somebody_else_started_do_not_belong(way):
-    """They are rejected while the trial runs, on the same loop and thread."""
+def test_tasks_that_were_started_outside_the_trial_do_not_belong(way):
+    """Such tasks are rejected while the trial runs, on the same loop and thread."""
     breaker = CircuitBreaker()
     breaker.half_open()
 
@@ -876,7 +879,7 @@ def test_the_task_that_started_the_trials_task_does_not_belong_to_it():
 
 
 def test_a_task_that_outlives_its_trial_no_longer_belongs():
-    """When the next trial runs, it is rejected like everybody."""
+    """The task is rejected while the next trial runs, like any other."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
 
@@ -908,7 +911,7 @@ def test_a_task_that_outlives_its_trial_no_longer_belongs():
 
 
 def test_a_call_that_began_within_a_trial_decides_nothing_after_it(boom):
-    """It was let through because of the trial, so it is no trial itself."""
+    """The trial let the call through, so the call is no trial itself."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
 
@@ -938,7 +941,7 @@ def test_a_call_that_began_within_a_trial_decides_nothing_after_it(boom):
 
 
 def test_a_thread_belongs_if_the_trials_context_goes_along():
-    """asyncio.to_thread takes it along, run_in_executor does not."""
+    """asyncio.to_thread takes the context along, run_in_executor does not."""
     breaker = CircuitBreaker()
     breaker.half_open()
 
@@ -954,7 +957,7 @@ def test_a_thread_belongs_if_the_trials_context_goes_along():
 
 
 def test_a_block_entered_in_one_task_covers_no_calls_in_another():
-    """It may be left there, though, and its outcome counts."""
+    """Another task may leave the block, though, and its outcome counts."""
     breaker = CircuitBreaker()
     breaker.half_open()
 
@@ -970,7 +973,7 @@ def test_a_block_entered_in_one_task_covers_no_calls_in_another():
 
 
 def test_an_async_generator_covers_the_task_that_first_ran_it():
-    """Another task that reads on from it does not belong to its trial."""
+    """Another task that reads on does not belong to the generator's trial."""
     breaker = CircuitBreaker()
     breaker.half_open()
 
@@ -998,7 +1001,7 @@ def test_an_async_generator_covers_the_task_that_first_ran_it():
 
 @every_way
 def test_two_half_open_breakers_may_call_each_other(way):
-    """Each trial's calls belong to it, whatever lies between."""
+    """Calls belong to one breaker's trial with a trial of the other in between."""
     first, second = CircuitBreaker(), CircuitBreaker()
     first.half_open()
     second.half_open()
@@ -1027,7 +1030,8 @@ def test_two_half_open_breakers_may_call_each_other(way):
 
 
 def test_sync_calls_within_an_async_trial_belong_to_it():
-    """And the other way about: how a call is written makes no difference."""
+    """Async calls within a sync trial belong as well: how a call is written does not
+    matter."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
 
@@ -1069,7 +1073,7 @@ class Refusing(CircuitBreakerStorage):
 
 @every_way_that_awaits_its_admission
 def test_coroutines_ask_for_their_trial_without_blocking_the_loop(way):
-    """A storage that answers by an await is asked by one."""
+    """The breaker awaits claim_trial_async() of the storage."""
     breaker = CircuitBreaker(state_storage=Refusing())
 
     async def main():
@@ -1106,7 +1110,7 @@ def test_cancellation_under_trio_is_abandonment(recorder):
 
 
 def test_a_trio_nursery_that_is_cancelled_is_abandonment(recorder):
-    """So is an exception group of nothing but cancellations."""
+    """An exception group of nothing but cancellations abandons the call."""
     trio = pytest.importorskip("trio")
     breaker = CircuitBreaker(listeners=[recorder])
 
@@ -1127,7 +1131,8 @@ def test_a_trio_nursery_that_is_cancelled_is_abandonment(recorder):
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_timeout_of_anyio_counts_where_it_is_inside(backend):
-    """Around the guarded code it abandons the call; inside, it is a failure."""
+    """A timeout around the guarded code abandons the call; a timeout inside is a
+    failure."""
     anyio = pytest.importorskip("anyio")
     pytest.importorskip(backend)
     breaker = CircuitBreaker()
@@ -1152,7 +1157,7 @@ def test_a_timeout_of_anyio_counts_where_it_is_inside(backend):
 @every_way
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_task_group_of_anyio_within_a_trial_belongs_to_it(way, backend):
-    """On both of its backends the context goes along to what a trial starts."""
+    """On both of anyio's backends the trial's context goes along to what it starts."""
     anyio = pytest.importorskip("anyio")
     pytest.importorskip(backend)
     if way is call_async_of_a_task and backend == "trio":

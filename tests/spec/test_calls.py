@@ -63,15 +63,15 @@ def raising(exc):
 
 
 def fails(call, exc):
-    """Asserts that `call`, when called, raises this very exception."""
+    """Asserts that `call` raises this very exception."""
     with pytest.raises(type(exc)) as caught:
         call()
     assert caught.value is exc
 
 
 def rejects(breaker):
-    """Whether a call that is no part of a trial is rejected. One that is
-    admitted is abandoned, so that asking changes nothing in a state."""
+    """Whether a call that is no part of a trial is rejected. A call that is admitted is
+    abandoned, so that asking changes nothing in a state."""
     ran = []
 
     def probe():
@@ -130,7 +130,7 @@ class InFlight:
 
 @pytest.fixture
 def in_flight():
-    """Starts a call through a breaker and leaves it running."""
+    """Starts a call through a breaker and leaves the call running."""
     started = []
 
     def start(breaker):
@@ -156,7 +156,7 @@ def test_a_closed_circuit_admits_calls(guard):
 
 
 def test_listeners_hear_of_a_success(guard, recorder):
-    """Also where it has no failure to forget."""
+    """Listeners hear of a success although there is no failure to forget."""
     breaker = CircuitBreaker(listeners=[recorder])
     guard(breaker, int)()
     assert recorder.names == ["before_call", "success"]
@@ -214,7 +214,7 @@ def test_a_breaker_that_only_observes_never_opens(guard, fail, boom):
 
 
 def test_a_nested_call_in_a_closed_circuit_counts_by_itself(fail, boom):
-    """Only a trial takes the calls within it along."""
+    """Only a trial takes the calls within it along; here each call counts."""
     breaker = CircuitBreaker(fail_max=5)
     with pytest.raises(boom):
         breaker.call(breaker.call, fail)
@@ -239,7 +239,7 @@ def test_an_open_circuit_rejects_calls(guard, clock):
 
 
 def test_the_first_call_after_the_timeout_is_the_trial(guard, clock, fail):
-    """It makes the circuit half-open and runs the function exactly once."""
+    """The trial makes the circuit half-open and runs the function exactly once."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     with pytest.raises(CircuitBreakerError):
         guard(breaker, fail)()
@@ -286,8 +286,8 @@ def test_a_timeout_of_zero_lets_the_next_call_be_the_trial(clock):
     assert breaker.current_state == "closed"
 
 
-def test_an_endless_timeout_waits_for_somebodys_hand(clock):
-    """With reset_timeout=math.inf time opens nothing."""
+def test_an_endless_timeout_waits_for_a_move_by_hand(clock):
+    """With reset_timeout=math.inf no time half-opens the circuit."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     clock.advance(1e9)
@@ -299,7 +299,7 @@ def test_an_endless_timeout_waits_for_somebodys_hand(clock):
 
 
 def test_a_changed_timeout_holds_for_a_circuit_that_is_open(clock):
-    """Longer or shorter, it is measured from the opening."""
+    """A timeout that is made longer or shorter is measured from the opening."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(60)
@@ -347,7 +347,7 @@ def test_a_trial_gives_its_place_back_however_it_ends(end, guard, clock):
 
 
 def test_a_failed_trial_gives_its_place_back(clock, fail):
-    """Whoever half-opens the circuit after it finds the place empty."""
+    """After the next half-opening the place is free."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.half_open()
     with pytest.raises(CircuitBreakerError):
@@ -357,7 +357,7 @@ def test_a_failed_trial_gives_its_place_back(clock, fail):
 
 
 def test_successful_trials_close_the_circuit(guard, clock, fail, boom):
-    """It takes success_threshold of them; the first forgets the failures."""
+    """success_threshold trials are needed; the first forgets the failures."""
     breaker = CircuitBreaker(fail_max=2, success_threshold=3)
     with pytest.raises(boom):
         guard(breaker, fail)()
@@ -374,7 +374,8 @@ def test_successful_trials_close_the_circuit(guard, clock, fail, boom):
 def test_a_failed_trial_opens_the_circuit_for_another_full_timeout(
     guard, clock, boom, recorder
 ):
-    """It counts as one more failure and raises from what the function raised."""
+    """The failure of the trial adds one to the count, and the trial raises from what
+    the function raised."""
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60, success_threshold=2)
     breaker.fail_counter = 2
     breaker.open()
@@ -397,7 +398,7 @@ def test_a_failed_trial_opens_the_circuit_for_another_full_timeout(
 
 
 def test_a_failed_trial_can_raise_what_the_function_raised(guard, boom):
-    """As with every trip, where throw_new_error_on_trip is False."""
+    """With throw_new_error_on_trip=False the caller gets the function's exception."""
     breaker = CircuitBreaker(throw_new_error_on_trip=False)
     breaker.half_open()
     exc = boom()
@@ -432,8 +433,8 @@ def test_after_the_timeout_the_next_call_takes_the_place_over(clock, in_flight):
     assert breaker.current_state == "closed"
 
 
-def test_whoever_takes_the_place_over_holds_it_as_long(clock, in_flight):
-    """The time counts from when the place was taken, for each trial anew."""
+def test_a_call_that_takes_the_place_over_holds_it_as_long(clock, in_flight):
+    """Each trial's time counts from when that trial took the place."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     in_flight(breaker)
@@ -449,7 +450,7 @@ def test_whoever_takes_the_place_over_holds_it_as_long(clock, in_flight):
     ("timeout", "rejected"), [(49, False), (50, False), (51, True), (math.inf, True)]
 )
 def test_the_timeout_at_the_time_of_asking_decides(clock, in_flight, timeout, rejected):
-    """It does not matter what it was when the trial took the place."""
+    """The timeout that held when the trial took the place does not matter."""
     breaker = CircuitBreaker(reset_timeout=60 if rejected else math.inf)
     breaker.half_open()
     in_flight(breaker)
@@ -459,7 +460,7 @@ def test_the_timeout_at_the_time_of_asking_decides(clock, in_flight, timeout, re
 
 
 def test_with_an_endless_timeout_a_trial_is_never_replaced(clock, in_flight):
-    """Until somebody moves the circuit by hand."""
+    """Only moving the circuit by hand frees the place of a trial that hangs."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.half_open()
     in_flight(breaker)
@@ -471,7 +472,7 @@ def test_with_an_endless_timeout_a_trial_is_never_replaced(clock, in_flight):
 
 
 def test_the_success_of_a_trial_that_lost_its_place_counts(clock, in_flight):
-    """It is still a trial as long as its era lasts."""
+    """A trial that lost its place is still a trial as long as its era lasts."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=2)
     breaker.half_open()
     lost = in_flight(breaker)
@@ -484,7 +485,8 @@ def test_the_success_of_a_trial_that_lost_its_place_counts(clock, in_flight):
 
 
 def test_the_failure_of_a_trial_that_lost_its_place_counts(clock, in_flight, boom):
-    """It opens the circuit, for a full timeout, under the one that took over."""
+    """The failure opens the circuit for a full timeout, while the call that took over
+    runs."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     lost = in_flight(breaker)
@@ -500,7 +502,7 @@ def test_the_failure_of_a_trial_that_lost_its_place_counts(clock, in_flight, boo
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt()], ids=repr)
 def test_a_trial_that_lost_its_place_has_none_to_give_back(clock, in_flight, end):
-    """The one that took it over keeps it, for as long as it had."""
+    """The call that took the place over keeps it, for a whole timeout of its own."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
     breaker.half_open()
     lost = in_flight(breaker)
@@ -517,7 +519,8 @@ def test_a_trial_that_lost_its_place_has_none_to_give_back(clock, in_flight, end
 
 
 def test_a_new_era_finds_the_place_empty(clock, in_flight):
-    """What ran before it holds nothing in it, and takes nothing when it ends."""
+    """A call of the era before holds no place in the new one, and frees none when it
+    ends."""
     breaker = CircuitBreaker(success_threshold=2, reset_timeout=60)
     breaker.half_open()
     old = in_flight(breaker)
@@ -534,8 +537,8 @@ def test_a_new_era_finds_the_place_empty(clock, in_flight):
 
 
 def test_a_call_within_a_trial_is_let_through(guard, clock, recorder):
-    """A guarded function that calls another brings its circuit back; listeners
-    hear of both."""
+    """A guarded function that calls another guarded function brings its circuit back;
+    listeners hear of both calls."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -548,7 +551,8 @@ def test_a_call_within_a_trial_is_let_through(guard, clock, recorder):
 
 
 def test_the_failure_of_a_call_within_a_trial_decides_nothing(guard, boom, recorder):
-    """It is raised as it is and listeners hear of it; the trial may yet succeed."""
+    """The failure is raised as it is and listeners hear of it; the trial may yet
+    succeed."""
     breaker = CircuitBreaker(fail_max=1, listeners=[recorder])
     breaker.half_open()
     exc = boom()
@@ -565,7 +569,7 @@ def test_the_failure_of_a_call_within_a_trial_decides_nothing(guard, boom, recor
 
 
 def test_a_call_within_a_trial_gives_no_place_back(clock):
-    """When it ends the trial still holds its own."""
+    """When the inner call ends, the trial still holds its own place."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
 
@@ -578,7 +582,7 @@ def test_a_call_within_a_trial_gives_no_place_back(clock):
 
 
 def test_a_timeout_of_0_leaves_a_trial_the_calls_within_it():
-    """Though others may take its place at once."""
+    """A call in another context may take the trial's place at once."""
     breaker = CircuitBreaker(reset_timeout=0, success_threshold=2)
     breaker.half_open()
     assert breaker.call(breaker.call, int) == 0
@@ -586,7 +590,8 @@ def test_a_timeout_of_0_leaves_a_trial_the_calls_within_it():
 
 
 def test_a_call_within_a_trial_takes_its_place_when_the_timeout_is_over(clock):
-    """It does what any other call would do then; both are trials that succeed."""
+    """The call within does what any other call would do; both calls are trials that
+    succeed."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
     breaker.half_open()
 
@@ -599,7 +604,7 @@ def test_a_call_within_a_trial_takes_its_place_when_the_timeout_is_over(clock):
 
 
 def test_calls_within_calls_within_a_trial_belong_to_it(guard):
-    """However deep they are."""
+    """Calls belong to the trial however deep they are."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
 
@@ -625,7 +630,7 @@ def test_two_half_open_breakers_may_call_each_other(guard, clock):
     assert (one.current_state, other.current_state) == ("closed", "closed")
 
 
-def test_a_trial_that_another_breakers_trial_began_in_goes_on_after_it():
+def test_a_trial_goes_on_after_another_breakers_trial_within_it():
     """The end of the inner trial takes nothing from the outer one."""
     outer, inner = CircuitBreaker(success_threshold=2), CircuitBreaker()
     outer.half_open()
@@ -642,7 +647,8 @@ def test_a_trial_that_another_breakers_trial_began_in_goes_on_after_it():
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_trials_of_several_breakers_may_end_in_any_order(order):
-    """The end of one takes nothing from those that go on, older or younger."""
+    """The end of one trial takes nothing from the trials that go on, older or
+    younger."""
     breakers = [CircuitBreaker(success_threshold=2) for _ in order]
     trials = [breaker.calling() for breaker in breakers]
     for breaker, trial in zip(breakers, trials):
@@ -656,8 +662,8 @@ def test_trials_of_several_breakers_may_end_in_any_order(order):
             assert rejects(breakers[running])
 
 
-def test_a_trial_of_one_breaker_opens_no_door_of_another(in_flight):
-    """Where the other one's place is held, its rejection is the trial's failure."""
+def test_a_trial_of_one_breaker_admits_no_call_of_another(in_flight):
+    """The rejection by the other breaker is the failure of this breaker's trial."""
     one, other = CircuitBreaker(), CircuitBreaker()
     one.half_open()
     other.half_open()
@@ -670,7 +676,7 @@ def test_a_trial_of_one_breaker_opens_no_door_of_another(in_flight):
 
 
 def test_tasks_that_a_trial_starts_belong_to_it(guard):
-    """Their calls are let through, all at once, and decide nothing."""
+    """The tasks' calls are let through, all at once, and decide nothing."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
 
@@ -705,7 +711,7 @@ def test_a_thread_that_gets_the_trials_context_belongs_to_it():
     reason="here every new thread gets the context of the one that starts it",
 )
 def test_a_thread_without_the_trials_context_does_not_belong_to_it(in_flight):
-    """Work that a trial gives to another thread is rejected like any other."""
+    """The call of such a thread is rejected like any other."""
     breaker = CircuitBreaker()
     breaker.half_open()
 
@@ -718,7 +724,7 @@ def test_a_thread_without_the_trials_context_does_not_belong_to_it(in_flight):
 
 
 def test_nothing_belongs_to_a_trial_that_has_ended(clock, in_flight):
-    """What it left behind is rejected where the next trial runs."""
+    """A call in the ended trial's context is rejected while the next trial runs."""
     breaker = CircuitBreaker(success_threshold=3)
     breaker.half_open()
     trial = in_flight(breaker)
@@ -729,8 +735,8 @@ def test_nothing_belongs_to_a_trial_that_has_ended(clock, in_flight):
         trial.context.run(breaker.call, int)
 
 
-def test_what_an_ended_trial_left_behind_can_be_a_trial(in_flight):
-    """Its calls are like all others: this one takes the place and counts."""
+def test_a_call_in_the_context_of_an_ended_trial_can_be_a_trial(in_flight):
+    """The call takes the place and counts, as a call in any other context does."""
     breaker = CircuitBreaker(success_threshold=3)
     breaker.half_open()
     trial = in_flight(breaker)
@@ -740,7 +746,8 @@ def test_what_an_ended_trial_left_behind_can_be_a_trial(in_flight):
 
 
 def test_nothing_belongs_to_a_trial_that_lost_its_place(clock, in_flight):
-    """Its calls are rejected as long as the one that took over holds it."""
+    """Calls in its context are rejected while the call that took over holds the
+    place."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
     breaker.half_open()
     lost = in_flight(breaker)
@@ -753,7 +760,7 @@ def test_nothing_belongs_to_a_trial_that_lost_its_place(clock, in_flight):
 
 @pytest.mark.parametrize("move", ["open", "half_open", "close"])
 def test_nothing_belongs_to_a_trial_of_an_earlier_era(clock, in_flight, move):
-    """Its calls are rejected, trials, or plain calls, as the new state has it."""
+    """A call in the old trial's context is treated as any other in the new state."""
     breaker = CircuitBreaker(fail_max=5, success_threshold=3)
     breaker.half_open()
     trial = in_flight(breaker)
@@ -771,10 +778,10 @@ def test_nothing_belongs_to_a_trial_of_an_earlier_era(clock, in_flight, move):
 
 
 @pytest.mark.parametrize("end", [None, OSError()], ids=repr)
-def test_a_call_within_a_trial_decides_nothing_after_it_either(
+def test_a_call_within_a_trial_decides_nothing_after_the_trial(
     clock, in_flight, recorder, end
 ):
-    """It may outlast the trial: what it was admitted as does not change."""
+    """The call may outlast the trial, and is still what it was admitted as."""
     breaker = CircuitBreaker(fail_max=1)
     breaker.half_open()
     trial = in_flight(breaker)
@@ -793,7 +800,7 @@ def test_a_call_within_a_trial_decides_nothing_after_it_either(
 
 
 def test_a_call_within_a_trial_gives_no_later_place_back(clock, in_flight):
-    """It may end while the next trial runs."""
+    """The call may end while the next trial runs, and leaves that trial its place."""
     breaker = CircuitBreaker(success_threshold=3)
     breaker.half_open()
     trial = in_flight(breaker)
@@ -812,7 +819,7 @@ def test_a_call_within_a_trial_gives_no_later_place_back(clock, in_flight):
     "exclusion", [LookupError, lambda exc: "missing" in str(exc)], ids=type
 )
 def test_an_excluded_exception_is_a_success(guard, recorder, exclusion):
-    """It reaches the caller untouched and sets the count back to 0."""
+    """The exception reaches the caller untouched, and the count goes back to 0."""
     breaker = CircuitBreaker(fail_max=2, exclude=[exclusion], listeners=[recorder])
     breaker.fail_counter = 1
     exc = KeyError("missing")
@@ -822,7 +829,7 @@ def test_an_excluded_exception_is_a_success(guard, recorder, exclusion):
 
 
 def test_an_excluded_exception_is_a_successful_trial(guard, recorder):
-    """It closes the circuit like any success."""
+    """The trial closes the circuit, as any successful trial does."""
     breaker = CircuitBreaker(exclude=[LookupError])
     breaker.half_open()
     exc = KeyError()
@@ -831,12 +838,12 @@ def test_an_excluded_exception_is_a_successful_trial(guard, recorder):
 
 
 class ServiceGone(BaseException):
-    """No Exception, and none of those that abandon a call either."""
+    """An exception that is no Exception and does not abandon a call."""
 
 
 @pytest.mark.parametrize("exc", [OSError(), ServiceGone()], ids=repr)
 def test_any_other_exception_is_a_failure(guard, recorder, exc):
-    """A plain BaseException too."""
+    """A plain BaseException is a failure as well."""
     breaker = CircuitBreaker(fail_max=5, exclude=[LookupError], listeners=[recorder])
     fails(guard(breaker, raising(exc)), exc)
     assert breaker.fail_counter == 1
@@ -897,7 +904,7 @@ ABANDONMENTS = {
 
 @pytest.fixture(params=ABANDONMENTS)
 def abandonment(request, monkeypatch):
-    """An exception that says that a call was given up, not how it went."""
+    """Each exception that abandons a call."""
     exc = ABANDONMENTS[request.param]()
     if type(exc) is GreenletExit:
         greenlet = types.SimpleNamespace(GreenletExit=GreenletExit)
@@ -911,7 +918,8 @@ def abandonment(request, monkeypatch):
 def test_an_abandoned_call_tells_nothing_about_the_service(
     guard, recorder, abandonment
 ):
-    """Nothing is counted or forgotten and no listener hears how it went."""
+    """Nothing is counted or forgotten, and no listener hears of a success or a
+    failure."""
     breaker = CircuitBreaker(fail_max=2, listeners=[recorder])
     breaker.fail_counter = 1
     fails(guard(breaker, raising(abandonment)), abandonment)
@@ -951,7 +959,7 @@ def test_an_abandoned_trial_only_gives_its_place_back(guard, recorder, abandonme
     "others", [[OSError()], [OSError(), KeyboardInterrupt()]], ids=repr
 )
 def test_a_group_with_anything_else_in_it_is_a_failure(guard, others):
-    """Something did fail, whatever was given up beside it."""
+    """The call has failed, whatever was given up beside that failure."""
     breaker = CircuitBreaker()
     exc = base_exception_group()("", others)
     fails(guard(breaker, raising(exc)), exc)
@@ -980,7 +988,7 @@ def test_nothing_is_imported_to_know_what_abandons_a_call(guard, monkeypatch):
 
 
 def test_a_module_that_is_not_what_its_name_says_does_no_harm(monkeypatch):
-    """It may have no such class, or something else under its name."""
+    """The module may have no such class, or some other object of that name."""
     greenlet = types.SimpleNamespace(GreenletExit="no class")
     monkeypatch.setitem(sys.modules, "greenlet", greenlet)
     monkeypatch.setitem(sys.modules, "trio", types.SimpleNamespace())
@@ -1006,7 +1014,7 @@ LATER = ["open", "half_open", "close", "open half_open", "open half_open close"]
 def test_a_late_failure_changes_nothing(
     guard, clock, recorder, boom, fail, admitted, moves
 ):
-    """It is raised as it is, and listeners hear of it."""
+    """The failure is raised as it is, and listeners hear of it."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60, success_threshold=2)
     breaker.state = admitted
     exc = boom()
@@ -1031,7 +1039,7 @@ def test_a_late_failure_changes_nothing(
 @pytest.mark.parametrize("admitted", ["closed", "half-open"])
 @pytest.mark.parametrize("end", [None, KeyError()], ids=repr)
 def test_a_late_success_changes_nothing(guard, clock, recorder, admitted, moves, end):
-    """It forgets no failure and closes no circuit; listeners hear of it."""
+    """The success forgets no failure and closes no circuit; listeners hear of it."""
     breaker = CircuitBreaker(reset_timeout=60, exclude=[KeyError])
     breaker.state = admitted
 
@@ -1053,7 +1061,7 @@ def test_a_late_success_changes_nothing(guard, clock, recorder, admitted, moves,
 
 
 def test_a_late_success_is_heard_of_where_no_failures_are_to_forget(guard, recorder):
-    """By a listener that came after the call's own era."""
+    """The listener was added during the call, after the call's own era."""
     breaker = CircuitBreaker()
 
     def work():
@@ -1065,7 +1073,7 @@ def test_a_late_success_is_heard_of_where_no_failures_are_to_forget(guard, recor
 
 
 def test_a_late_call_that_was_abandoned_is_not_even_heard_of(recorder):
-    """It tells nothing in its own era, and nothing in a later one."""
+    """The call tells nothing about the service in its own era, or in a later one."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     def work():
@@ -1080,7 +1088,7 @@ def test_a_late_call_that_was_abandoned_is_not_even_heard_of(recorder):
 def test_a_late_failure_does_not_open_a_circuit_that_closed_again(
     clock, in_flight, fail, boom
 ):
-    """Not though the name of the state is the same and the count is at the brink."""
+    """The new era has the same state, and its count is one below the limit."""
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60)
     late = in_flight(breaker)
     for error in (boom, CircuitBreakerError):
@@ -1124,7 +1132,7 @@ def test_a_late_failure_of_which_no_listener_hears_is_not_counted(
     [("close", "closed"), ("open", "open"), ("half_open", "half-open")],
 )
 def test_every_move_by_hand_works_from_every_state(recorder, start, move, end):
-    """Listeners are told, also where the name stays the same, and it is a new era."""
+    """Listeners are told and a new era begins, also where the name stays the same."""
     breaker = CircuitBreaker()
     breaker.state = start
     breaker.add_listener(recorder)
@@ -1150,7 +1158,7 @@ def test_only_closing_sets_the_failures_to_0(start, move, failures):
 
 @pytest.mark.parametrize("move", ["close", "open", "half_open"])
 def test_every_move_by_hand_sets_the_successes_to_0(move):
-    """A circuit that somebody has moved starts afresh."""
+    """The next trials are counted from 0."""
     breaker = CircuitBreaker(success_threshold=3)
     breaker.half_open()
     breaker.call(int)
@@ -1160,7 +1168,7 @@ def test_every_move_by_hand_sets_the_successes_to_0(move):
 
 
 def test_the_half_opening_by_a_trial_leaves_the_successes(clock):
-    """Another process that shares the circuit may have had some."""
+    """Another process that shares the circuit may have had successful trials."""
     storage = pybreaker.CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(success_threshold=3, state_storage=storage)
     breaker.open()
@@ -1171,7 +1179,7 @@ def test_the_half_opening_by_a_trial_leaves_the_successes(clock):
 
 
 def test_a_trip_sets_the_successes_to_0(fail):
-    """Every opening does."""
+    """A trip is an opening, and every opening sets success_counter to 0."""
     storage = pybreaker.CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     storage.increment_success_counter()
@@ -1181,7 +1189,7 @@ def test_a_trip_sets_the_successes_to_0(fail):
 
 
 def test_opening_an_open_circuit_starts_its_timeout_again(clock):
-    """By hand, that is; rejected calls do not."""
+    """Opening by hand starts the timeout again, and rejected calls do not."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(59)
@@ -1193,7 +1201,7 @@ def test_opening_an_open_circuit_starts_its_timeout_again(clock):
 
 
 def test_a_circuit_half_opened_by_hand_takes_the_next_call_for_its_trial(clock, fail):
-    """However much of the timeout is left."""
+    """The next call is the trial, however much of the timeout is left."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     breaker.half_open()
@@ -1205,7 +1213,7 @@ def test_a_circuit_half_opened_by_hand_takes_the_next_call_for_its_trial(clock, 
 def test_a_trial_for_which_a_listener_closes_the_circuit_is_a_plain_call(
     guard, clock, fail, boom
 ):
-    """It is admitted anew by the state that it finds then."""
+    """The call is admitted anew, in the closed circuit that the listener leaves."""
 
     class Closer(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
@@ -1221,7 +1229,7 @@ def test_a_trial_for_which_a_listener_closes_the_circuit_is_a_plain_call(
 
 
 def test_a_trial_for_which_a_listener_opens_the_circuit_is_rejected(guard, clock):
-    """The function does not run in a circuit that is open again."""
+    """The function does not run, because the listener has opened the circuit again."""
 
     class Opener(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
@@ -1244,7 +1252,7 @@ def test_a_trial_for_which_a_listener_opens_the_circuit_is_rejected(guard, clock
 
 @pytest.mark.parametrize("days", [-400, 400])
 def test_setting_the_machines_clock_changes_nothing(clock, in_flight, days):
-    """Elapsed time comes from a monotonic clock: an open circuit's and a trial's."""
+    """An open circuit and a trial both measure by a monotonic clock."""
     breaker = CircuitBreaker(reset_timeout=60)
     with freezegun.freeze_time("2020-02-02") as wall:
         breaker.open()
@@ -1264,7 +1272,7 @@ def test_setting_the_machines_clock_changes_nothing(clock, in_flight, days):
 
 
 def test_freezegun_moves_the_circuits_time():
-    """It moves time.monotonic together with the wall clock."""
+    """freezegun moves time.monotonic together with the wall clock."""
     breaker = CircuitBreaker(reset_timeout=60)
     with freezegun.freeze_time("2020-02-02") as wall:
         breaker.open()
@@ -1276,7 +1284,7 @@ def test_freezegun_moves_the_circuits_time():
 
 
 def test_a_replaced_time_monotonic_is_used(monkeypatch):
-    """The library looks it up in its module whenever it asks for the time."""
+    """The library looks `monotonic` up in the module `time` for every reading."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     later = time.monotonic() + 60
@@ -1285,7 +1293,7 @@ def test_a_replaced_time_monotonic_is_used(monkeypatch):
 
 
 class DictStorage(pybreaker.CircuitBreakerStorage):
-    """A user's own: a row of a table, say."""
+    """A storage of the user's own: a row of a table, say."""
 
     def __init__(self):
         super().__init__("dict")
@@ -1309,7 +1317,7 @@ class DictStorage(pybreaker.CircuitBreakerStorage):
 
 
 def test_a_storage_of_the_users_own_measures_by_the_wall_clock(clock):
-    """From its opened_at, since another machine may have written that."""
+    """Another machine may have written the storage's opened_at."""
     breaker = CircuitBreaker(reset_timeout=60, state_storage=DictStorage())
     with freezegun.freeze_time("2020-02-02") as wall:
         breaker.open()
@@ -1325,8 +1333,8 @@ def test_a_storage_of_the_users_own_measures_by_the_wall_clock(clock):
 
 @pytest.mark.parametrize(("seconds", "state"), [(30, "open"), (61, "closed")])
 def test_a_circuit_may_open_before_the_time_is_frozen(seconds, state, fail):
-    """A frozen clock counts from another year, and the time that passed is told
-    by the moment of the opening."""
+    """A frozen clock counts from another year, so the moment of the opening tells how
+    much time has passed."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     breaker.open()
     later = datetime.datetime.now(datetime.timezone.utc)
@@ -1338,7 +1346,7 @@ def test_a_circuit_may_open_before_the_time_is_frozen(seconds, state, fail):
 
 
 def test_a_circuit_that_opened_while_time_was_frozen_goes_on_when_it_is_not():
-    """It has been open for as long as the calendar says."""
+    """The circuit has been open for as long as the calendar says."""
     breaker = CircuitBreaker(reset_timeout=60)
     with freezegun.freeze_time("2020-02-02"):
         breaker.open()
@@ -1347,7 +1355,7 @@ def test_a_circuit_that_opened_while_time_was_frozen_goes_on_when_it_is_not():
 
 
 def test_a_moment_in_the_future_is_waited_for_by_the_monotonic_clock(clock):
-    """Setting the machine's clock moves nothing there either."""
+    """Setting the machine's clock does not change the time that is left."""
     with freezegun.freeze_time("2020-02-02") as wall:
         breaker = CircuitBreaker(reset_timeout=10)
         breaker.open()

@@ -59,7 +59,7 @@ def all_at_once(*functions):
 
 
 def kinds(results):
-    """How many there are of each type."""
+    """The number of results of each type, by the name of the type."""
     names = [type(result).__name__ for result in results]
     return {name: names.count(name) for name in names}
 
@@ -74,7 +74,7 @@ def hasty():
 
 
 class DictStorage(pybreaker.CircuitBreakerStorage):
-    """A user's own, of the older interface."""
+    """A user's own storage, of the older interface."""
 
     def __init__(self):
         super().__init__("dict")
@@ -254,7 +254,7 @@ def meeting(threads=THREADS):
 
 
 def test_guarded_calls_never_wait_for_each_other(guard):
-    """Twelve of them wait for one another inside the guarded function."""
+    """Twelve calls meet inside the guarded function."""
     breaker = CircuitBreaker()
     results = all_at_once(*[guard(breaker, meeting())] * THREADS)
     assert results == ["met"] * THREADS
@@ -279,7 +279,7 @@ def with_a_storage_of_the_users_own():
     [with_a_listener, with_failures_to_forget, with_a_storage_of_the_users_own],
     ids=lambda make: make.__name__,
 )
-def test_calls_that_need_the_lock_do_not_wait_for_each_other_either(make, guard):
+def test_calls_that_need_the_lock_do_not_wait_for_each_other(make, guard):
     """The lock is for deciding, never for the guarded call."""
     breaker = make()
     results = all_at_once(*[guard(breaker, meeting())] * THREADS)
@@ -287,8 +287,9 @@ def test_calls_that_need_the_lock_do_not_wait_for_each_other_either(make, guard)
     assert breaker.fail_counter == 0
 
 
-def test_a_trial_that_takes_its_time_keeps_nobody_waiting():
-    """Others are rejected meanwhile; who watches or steers the breaker can."""
+def test_a_trial_that_takes_its_time_keeps_no_thread_waiting():
+    """Other calls are rejected meanwhile, and the breaker can be watched and
+    steered."""
     breaker = CircuitBreaker(success_threshold=5)
     breaker.half_open()
     begun, end = threading.Event(), threading.Event()
@@ -328,8 +329,10 @@ def failing(exc_type, threads=THREADS):
 
 
 @pytest.mark.parametrize("fail_max", [1, 5, THREADS - 1, THREADS])
-def test_many_that_fail_at_once_open_the_circuit_once(guard, recorder, boom, fail_max):
-    """One call trips; the others are below the limit, or late."""
+def test_many_calls_that_fail_at_once_open_the_circuit_once(
+    guard, recorder, boom, fail_max
+):
+    """One call trips the circuit; the other calls fail below the limit, or late."""
     breaker = CircuitBreaker(fail_max=fail_max, listeners=[recorder])
     results = all_at_once(*[guard(breaker, failing(boom))] * THREADS)
     assert kinds(results) == {"Boom": THREADS - 1, "CircuitBreakerError": 1}
@@ -338,8 +341,8 @@ def test_many_that_fail_at_once_open_the_circuit_once(guard, recorder, boom, fai
     assert (breaker.current_state, breaker.fail_counter) == ("open", fail_max)
 
 
-def test_many_that_fail_at_once_are_all_counted(hasty, boom):
-    """No increment is lost where there is room for all of them."""
+def test_many_calls_that_fail_at_once_are_all_counted(hasty, boom):
+    """No failure is lost where there is room for all failures below the limit."""
     breaker = CircuitBreaker(fail_max=math.inf)
 
     def fail_often():
@@ -355,8 +358,8 @@ def test_many_that_fail_at_once_are_all_counted(hasty, boom):
 
 
 def test_many_trials_that_fail_at_once_open_the_circuit_once(clock, recorder, boom):
-    """Those that lost the place are trials as well, but only one of them can be
-    the one that ends the era."""
+    """Trials that lost the place are trials as well, but only one of them can end the
+    era."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=2)
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -412,10 +415,10 @@ def half_opened_over_a_storage_of_the_users_own(clock):
     ],
     ids=lambda make: make.__name__,
 )
-def test_of_many_that_arrive_at_the_end_of_a_timeout_one_is_the_trial(
+def test_of_many_calls_at_the_end_of_a_timeout_one_is_the_trial(
     make, guard, clock, recorder
 ):
-    """It alone runs; all the others are rejected while it does."""
+    """The trial alone runs; all other calls are rejected while it does."""
     breaker = make(clock)
     breaker.add_listener(recorder)
     before = [("open", "half-open")] if breaker.current_state == "open" else []
@@ -444,8 +447,8 @@ def test_of_many_that_arrive_at_the_end_of_a_timeout_one_is_the_trial(
     assert recorder.transitions == [*before, ("half-open", "closed")]
 
 
-def test_of_many_that_find_a_trial_hanging_one_takes_over(clock):
-    """It holds the place then, for as long as the one before it had."""
+def test_of_many_calls_that_find_a_trial_hanging_one_takes_over(clock):
+    """The call that takes over holds the place for a whole timeout of its own."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
     breaker.half_open()
     begun, over = threading.Event(), threading.Event()
@@ -485,8 +488,8 @@ def test_of_many_that_find_a_trial_hanging_one_takes_over(clock):
 
 
 def test_the_place_is_held_while_the_storage_decides_on_the_trial(clock):
-    """Calls that arrive meanwhile are rejected, from the same context too: the
-    trial has not begun, so nothing belongs to it."""
+    """Calls that arrive meanwhile are rejected, also in the context of the call that
+    holds the place: the trial has not begun, so no call belongs to it."""
 
     class SlowToGrant(CircuitMemoryStorage):
         def claim_trial(self, timeout):
@@ -505,7 +508,7 @@ def test_the_place_is_held_while_the_storage_decides_on_the_trial(clock):
 
 
 def test_trials_follow_one_another_and_never_overlap(hasty):
-    """However many threads would like to be the next one."""
+    """Many threads ask to be the next trial at once."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=10**6)
     breaker.half_open()
     inside, most, ran = [], [], []
@@ -542,7 +545,7 @@ class Counts(pybreaker.CircuitBreakerListener):
 
 @pytest.mark.parametrize("storage", [None, DictStorage], ids=["memory", "own"])
 def test_no_call_counts_beyond_the_limit(boom, storage):
-    """Late failures do not, and nobody sees the count higher in between."""
+    """Late failures are not counted, and no listener sees a higher count in between."""
     counts = Counts()
     breaker = CircuitBreaker(
         fail_max=5, listeners=[counts], state_storage=storage and storage()
@@ -553,8 +556,9 @@ def test_no_call_counts_beyond_the_limit(boom, storage):
 
 
 def test_a_listener_that_makes_failing_calls_counts_no_further(fail, boom, recorder):
-    """It is told of the failure that reaches the limit before the circuit opens,
-    so its own calls are still admitted; only one of them all trips."""
+    """The listener is told of the failure that reaches the limit before the circuit
+    opens, so the listener's own calls are still admitted; only one of all these calls
+    trips."""
 
     class Prober(Counts):
         def failure(self, cb, exc):
@@ -594,7 +598,8 @@ def test_a_rejected_call_never_runs_the_function(guard):
 
 
 def test_a_circuit_that_opens_and_closes_runs_what_it_does_not_reject(hasty):
-    """Neither more nor less, also where the two meet."""
+    """The function runs as often as calls are admitted, while another thread opens and
+    closes the circuit."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     ran = []
 
@@ -624,8 +629,8 @@ def test_a_circuit_that_opens_and_closes_runs_what_it_does_not_reject(hasty):
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_call_may_outlast_a_whole_outage(guard, clock, recorder, fail, boom, fails):
-    """Admitted while closed, it ends when the circuit has opened, half-opened
-    and closed again, and one failure has been counted in the new era."""
+    """The call is admitted while closed, and ends when the circuit has opened,
+    half-opened and closed again and one failure has been counted in the new era."""
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60)
     begun, end = threading.Event(), threading.Event()
 
@@ -657,7 +662,7 @@ def test_a_call_may_outlast_a_whole_outage(guard, clock, recorder, fail, boom, f
 
 
 def test_many_late_failures_do_not_disturb_the_next_era(guard, recorder, boom):
-    """Twelve calls fail when somebody has opened and closed the circuit."""
+    """Twelve calls fail after another thread has opened and closed the circuit."""
     breaker = CircuitBreaker(fail_max=1)
     begun, end = threading.Semaphore(0), threading.Event()
 
@@ -683,7 +688,7 @@ def test_many_late_failures_do_not_disturb_the_next_era(guard, recorder, boom):
 
 @pytest.fixture
 def look_alikes(monkeypatch):
-    """States of which each says that it equals all the others."""
+    """State classes whose objects are equal to all state objects."""
 
     class Alike:
         __hash__ = object.__hash__
@@ -699,7 +704,8 @@ def look_alikes(monkeypatch):
 @pytest.mark.usefixtures("look_alikes")
 @pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.half_open])
 def test_eras_are_told_apart_whatever_their_states_say_of_themselves(move, boom):
-    """An era is an object: a subclass that compares names changes nothing."""
+    """The breaker knows an era by its state object, even where a subclass defines
+    equality."""
     breaker = CircuitBreaker(fail_max=2, success_threshold=2)
     for late in (None, boom()):
         move(breaker)
@@ -720,7 +726,7 @@ def test_eras_are_told_apart_whatever_their_states_say_of_themselves(move, boom)
 
 @pytest.mark.usefixtures("look_alikes")
 def test_a_state_that_ends_while_a_failure_is_told_is_not_asked(fail, boom):
-    """Though the one in its place says that it is the same, and is closed too."""
+    """The new era's state equals the one that has ended, and is closed as well."""
     asked = []
 
     class Restarts(pybreaker.CircuitBreakerListener):
@@ -738,7 +744,7 @@ def test_a_state_that_ends_while_a_failure_is_told_is_not_asked(fail, boom):
 
 @pytest.mark.usefixtures("look_alikes")
 def test_a_state_that_has_ended_is_not_asked_what_an_outcome_means(boom):
-    """Though the one in its place says that it is the same."""
+    """The new era's state equals the one that has ended."""
     asked = []
     pybreaker.CircuitClosedState.on_success = asked.append
     pybreaker.CircuitClosedState.on_failure = lambda state, exc: asked.append(state)
@@ -758,18 +764,19 @@ def test_a_state_that_has_ended_is_not_asked_what_an_outcome_means(boom):
 
 @pytest.mark.usefixtures("look_alikes")
 def test_a_trial_begins_where_an_open_state_equals_a_half_open_one(guard):
-    """The circuit has half-opened, whatever the two states say."""
+    """The breaker sees the half-opening although the two states are equal."""
     breaker = CircuitBreaker(reset_timeout=0)
     breaker.open()
     assert guard(breaker, lambda: "done")() == "done"
     assert breaker.current_state == "closed"
 
 
-# 7. The quiet path takes no lock; storages of others are used under it.
+# 7. The quiet path takes no lock; storages of the user's own are used under it.
 
 
 class CountingLock:
-    """Stands in for a breaker's lock. Knows how often it was taken, and by whom."""
+    """Stands in for a breaker's lock. Knows how often and by which threads it was
+    taken."""
 
     def __init__(self, lock):
         self._lock = lock
@@ -803,7 +810,8 @@ def count_lock(breaker):
 
 
 def test_a_quiet_circuit_takes_no_lock(guard):
-    """Closed, with a memory storage, no listener and no failure to forget."""
+    """The circuit is closed, with a memory storage, no listener and no failure to
+    forget."""
     breaker = CircuitBreaker()
     call = guard(breaker, lambda: "quiet")
     lock = count_lock(breaker)
@@ -822,7 +830,7 @@ def failed_and_recovered(breaker):
     breaker.call(int)
 
 
-def heard_by_nobody_any_more(breaker):
+def had_a_listener(breaker):
     listener = pybreaker.CircuitBreakerListener()
     breaker.add_listener(listener)
     breaker.remove_listener(listener)
@@ -830,11 +838,11 @@ def heard_by_nobody_any_more(breaker):
 
 @pytest.mark.parametrize(
     "past",
-    [closed_again, failed_and_recovered, heard_by_nobody_any_more],
+    [closed_again, failed_and_recovered, had_a_listener],
     ids=lambda past: past.__name__,
 )
 def test_a_circuit_is_quiet_again_when_all_is_over(guard, past):
-    """What there was to do in the past costs nothing later."""
+    """An outage, a failure or a listener of the past costs later calls no lock."""
     breaker = CircuitBreaker()
     call = guard(breaker, lambda: "quiet")
     past(breaker)
@@ -843,8 +851,8 @@ def test_a_circuit_is_quiet_again_when_all_is_over(guard, past):
     assert lock.taken == 0
 
 
-def test_a_lock_that_somebody_holds_does_not_stop_a_quiet_circuit(guard):
-    """Nothing is waited for where nothing is taken."""
+def test_a_lock_that_another_thread_holds_does_not_stop_a_quiet_circuit(guard):
+    """A quiet call waits for no lock, because it takes none."""
     breaker = CircuitBreaker()
     call = guard(breaker, lambda: "quiet")
     done = threading.Event()
@@ -890,11 +898,11 @@ class Watched:
 
 
 class WatchedStorage(Watched, DictStorage):
-    """A user's own."""
+    """A storage of the user's own that notes its use without the lock."""
 
 
 class WatchedMemory(Watched, CircuitMemoryStorage):
-    """A subclass of the library's, which may do more than its base."""
+    """A subclass of the memory storage, which may do more than its base."""
 
     def __init__(self):
         super().__init__("closed")
@@ -906,8 +914,8 @@ def watched(request):
 
 
 def test_any_other_storage_is_used_only_under_the_lock(guard, watched, recorder, boom):
-    """In calls and transitions, that is; the claim alone, which may take its
-    time, is asked without it."""
+    """This holds in calls and transitions. The claim alone, which may take its time, is
+    asked without the lock."""
     breaker = CircuitBreaker(
         fail_max=2, state_storage=watched, listeners=[recorder], success_threshold=2
     )
@@ -955,7 +963,7 @@ def test_any_other_storage_is_used_only_under_the_lock(guard, watched, recorder,
 
 
 def test_a_quiet_call_over_any_other_storage_takes_the_lock(guard, watched):
-    """It may look quiet, but the storage was written in that shelter."""
+    """The call may look quiet, but the storage was written for use under the lock."""
     breaker = CircuitBreaker(state_storage=watched)
     call = guard(breaker, lambda: "done")
     lock = count_lock(breaker)
@@ -969,7 +977,7 @@ def test_a_quiet_call_over_any_other_storage_takes_the_lock(guard, watched):
 # the rest of a quiet call.
 
 
-CLOSED = ["closed", "".join(["clo", "sed"])]  # which are equal and two objects
+CLOSED = ["closed", "".join(["clo", "sed"])]  # two equal strings that are two objects
 
 
 @contextlib.contextmanager
@@ -991,7 +999,7 @@ def functions_that_run():
 
 @pytest.mark.parametrize("word", CLOSED)
 def test_a_quiet_call_runs_nothing_but_its_guard(word):
-    """Whichever string it is that says "closed"."""
+    """The storage may name its state by any string that equals "closed"."""
     breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(word))
 
     async def work():
@@ -1009,7 +1017,8 @@ def test_a_quiet_call_runs_nothing_but_its_guard(word):
 
 
 def test_a_call_asks_a_listener_only_for_the_events_that_it_tells():
-    """Who hears of which event was found out when the listener was added."""
+    """When a listener is added, the breaker finds out which events that listener
+    hears."""
     told, asked = [], []
 
     class Asked(pybreaker.CircuitBreakerListener):
@@ -1032,8 +1041,8 @@ def test_a_call_asks_a_listener_only_for_the_events_that_it_tells():
 
 
 @pytest.mark.parametrize("listeners", [[], [pybreaker.CircuitBreakerListener()]])
-def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
-    """It is made at once, even while a listener in another thread takes its time."""
+def test_a_rejection_that_no_listener_hears_takes_no_lock(guard, listeners):
+    """The call is rejected at once, even while another thread is telling a listener."""
     breaker = CircuitBreaker(listeners=listeners)
     call = guard(breaker, int)
     breaker.open()
@@ -1050,8 +1059,8 @@ def test_a_rejection_that_nobody_hears_takes_no_lock(guard, listeners):
 
 
 @pytest.mark.parametrize("word", CLOSED)
-def test_a_success_that_nobody_hears_takes_no_lock(guard, word):
-    """Though there is a listener for something else."""
+def test_a_success_that_no_listener_hears_takes_no_lock(guard, word):
+    """The breaker has a listener that overrides no method."""
     breaker = CircuitBreaker(listeners=[pybreaker.CircuitBreakerListener()])
     call = guard(breaker, int)
     storage_of(breaker).state = word
@@ -1063,26 +1072,26 @@ def test_a_success_that_nobody_hears_takes_no_lock(guard, word):
 # Steering while calls are in flight.
 
 
-def looks(breaker):
+def reads_the_state(breaker):
     breaker.state  # noqa: B018
 
 
-def says_all_of_it(breaker):
+def takes_a_snapshot(breaker):
     breaker.snapshot()
 
 
-def says_it_on_one_line(breaker):
+def shows_its_repr(breaker):
     breaker.open()
     breaker.half_open()
     assert "0 of 2 successes" in repr(breaker)
 
 
-def says_when_to_come_back(breaker):
+def reads_retry_after(breaker):
     breaker.open()
     assert breaker.retry_after > 0
 
 
-def says_when_to_come_back_to_what_others_have_opened(breaker):
+def reads_retry_after_of_an_opening_from_outside(breaker):
     with lock_of(breaker):
         storage_of(breaker).opened_at = datetime.now(timezone.utc)
         storage_of(breaker).state = "open"
@@ -1093,7 +1102,7 @@ def sets_the_count(breaker):
     breaker.fail_counter = 1
 
 
-def opens_the_gate(breaker):
+def asks_the_gate(breaker):
     breaker.state.before_call(int)
     breaker.open()
     breaker.reset_timeout = 0
@@ -1126,13 +1135,13 @@ def exchanges_the_storage(breaker):
 
 @pytest.fixture(
     params=[
-        looks,
-        says_all_of_it,
-        says_it_on_one_line,
-        says_when_to_come_back,
-        says_when_to_come_back_to_what_others_have_opened,
+        reads_the_state,
+        takes_a_snapshot,
+        shows_its_repr,
+        reads_retry_after,
+        reads_retry_after_of_an_opening_from_outside,
         sets_the_count,
-        opens_the_gate,
+        asks_the_gate,
         settles_by_hand,
         exchanges_listeners_and_exclusions,
         exchanges_the_storage,
@@ -1147,7 +1156,7 @@ def steer(request):
     return request.param
 
 
-def test_watching_and_steering_use_it_under_the_lock_too(steer, watched):
+def test_watching_and_steering_use_any_other_storage_under_the_lock(steer, watched):
     """What belongs together is read, and written, at one moment."""
     breaker = CircuitBreaker(fail_max=2, state_storage=watched, success_threshold=2)
     watched.watch(count_lock(breaker))
@@ -1156,8 +1165,8 @@ def test_watching_and_steering_use_it_under_the_lock_too(steer, watched):
 
 
 class WatchedBreaker(CircuitBreaker):
-    """Notes what of the circuit, its state, its storage and its trial, is read while
-    the lock is not held, and which attributes are written then."""
+    """Notes which attributes of the circuit, its state, its storage and its trial are
+    read without the lock, and which attributes are written without it."""
 
     GUARDED = names_of_state() | names_of_storage() | names_of_trial()
 
@@ -1182,7 +1191,7 @@ class WatchedBreaker(CircuitBreaker):
 
 
 def test_watching_and_steering_use_the_breaker_under_the_lock(steer):
-    """So no change is lost that somebody else makes at the same time."""
+    """No change is lost that another thread makes at the same time."""
     breaker = WatchedBreaker(fail_max=2, success_threshold=2)
     breaker.watch()
     steer(breaker)
@@ -1203,7 +1212,8 @@ def test_watching_and_steering_use_the_breaker_under_the_lock(steer):
     ids=lambda change: change.__code__.co_names[0],
 )
 def test_a_list_is_read_and_written_in_one_step(change):
-    """Two who change it at the same time lose nothing of each other's."""
+    """Two threads that change a list at the same time lose none of each other's
+    changes."""
 
     class Steps(CountingLock):
         steps = 0
@@ -1219,15 +1229,16 @@ def test_a_list_is_read_and_written_in_one_step(change):
 
 
 def test_calls_change_the_breaker_under_the_lock(guard, boom, caplog):
-    """From the first failure to the trial that closes the circuit again, with a
-    listener and a predicate that leave something to log."""
+    """The calls go from the first failure to the trial that closes the circuit again,
+    with a listener and a predicate that raise."""
 
     class Grumbling(pybreaker.CircuitBreakerListener):
         def before_call(self, cb, func, *args, **kwargs):
             raise Exception("not now")
 
         def rejected(self, cb, func, *args, **kwargs):
-            """So that a rejection is decided under the lock as well."""
+            """With a listener of rejections, the breaker decides on them under the
+            lock."""
 
     def work():
         if fails:
@@ -1288,7 +1299,7 @@ class Chain(pybreaker.CircuitBreakerListener):
 
 
 def hammered(breaker, boom, seed):
-    """Calls that succeed, fail and are given up, each as often as the next."""
+    """Calls that succeed, fail and are given up, in turn."""
     chance = random.Random(seed)
     ran = itertools.count()
 
@@ -1315,8 +1326,8 @@ def hammered(breaker, boom, seed):
 
 @pytest.mark.parametrize("storage", [None, DictStorage], ids=["memory", "own"])
 def test_everything_can_be_set_while_calls_are_in_flight(hasty, boom, storage):
-    """Nothing is lost, run twice, raised, or told out of order; in the end the
-    breaker works as if nothing had happened."""
+    """No call is lost or run twice, nothing is raised or told out of order, and in the
+    end the breaker works as if nothing had happened."""
     breaker = CircuitBreaker(state_storage=storage and storage())
     chain = Chain(breaker)
     breaker.add_listener(chain)
@@ -1391,7 +1402,7 @@ def test_a_setting_counts_for_calls_that_are_in_flight(guard, boom):
 def test_a_limit_set_below_the_count_opens_the_circuit_with_the_next_failure(
     guard, fail
 ):
-    """Setting it opens nothing by itself."""
+    """Setting the limit opens nothing by itself."""
     breaker = CircuitBreaker(fail_max=9)
     breaker.fail_counter = 5
     breaker.fail_max = 3

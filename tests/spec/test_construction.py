@@ -73,7 +73,7 @@ def test_the_arguments_of_older_releases_may_be_given_by_position(recorder):
 
 
 def test_arguments_have_their_names():
-    """Each may be given by keyword, those of older releases under their old names."""
+    """Each argument may be given by keyword, the older ones under their old names."""
     assert list(inspect.signature(CircuitBreaker).parameters) == [
         "fail_max",
         "reset_timeout",
@@ -108,7 +108,7 @@ def test_a_breaker_needs_no_argument():
 
 
 def test_the_failure_that_trips_raises_a_new_error_by_default():
-    """throw_new_error_on_trip is True unless somebody says otherwise."""
+    """By default the caller gets CircuitBreakerError, from the function's exception."""
     with pytest.raises(CircuitBreakerError):
         CircuitBreaker(1).call(raising(ValueError()))
 
@@ -140,7 +140,7 @@ GOOD_NUMBERS = [
     ("reset_timeout", 0.25, 0.25),
     ("reset_timeout", Index(4), 4),
     ("reset_timeout", math.inf, math.inf),
-    ("reset_timeout", float("inf"), math.inf),  # which is another object
+    ("reset_timeout", float("inf"), math.inf),  # another object than math.inf
     pytest.param(
         "reset_timeout", int(sys.float_info.max), sys.float_info.max, id="longest"
     ),
@@ -218,14 +218,14 @@ def test_a_whole_float_becomes_a_whole_number(parameter):
 
 @pytest.mark.parametrize(("kind", "parameter", "value"), BAD_NUMBERS)
 def test_an_argument_that_makes_no_sense_is_refused(kind, parameter, value):
-    """At once, and the error names the parameter and the value."""
+    """The error comes at once, and names the parameter and the value."""
     with refusal(kind, parameter, value):
         CircuitBreaker(**{parameter: value})
 
 
 @pytest.mark.parametrize(("kind", "parameter", "value"), BAD_NUMBERS + BAD_COUNTS)
 def test_a_setter_refuses_what_the_argument_refuses(kind, parameter, value):
-    """With the same error, and the breaker is as it was."""
+    """The setter raises the same error, and the breaker is as it was."""
     breaker = CircuitBreaker(fail_max=3, reset_timeout=4, success_threshold=2)
     breaker.fail_counter = 1
     with refusal(kind, parameter, value):
@@ -237,7 +237,8 @@ def test_a_setter_refuses_what_the_argument_refuses(kind, parameter, value):
 
 
 def test_a_timeout_that_no_float_can_hold_is_refused():
-    """The end of it could not be told; the error says what to write instead."""
+    """No float can tell when such a timeout ends; the error says what to write
+    instead."""
     with refusal(ValueError, "reset_timeout", 10**400) as error:
         CircuitBreaker(reset_timeout=10**400)
     assert "math.inf" in str(error.value)
@@ -253,8 +254,8 @@ def test_infinite_fail_max_only_observes(fail, boom):
     assert breaker.current_state == "closed"
 
 
-def test_infinite_reset_timeout_waits_for_somebody(clock):
-    """With reset_timeout=math.inf the circuit stays open until it is closed."""
+def test_infinite_reset_timeout_waits_for_a_move_by_hand(clock):
+    """With reset_timeout=math.inf the circuit stays open until somebody closes it."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     clock.advance(1e15)
@@ -289,7 +290,7 @@ def test_an_argument_of_the_wrong_kind_is_refused(parameter, value):
 
 @pytest.mark.parametrize("name", ["", "database", None])
 def test_a_name_is_a_string_or_none(name):
-    """And it may be given at the start or set later."""
+    """A name may be given at the start, or set later."""
     assert CircuitBreaker(name=name).name == name
     breaker = CircuitBreaker(name="before")
     breaker.name = name
@@ -318,7 +319,7 @@ def test_a_state_of_another_name_is_refused(state, recorder):
 
 
 class Mixin:
-    """Not an exception, but some exceptions are of this class too."""
+    """A class that is no exception, and of which some exceptions are instances."""
 
 
 class Meta(type):
@@ -333,7 +334,7 @@ class WithMetaclass(Exception, metaclass=Meta):
 
 
 class Abstract(abc.ABC):  # noqa: B024
-    """Says of any exception with a `business` attribute that it is one of its own."""
+    """An ABC that takes any exception with a `business` attribute for its instance."""
 
     @classmethod
     def __subclasshook__(cls, subclass):
@@ -401,15 +402,15 @@ def test_what_an_exclusion_matches(exclusion, excluded, other):
 
 
 def test_classes_and_predicates_mix_freely():
-    """Any of them may exclude; the others need not agree."""
+    """One class or predicate that matches is enough to exclude."""
     breaker = CircuitBreaker(exclude=[KeyError, is_about_money, Mixin])
     for exc in (KeyError(), ValueError("money"), Mixed()):
         assert not breaker.is_system_error(exc)
     assert breaker.is_system_error(ValueError("time"))
 
 
-def test_a_predicate_is_spared_what_something_before_it_has_excluded():
-    """It may count on attributes that only other exceptions have."""
+def test_a_predicate_is_not_asked_about_what_is_excluded_already():
+    """The predicate may count on attributes that excluded exceptions lack."""
 
     def is_about_the_client(exc):
         asked.append(exc)
@@ -422,7 +423,7 @@ def test_a_predicate_is_spared_what_something_before_it_has_excluded():
 
 
 def test_an_exception_is_judged_by_itself_alone():
-    """What caused it, and what was being handled, may be excluded or not."""
+    """The cause and the context of an exception may be excluded or not."""
     breaker = CircuitBreaker(exclude=[KeyError])
     failure, excluded = OSError(), KeyError()
     failure.__cause__ = failure.__context__ = KeyError()
@@ -432,7 +433,7 @@ def test_an_exception_is_judged_by_itself_alone():
 
 
 def test_a_predicate_is_given_the_exception():
-    """The very object that was raised, and nothing else."""
+    """A predicate gets the very object that was raised, and nothing else."""
     seen = []
     exc = ValueError("money")
     breaker = CircuitBreaker(1, exclude=[lambda *args: seen.append(args) or True])
@@ -445,13 +446,13 @@ def test_a_predicate_is_given_the_exception():
 
 @pytest.mark.parametrize("answer", [1, "yes", [0], True])
 def test_a_predicate_may_answer_with_anything_true(answer):
-    """What it returns is taken for true or false as Python does."""
+    """What the predicate returns is taken for true or false as Python does."""
     assert not CircuitBreaker(exclude=[lambda exc: answer]).is_system_error(OSError())
 
 
 @pytest.mark.parametrize("answer", [0, "", [], None, False])
 def test_a_predicate_may_answer_with_anything_false(answer):
-    """Likewise: it then did not exclude."""
+    """A predicate that returns something false did not exclude."""
     assert CircuitBreaker(exclude=[lambda exc: answer]).is_system_error(OSError())
 
 
@@ -459,7 +460,8 @@ def test_a_predicate_may_answer_with_anything_false(answer):
     "kind", [list, tuple, iter, dict.fromkeys, lambda items: (item for item in items)]
 )
 def test_exclude_is_any_iterable(kind):
-    """A list, a tuple, a generator that can be read once, in their order."""
+    """The argument is a list, a tuple, or a generator that can be read once; order
+    stays."""
     breaker = CircuitBreaker(exclude=kind([KeyError, is_about_money]))
     assert breaker.excluded_exceptions == (KeyError, is_about_money)
     assert not breaker.is_system_error(KeyError())
@@ -467,7 +469,7 @@ def test_exclude_is_any_iterable(kind):
 
 @pytest.mark.parametrize("bare", [KeyError, Mixin, WithMetaclass, Abstract])
 def test_one_bare_class_is_refused(bare):
-    """The TypeError says how to write it, iterable classes included."""
+    """The TypeError, also for a class that is iterable, says how to write the class."""
     with refusal(TypeError, "exclude", bare) as error:
         CircuitBreaker(exclude=bare)
     assert f"exclude=[{bare.__name__}]" in str(error.value)
@@ -475,7 +477,7 @@ def test_one_bare_class_is_refused(bare):
 
 @pytest.mark.parametrize("bare", [is_about_money, KeyError("x"), object()])
 def test_what_is_no_iterable_is_refused(bare):
-    """A predicate on its own or anything else: the TypeError says how to write it."""
+    """The value is a predicate or anything else: the TypeError says how to write it."""
     with refusal(TypeError, "exclude", bare) as error:
         CircuitBreaker(exclude=bare)
     assert "exclude=[" in str(error.value)
@@ -486,15 +488,15 @@ NEITHER = [5, "KeyError", None, KeyError("x"), (KeyError, ValueError)]
 
 @pytest.mark.parametrize("item", NEITHER)
 def test_an_item_that_is_neither_class_nor_predicate_is_refused(item):
-    """The TypeError names the item and says how to write it."""
+    """The TypeError names the item, and says how to write exclusions."""
     with refusal(TypeError, "exclude", item) as error:
         CircuitBreaker(exclude=[KeyError, item])
     assert "exclude=[" in str(error.value)
 
 
 @pytest.mark.parametrize("item", NEITHER)
-def test_exclusions_that_are_added_are_checked_alike(item):
-    """None is added unless all can be."""
+def test_exclusions_that_are_added_are_checked_like_the_argument(item):
+    """Of several exclusions none is added unless all can be."""
     breaker = CircuitBreaker(exclude=[KeyError])
     with refusal(TypeError, "exclude", item):
         breaker.add_excluded_exception(item)
@@ -512,7 +514,7 @@ def test_a_number_for_exclude_is_told_where_it_belongs(number):
 
 
 def test_only_a_number_is_told_about_success_threshold():
-    """What was never a threshold gets no advice about one."""
+    """The error for any other value gives no advice about success_threshold."""
     with pytest.raises(TypeError) as error:
         CircuitBreaker(exclude=KeyError)
     assert "success_threshold" not in str(error.value)
@@ -535,14 +537,15 @@ class OnlyFailures:
     "kind", [list, tuple, iter, dict.fromkeys, lambda items: (item for item in items)]
 )
 def test_listeners_is_any_iterable(kind, recorder):
-    """A list, a tuple, a generator that can be read once, in their order."""
+    """The argument is a list, a tuple, or a generator that can be read once; order
+    stays."""
     other = OnlyFailures()
     breaker = CircuitBreaker(listeners=kind([recorder, other]))
     assert breaker.listeners == (recorder, other)
 
 
 def test_a_listener_is_told_what_it_has_a_method_for(fail, boom, caplog):
-    """It need not have the others, nor be of any class; nothing complains."""
+    """A listener needs neither all methods nor a base class; nothing complains."""
     listener = OnlyFailures()
     breaker = CircuitBreaker(2, 0, listeners=[listener])
     breaker.call(int)
@@ -572,14 +575,15 @@ NO_LISTENERS = [Nothing(), print, 5, "failure", None, CircuitBreakerListener]
 
 @pytest.mark.parametrize("item", NO_LISTENERS)
 def test_an_object_that_is_no_listener_is_refused(item):
-    """No listener's method, or a class where its instance was meant."""
+    """The object has none of a listener's methods, or is a class in place of an
+    instance."""
     with refusal(TypeError, "listeners", item):
         CircuitBreaker(listeners=[OnlyFailures(), item])
 
 
 @pytest.mark.parametrize("item", NO_LISTENERS)
-def test_listeners_that_are_added_are_checked_alike(item):
-    """None is added unless all can be."""
+def test_listeners_that_are_added_are_checked_like_the_argument(item):
+    """Of several listeners none is added unless all can be."""
     first = OnlyFailures()
     breaker = CircuitBreaker(listeners=[first])
     with refusal(TypeError, "listeners", item):
@@ -591,7 +595,7 @@ def test_listeners_that_are_added_are_checked_alike(item):
 
 @pytest.mark.parametrize("bare", [CircuitBreakerListener(), 5, print])
 def test_listeners_that_are_no_iterable_are_refused(bare):
-    """One listener on its own too; the TypeError says how to write it."""
+    """One listener on its own is refused as well; the TypeError tells what to write."""
     with refusal(TypeError, "listeners", bare) as error:
         CircuitBreaker(listeners=bare)
     assert "listeners=[" in str(error.value)
@@ -599,7 +603,7 @@ def test_listeners_that_are_no_iterable_are_refused(bare):
 
 @pytest.mark.parametrize("parameter", ["exclude", "listeners", "state_storage", "name"])
 def test_none_stands_for_the_default(parameter):
-    """These four may be given as None, which says nothing."""
+    """None stands for no exclusions, no listeners, the default storage and no name."""
     breaker = CircuitBreaker(**{parameter: None})
     assert breaker.excluded_exceptions == breaker.listeners == ()
     assert breaker.call(int) == 0
@@ -614,19 +618,19 @@ def test_a_string_is_no_iterable_of_anything(parameter, value):
 
 
 def test_any_kind_of_number_for_exclude_names_success_threshold():
-    """Because release 1.4 had that in the third place."""
+    """Release 1.4 had success_threshold in the third place."""
     with pytest.raises(TypeError, match=r"write success_threshold=Decimal\('2'\)"):
         CircuitBreaker(5, 60, decimal.Decimal(2))
 
 
 def test_a_listener_needs_a_method_not_just_its_name():
-    """What cannot be called hears of nothing."""
+    """An attribute of that name that cannot be called makes no listener."""
     with pytest.raises(TypeError, match="has none"):
         CircuitBreaker(listeners=[types.SimpleNamespace(success=True)])
 
 
-def test_of_two_that_are_equal_the_one_that_was_given_is_removed():
-    """Though `==` cannot tell them apart."""
+def test_of_two_equal_listeners_the_one_that_was_given_is_removed():
+    """The breaker looks for the very object, which `==` cannot tell from its equal."""
 
     class Equal(CircuitBreakerListener):
         def __eq__(self, other):
@@ -640,8 +644,8 @@ def test_of_two_that_are_equal_the_one_that_was_given_is_removed():
     assert breaker.listeners[0] is first
 
 
-def test_of_one_that_was_given_twice_the_first_is_removed(recorder):
-    """As from a list, so that the order of the others stays."""
+def test_of_a_listener_that_was_given_twice_the_first_is_removed(recorder):
+    """The order of the other listeners stays, as with list.remove()."""
     other = CircuitBreakerListener()
     breaker = CircuitBreaker(listeners=[recorder, other, recorder])
     breaker.remove_listener(recorder)

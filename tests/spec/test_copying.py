@@ -19,14 +19,14 @@ PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_of_a_breaker_is_that_breaker(copied):
-    """As a copy of a function is that function."""
+    """Copying a function gives that very function, too."""
     breaker = CircuitBreaker(name="db")
     assert copied(breaker) is breaker
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_of_a_subclass_is_that_breaker(copied):
-    """Whatever attributes the subclass has set on it."""
+    """The subclass may have set any attributes on the breaker."""
 
     class Counting(CircuitBreaker):
         def __init__(self, *args, **kwargs):
@@ -75,14 +75,14 @@ def test_a_copy_of_a_tripped_breaker_is_still_the_tripped_one():
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_pickling_a_breaker_is_refused_with_the_way_out(protocol):
-    """The TypeError says why, where to make the breaker, and to name it."""
+    """The TypeError says why, and to make and name the breaker in each process."""
     breaker = CircuitBreaker(name="db")
     with pytest.raises(TypeError) as refused:
         pickle.dumps(breaker, protocol)
     text = str(refused.value)
     assert "process" in text
     assert "name" in text
-    assert "RLock" not in text  # about the lock the reader can do nothing
+    assert "RLock" not in text  # the reader can do nothing about the lock
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_pickling_a_breaker_is_refused_with_the_way_out(protocol):
         lambda breaker: {"listeners": breaker.call},
     ],
 )
-def test_pickling_what_holds_a_breaker_is_refused_alike(holder):
-    """Such are the arguments of a task queue."""
+def test_pickling_an_object_that_holds_a_breaker_is_refused(holder):
+    """A task queue pickles arguments, which may hold a breaker."""
     with pytest.raises(TypeError, match="process"):
         pickle.dumps(holder(CircuitBreaker(name="db")))
 
@@ -103,8 +103,8 @@ class Plain(CircuitBreaker):
     """Says nothing about pickling."""
 
 
-def test_a_subclass_that_does_not_say_how_is_refused_alike():
-    """It inherits the refusal with its text."""
+def test_pickling_a_subclass_that_does_not_say_how_is_refused():
+    """The subclass inherits the refusal with its text."""
     with pytest.raises(TypeError, match="process"):
         pickle.dumps(Plain(name="db"))
 
@@ -133,7 +133,7 @@ class StatedBelow(Stated):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("cls", [Reduced, Stated, StatedBelow])
 def test_a_subclass_that_says_how_can_be_pickled(cls, protocol):
-    """By __reduce__ or by __getstate__, and what arrives is a working breaker."""
+    """By __reduce__ or by __getstate__ a subclass makes a working breaker arrive."""
     breaker = cls(fail_max=2, name="db")
     arrived = pickle.loads(pickle.dumps(breaker, protocol))
     assert type(arrived) is cls

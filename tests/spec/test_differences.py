@@ -36,7 +36,7 @@ def test_guarded_calls_run_side_by_side():
 
 
 def test_calls_that_arrive_during_a_trial_are_rejected_at_once():
-    """Older releases let them wait for it, in a queue of threads."""
+    """Older releases let such calls wait for the trial, in a queue of threads."""
     breaker, work = CircuitBreaker(), mock.Mock()
     breaker.half_open()
 
@@ -50,7 +50,7 @@ def test_calls_that_arrive_during_a_trial_are_rejected_at_once():
 
 
 def test_a_trial_that_hangs_loses_its_place(clock):
-    """In older releases it kept everybody waiting for ever."""
+    """In older releases a trial that hung kept all other calls waiting for ever."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     trial_runs, let_go = threading.Event(), threading.Event()
@@ -138,7 +138,8 @@ async def time_out():
 
 
 def test_a_timeout_around_a_block_does_not_count():
-    """It cancels the block, and a cancellation tells nothing of the service."""
+    """The timeout cancels the block, and a cancellation tells nothing of the
+    service."""
     breaker = CircuitBreaker()
 
     async def around():
@@ -156,7 +157,7 @@ def test_a_timeout_around_a_block_does_not_count():
 
 
 def test_a_timeout_inside_the_guarded_code_counts():
-    """There it is an exception of the code, like any other."""
+    """The timeout raises an exception inside the guarded code, like any other."""
     breaker = CircuitBreaker()
 
     async def inside():
@@ -187,7 +188,7 @@ def test_coroutine_functions_are_guarded_for_their_whole_run(boom):
 
 
 def test_call_async_returns_a_coroutine():
-    """In older releases a Tornado future, which needed Tornado."""
+    """In older releases call_async returned a Tornado future, which needed Tornado."""
     breaker = CircuitBreaker()
 
     async def answer():
@@ -200,7 +201,8 @@ def test_call_async_returns_a_coroutine():
 
 @pytest.mark.parametrize("patched", ["breaker", "class"])
 def test_a_call_that_is_patched_in_is_seen_by_what_is_decorated_afterwards(patched):
-    """In older releases it was seen by what had been decorated before, too."""
+    """In older releases what had been decorated before saw the patched call() as
+    well."""
     breaker = CircuitBreaker()
     before = breaker(lambda: "real")
     target = breaker if patched == "breaker" else CircuitBreaker
@@ -212,7 +214,7 @@ def test_a_call_that_is_patched_in_is_seen_by_what_is_decorated_afterwards(patch
 
 
 def test_the_rejection_of_a_generator_comes_from_its_first_next():
-    """In older releases from the call that made it."""
+    """In older releases the rejection came from the call that made the generator."""
     breaker = CircuitBreaker()
 
     @breaker
@@ -227,7 +229,7 @@ def test_the_rejection_of_a_generator_comes_from_its_first_next():
 
 @pytest.mark.parametrize("event", ["before_call", "success", "failure", "state_change"])
 def test_a_broken_listener_cannot_break_or_veto_a_call(event, fail, recorder, caplog):
-    """In older releases what it raised reached the caller instead."""
+    """In older releases the listener's exception reached the caller instead."""
 
     class Broken(CircuitBreakerListener):
         pass
@@ -263,7 +265,7 @@ def test_time_is_monotonic(clock):
 
 
 def test_opened_at_is_aware():
-    """In older releases it was naive, and a comparison has to say UTC now."""
+    """In older releases opened_at was naive; a comparison has to say UTC now."""
     breaker = CircuitBreaker()
     before = datetime.now(timezone.utc)
     breaker.open()
@@ -288,7 +290,7 @@ def test_opened_at_is_aware():
     ],
 )
 def test_arguments_are_checked(arguments, error):
-    """Older releases took anything, and failed, or did not, much later."""
+    """Older releases took any argument, and failed much later, if at all."""
     (parameter,) = arguments
     with pytest.raises(error, match=parameter):
         CircuitBreaker(**arguments)
@@ -307,7 +309,8 @@ def test_circuit_breaker_error_says_when_to_come_back(clock, fail):
 
 
 def test_the_third_positional_argument_is_exclude(fail, boom):
-    """As in every release before 1.4, which had success_threshold there."""
+    """Release 1.4 had success_threshold there, and every release before had
+    `exclude`."""
     breaker = CircuitBreaker(5, 60, [boom])
     with pytest.raises(boom):
         breaker.call(fail)

@@ -47,7 +47,7 @@ def elsewhere(breaker, func=int):
 
 @guards.every_way
 def test_a_call_that_would_be_rejected_runs_and_decides_nothing(way, events):
-    """It is told as rejected, then as others are."""
+    """The call is told as rejected, and then like any other."""
     breaker = CircuitBreaker(dry_run=True, listeners=[events])
     breaker.open()
     state = breaker.state
@@ -83,7 +83,7 @@ def test_the_failure_that_opens_the_circuit_raises_what_the_function_raised(
 
 @guards.every_way
 def test_a_trial_runs_as_a_trial(way, events):
-    """It takes the place, and closes the circuit or opens it again."""
+    """The trial takes the place, and closes the circuit or opens it again."""
     breaker = CircuitBreaker(dry_run=True, listeners=[events])
     for work, state in ((int, "closed"), (boom, "open")):
         breaker.open(0)
@@ -106,7 +106,7 @@ def test_a_trial_runs_as_a_trial(way, events):
 
 
 def test_retry_after_and_current_state_say_what_would_hold(clock):
-    """As without dry run."""
+    """Both are what they would be without dry run."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60, dry_run=True)
     fail(breaker)
     assert (breaker.current_state, breaker.retry_after) == ("open", 60)
@@ -119,7 +119,7 @@ def test_retry_after_and_current_state_say_what_would_hold(clock):
 
 
 def test_opening_says_that_nothing_is_to_be_raised():
-    """Whatever `throw_new_error_on_trip` says."""
+    """open() returns False, whatever `throw_new_error_on_trip` is."""
     breaker = CircuitBreaker(dry_run=True)
     assert breaker.open() is False
     breaker.dry_run = False
@@ -141,7 +141,8 @@ def test_an_override_of_open_that_returns_nothing_raises_nothing():
 
 
 def test_the_gate_of_a_state_raises_nothing(clock):
-    """Neither open, nor while a trial runs; it half-opens as it does otherwise."""
+    """The gate lets calls pass, in an open circuit and during a trial, and half-opens
+    the circuit as ever."""
     breaker = CircuitBreaker(dry_run=True)
     breaker.open()
     breaker.state.before_call(int)
@@ -159,7 +160,7 @@ def test_the_gate_of_a_state_raises_nothing(clock):
 
 @pytest.mark.parametrize("part", ["on_failure", "_handle_error"])
 def test_a_failure_that_is_settled_by_hand_raises_what_was_raised(part):
-    """Where it opens the circuit."""
+    """The failure opens the circuit all the same."""
     breaker = CircuitBreaker(fail_max=1, dry_run=True)
     exc = Boom()
     with breaker._lock, pytest.raises(Boom) as caught:
@@ -212,8 +213,8 @@ def test_a_trial_that_the_storage_refuses_runs_and_decides_nothing(way, state, e
     assert (breaker.current_state, breaker.retry_after) == (state, 0)
 
 
-def test_an_ignored_exception_is_told_to_nobody(events):
-    """Of a call that would be rejected, too."""
+def test_an_ignored_exception_is_told_to_no_listener(events):
+    """Listeners hear of no outcome, also where the call would have been rejected."""
     breaker = CircuitBreaker(dry_run=True, ignore=[Boom], listeners=[events])
     breaker.open()
     events.names.clear()
@@ -221,7 +222,7 @@ def test_an_ignored_exception_is_told_to_nobody(events):
     assert events.names == ["rejected", "before_call"]
 
 
-def test_switching_it_off_enforces_at_once():
+def test_switching_dry_run_off_enforces_at_once():
     """The next call is rejected."""
     breaker = CircuitBreaker(dry_run=True)
     breaker.open()
@@ -231,8 +232,8 @@ def test_switching_it_off_enforces_at_once():
         breaker.call(int)
 
 
-def test_a_listener_that_switches_it_off_has_the_call_refused_that_it_is_told_of():
-    """The call was told as rejected, and is."""
+def test_a_call_is_refused_where_a_listener_of_the_rejection_switches_dry_run_off():
+    """Listeners were told that the call is rejected, and so it is."""
 
     class Enforces:
         def rejected(self, cb, func, *args, **kwargs):
@@ -244,7 +245,7 @@ def test_a_listener_that_switches_it_off_has_the_call_refused_that_it_is_told_of
         breaker.call(boom)
 
 
-def test_switching_it_on_lets_all_calls_in_at_once():
+def test_switching_dry_run_on_lets_all_calls_in_at_once():
     """The next call runs."""
     breaker = CircuitBreaker()
     breaker.open()
@@ -255,7 +256,7 @@ def test_switching_it_on_lets_all_calls_in_at_once():
 
 
 @pytest.mark.parametrize("work, state", [(int, "closed"), (boom, "open")])
-def test_switching_it_off_during_a_trial_leaves_the_trial(work, state):
+def test_switching_dry_run_off_during_a_trial_leaves_the_trial(work, state):
     """Other calls are rejected from then on, and the trial decides."""
     breaker = CircuitBreaker(dry_run=True, throw_new_error_on_trip=True)
     breaker.open(0)
@@ -277,7 +278,7 @@ def test_switching_it_off_during_a_trial_leaves_the_trial(work, state):
 
 
 def test_a_call_that_would_be_rejected_decides_nothing_when_dry_run_ends():
-    """It was none of the circuit's calls, and is none later."""
+    """The circuit did not admit the call, so the call's outcome counts nowhere."""
     breaker = CircuitBreaker(fail_max=1, dry_run=True)
     breaker.open()
 
@@ -291,8 +292,8 @@ def test_a_call_that_would_be_rejected_decides_nothing_when_dry_run_ends():
     assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
 
 
-def test_switching_it_on_during_a_call_spares_its_caller_the_error():
-    """What holds when the call ends decides on what it raises."""
+def test_switching_dry_run_on_during_a_call_spares_the_caller_the_error():
+    """The setting that holds when the call ends decides what the call raises."""
     breaker = CircuitBreaker(fail_max=1)
 
     def work():
@@ -305,13 +306,13 @@ def test_switching_it_on_during_a_call_spares_its_caller_the_error():
 
 
 def test_a_closed_circuit_takes_no_lock_in_a_dry_run():
-    """It costs what it costs otherwise."""
+    """A quiet call costs the same with dry run and without."""
     breaker = CircuitBreaker(dry_run=True)
     assert while_locked(breaker, breaker.call, int) == 0
 
 
-def test_repr_and_snapshot_say_so():
-    """And say nothing of it otherwise."""
+def test_repr_and_snapshot_tell_of_dry_run():
+    """repr and snapshot say nothing of dry run where it is off."""
     breaker = CircuitBreaker(dry_run=True)
     assert "dry run" in repr(breaker)
     assert json.loads(json.dumps(breaker.snapshot()))["dry_run"] is True

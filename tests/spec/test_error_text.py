@@ -59,15 +59,18 @@ PROVOCATIONS = pytest.mark.parametrize("provoke", list(PHRASES))
 
 @every(provoke=list(PHRASES), guard=guards.WAYS)
 def test_the_one_argument_of_the_error_is_the_phrase(provoke, guard):
-    """Code in the field compares args[0] with it, and groups reports by args."""
+    """Code in the field compares args[0] with the phrase, and groups reports by
+    args."""
     error = provoke(CircuitBreaker(name="db"), guard)
     assert error.args == (PHRASES[provoke],)
     assert error.args[0] == PHRASES[provoke]
 
 
 @PROVOCATIONS
-def test_the_arguments_are_the_same_whoever_raises_and_whenever(provoke, clock):
-    """A tracker of errors makes one group of them."""
+def test_the_arguments_are_the_same_whichever_breaker_raises_and_whenever(
+    provoke, clock
+):
+    """A tracker of errors makes one group of errors with the same arguments."""
     one = provoke(CircuitBreaker(name="db", reset_timeout=60))
     other = provoke(CircuitBreaker(name="mail", reset_timeout=5))
     assert one.args == other.args
@@ -76,7 +79,7 @@ def test_the_arguments_are_the_same_whoever_raises_and_whenever(provoke, clock):
 
 @PROVOCATIONS
 def test_the_text_has_the_phrase_unbroken_and_adds_name_reason_and_time(provoke, clock):
-    """What an operator reads in the log."""
+    """An operator reads the text in the log."""
     error = provoke(CircuitBreaker(name="db", reset_timeout=42))
     text = str(error)
     assert PHRASES[provoke] in text
@@ -87,7 +90,7 @@ def test_the_text_has_the_phrase_unbroken_and_adds_name_reason_and_time(provoke,
 
 
 def test_the_text_of_a_trip_names_what_made_the_circuit_open():
-    """The reason has the exception in it."""
+    """The reason in the text shows the exception."""
     error = tripped(CircuitBreaker(name="db"))
     assert "Boom" in error.reason
     assert "Boom" in str(error)
@@ -95,7 +98,8 @@ def test_the_text_of_a_trip_names_what_made_the_circuit_open():
 
 @PROVOCATIONS
 def test_the_time_in_the_text_is_that_of_the_raising(provoke, clock):
-    """Whenever somebody reads the error, and however the settings are by then."""
+    """The text stays the same, whenever it is read and whatever the settings are by
+    then."""
     breaker = CircuitBreaker(name="db", reset_timeout=42)
     error = provoke(breaker)
     clock.advance(20)
@@ -106,7 +110,7 @@ def test_the_time_in_the_text_is_that_of_the_raising(provoke, clock):
 
 @PROVOCATIONS
 def test_the_reason_in_the_text_is_that_of_the_raising(provoke, clock):
-    """A circuit that moves afterwards does not change what has been said."""
+    """A circuit that moves afterwards does not change the text."""
     breaker = CircuitBreaker(name="db")
     error = provoke(breaker)
     reason, text = error.reason, str(error)
@@ -120,7 +124,7 @@ def test_the_reason_in_the_text_is_that_of_the_raising(provoke, clock):
 
 @PROVOCATIONS
 def test_the_name_in_the_text_is_that_of_the_reading(provoke):
-    """A breaker that is given its name late has it in all its errors."""
+    """A breaker that is given its name late has that name in all its errors."""
     breaker = CircuitBreaker(name="before")
     error = provoke(breaker)
     assert "before" in str(error)
@@ -171,7 +175,7 @@ def test_a_copied_error_keeps_its_text(copied):
 
 
 def test_an_error_without_a_breaker_has_no_reason_and_no_more_text():
-    """As programs raise it themselves, to refuse a call or in a mock."""
+    """Programs raise such an error themselves, to refuse a call or in a mock."""
     error = CircuitBreakerError("switched off")
     assert error.reason == ""
     assert str(error) == "switched off"
@@ -179,7 +183,7 @@ def test_an_error_without_a_breaker_has_no_reason_and_no_more_text():
 
 
 def test_the_gate_of_a_state_rejects_with_the_same_phrase():
-    """For code that drives a circuit by hand."""
+    """Code that drives a circuit by hand compares the phrase as well."""
     breaker = CircuitBreaker(name="db")
     breaker.open()
     error = error_of(lambda: breaker.state.before_call(int))
@@ -191,7 +195,7 @@ def test_the_gate_of_a_state_rejects_with_the_same_phrase():
     ("state", "phrase"), [("closed", TRIPPED), ("half-open", TRIAL_FAILED)]
 )
 def test_on_failure_by_hand_raises_with_the_same_phrase(state, phrase):
-    """And from the exception that it was given."""
+    """The error is raised from the exception that on_failure() was given."""
     breaker, exc = CircuitBreaker(fail_max=1, name="db"), Boom()
     breaker.state = state
     breaker._inc_counter()
@@ -201,7 +205,7 @@ def test_on_failure_by_hand_raises_with_the_same_phrase(state, phrase):
 
 
 def test_a_handler_tells_the_kinds_of_error_apart_by_the_phrase(clock):
-    """As endpoints do that answer a trip and a rejection differently."""
+    """Endpoints answer a trip and a rejection differently."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=30, name="search")
 
     def view(func):

@@ -24,7 +24,7 @@ class Unreachable(Exception):
 
 
 class StandInGroup(BaseException):
-    """What a module for Pythons without groups has, where Python has its own."""
+    """A group class of another module, on a Python that has groups of its own."""
 
     def __init__(self, message, exceptions):
         super().__init__(message)
@@ -162,20 +162,21 @@ def test_a_trial_that_raises_a_group_ends_as_its_leaves_say(kinds, state, group)
 
 
 def test_a_class_that_matches_a_group_decides_for_all_of_it(group, recorder):
-    """Whatever is in it, as long as something in it tells of the service."""
+    """The other leaf would be a failure; only a group of abandonments is left alone."""
     breaker = CircuitBreaker(exclude=[group.kind])
     exc = group(Unreachable(), KeyboardInterrupt())
     assert outcome(breaker, recorder, exc) == "success"
 
 
 def test_a_predicate_that_matches_a_group_decides_for_all_of_it(group, recorder):
-    """It is asked about the group before anything in it."""
+    """The predicate is asked about the group before any leaf."""
     breaker = CircuitBreaker(exclude=[lambda exc: "several" in str(exc)])
     assert outcome(breaker, recorder, group(Unreachable())) == "success"
 
 
 def test_a_group_that_is_excluded_decides_for_itself_inside_another(group, recorder):
-    """Its leaves are not looked at, those beside it are."""
+    """The leaves inside the excluded group are not looked at, the leaves beside it
+    are."""
 
     class Partial(group.kind):
         """Some shards did not answer, which is fine."""
@@ -230,7 +231,7 @@ def test_a_predicate_is_asked_about_each_leaf_until_one_fails(group):
 
 
 def test_a_predicate_that_cannot_judge_a_group_still_judges_its_leaves(group, caplog):
-    """Its AttributeError is logged, and the leaves are asked about."""
+    """The predicate's AttributeError is logged, and then the leaves are judged."""
 
     class HTTPError(Exception):
         status = 404
@@ -245,7 +246,7 @@ def test_a_predicate_that_cannot_judge_a_group_still_judges_its_leaves(group, ca
 
 
 def test_no_predicate_is_asked_about_an_abandoned_leaf(group):
-    """As none is asked about one that was raised by itself."""
+    """No predicate is asked about an abandonment that is raised by itself either."""
     asked = []
 
     def is_about_nothing(exc):
@@ -264,7 +265,7 @@ def test_no_predicate_is_asked_about_an_abandoned_leaf(group):
 def test_a_subclass_is_asked_once_about_the_group_that_was_raised(
     answer, group, recorder
 ):
-    """Its is_system_error decides for the group, and never sees a leaf."""
+    """The subclass's is_system_error decides for the group, and never sees a leaf."""
     asked = []
 
     class Deciding(CircuitBreaker):
@@ -279,7 +280,7 @@ def test_a_subclass_is_asked_once_about_the_group_that_was_raised(
     assert asked == [exc]
 
 
-def test_what_excludes_a_group_decides_for_all_of_it_in_a_subclass_too(recorder, group):
+def test_what_excludes_a_group_decides_for_all_of_it_in_a_subclass(recorder, group):
     """`exclude` matches the group, and `ignore` only what is in the group."""
 
     class Watching(CircuitBreaker):
@@ -294,7 +295,7 @@ def test_what_excludes_a_group_decides_for_all_of_it_in_a_subclass_too(recorder,
 
 
 def test_a_subclass_that_asks_super_gets_the_answer_of_the_leaves(group):
-    """It adds to the library's judgement of a group without taking it apart."""
+    """The subclass adds to the library's judgement without taking the group apart."""
     asked = []
 
     class Noting(CircuitBreaker):
@@ -315,7 +316,7 @@ def test_a_subclass_that_asks_super_gets_the_answer_of_the_leaves(group):
 
 
 def test_is_system_error_answers_for_groups_as_well(group):
-    """Code that drives a circuit by hand asks it."""
+    """Code that drives a circuit by hand asks is_system_error()."""
     breaker = CircuitBreaker(exclude=[NotFound])
     assert breaker.is_system_error(group(NotFound(), Unreachable()))
     assert not breaker.is_system_error(group(NotFound(), group(NotFound())))
@@ -323,7 +324,7 @@ def test_is_system_error_answers_for_groups_as_well(group):
 
 
 def test_a_group_handed_over_by_hand_is_judged_by_its_leaves(group):
-    """By state._handle_error, as services wrote for asyncio."""
+    """Services for asyncio hand failures over by state._handle_error()."""
     breaker = CircuitBreaker(exclude=[NotFound])
     breaker.fail_counter = 2
     breaker.state._handle_error(group(NotFound(), Unreachable()), reraise=False)
@@ -337,7 +338,7 @@ def test_a_group_handed_over_by_hand_is_judged_by_its_leaves(group):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs asyncio.TaskGroup")
 @pytest.mark.parametrize(("status", "failures"), [("missing", 0), ("down", 1)])
 def test_a_task_group_is_judged_by_what_its_tasks_raised(status, failures):
-    """It wraps even a single exception, which exclude is meant for, in a group."""
+    """A task group wraps even a single exception, which `exclude` names, in a group."""
     breaker = CircuitBreaker(exclude=[NotFound])
 
     async def fetch(part):

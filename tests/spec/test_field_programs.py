@@ -1,4 +1,4 @@
-"""What programs in the field lean on, each written the way that program is written."""
+"""What programs in the field lean on: each test is written as such a program is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pybreaker import (
 
 
 def test_the_module_has_the_names_of_datetime_that_programs_import_from_it():
-    """They were there because the module used them."""
+    """Older releases had these names because the module used them."""
     assert pybreaker.UTC is timezone.utc
     assert pybreaker.datetime is datetime
     assert pybreaker.timedelta is timedelta
@@ -45,8 +45,8 @@ def test_a_name_that_the_module_does_not_have_is_an_attribute_error():
         pybreaker.Nonsense  # noqa: B018
 
 
-def test_what_has_tornado_support_stands_for_works():
-    """Programs ask it before they decorate coroutines."""
+def test_has_tornado_support_is_true_and_coroutines_are_guarded():
+    """Programs read HAS_TORNADO_SUPPORT before they decorate coroutines."""
     assert pybreaker.HAS_TORNADO_SUPPORT is True
     breaker = CircuitBreaker(fail_max=1)
 
@@ -59,7 +59,7 @@ def test_what_has_tornado_support_stands_for_works():
 
 
 def test_has_redis_support_says_whether_redis_py_can_be_imported():
-    """Programs choose their storage by it."""
+    """Programs choose their storage by HAS_REDIS_SUPPORT."""
     expected = importlib.util.find_spec("redis") is not None
     assert pybreaker.HAS_REDIS_SUPPORT is expected
     from pybreaker import HAS_REDIS_SUPPORT
@@ -69,7 +69,7 @@ def test_has_redis_support_says_whether_redis_py_can_be_imported():
 
 @pytest.mark.parametrize("installed", ["True", "False"])
 def test_has_redis_support_can_be_asked_with_and_without_redis_py(installed, tmp_path):
-    """And nobody who only imports the module pays for importing redis-py."""
+    """Importing pybreaker does not import redis-py."""
     if installed == "True":
         (tmp_path / "redis").mkdir()
         (tmp_path / "redis" / "__init__.py").write_text("class Redis: ...\n")
@@ -156,7 +156,7 @@ async def fetch(error=None):
 
 
 def test_an_asynchronous_subclass_can_be_made_and_driven(recorder):
-    """Failures open the circuit, it rejects, half-opens, and recovers."""
+    """The circuit opens on failures, rejects, half-opens, and recovers."""
 
     async def story(frozen):
         breaker = AsyncioBreaker(fail_max=2, reset_timeout=60, listeners=[recorder])
@@ -229,7 +229,7 @@ def test_an_asynchronous_subclass_can_be_shown_and_moved_before_it_is_driven():
 
 @pytest.mark.parametrize("made", [None, "closed", 42])
 def test_a_breaker_whose_state_is_none_can_be_made_and_shown(made):
-    """As long as nothing is driven, what the subclass made may be anything."""
+    """Before the first call the state that the subclass made may be anything."""
 
     class Strange(CircuitBreaker):
         def _create_new_state(self, new_state, prev_state=None, notify=False):
@@ -241,7 +241,7 @@ def test_a_breaker_whose_state_is_none_can_be_made_and_shown(made):
 
 
 def drive_all(awaitable):
-    """Runs it to its end, so that Python does not warn of a coroutine left alone."""
+    """Runs the coroutine to its end, so that Python does not warn of one left alone."""
 
     async def wait():
         return await awaitable
@@ -319,7 +319,7 @@ class SharedStorage(CircuitBreakerStorage):
 
 
 def test_a_storage_can_ask_whether_its_base_class_was_initialized():
-    """By hasattr(self, "name"), and only the first time the answer is no."""
+    """The storage asks by hasattr(self, "name"); only the first answer is no."""
     SharedStorage.made.clear()
     storage = SharedStorage("db")
     assert storage.name == "shared db"
@@ -330,7 +330,7 @@ def test_a_storage_can_ask_whether_its_base_class_was_initialized():
     assert [breaker.current_state for breaker in breakers] == ["open", "open"]
 
 
-def test_a_memory_storage_can_ask_so_too():
+def test_a_memory_storage_can_ask_whether_its_base_class_was_initialized():
     """A subclass of which there is one object asks by hasattr(self, "name")."""
 
     class Only(CircuitMemoryStorage):
@@ -353,7 +353,7 @@ def test_a_memory_storage_can_ask_so_too():
 
 
 def test_a_storage_whose_base_class_was_not_initialized_has_no_name():
-    """And serves a breaker all the same, as one that skips super().__init__ does."""
+    """Such a storage serves a breaker all the same."""
 
     class Skipping(SharedStorage):
         made = {}
@@ -437,7 +437,8 @@ class DocumentStorage(CircuitBreakerStorage):
 
 @pytest.mark.parametrize("outage", [1, 3])
 def test_a_production_storage_that_uses_the_modules_names_recovers(outage, caplog):
-    """It leans on pybreaker.UTC, pybreaker.datetime and pybreaker.timedelta."""
+    """The storage leans on pybreaker.UTC, pybreaker.datetime and
+    pybreaker.timedelta."""
     documents = {}
     with freeze_time("2024-02-29 12:00:00") as frozen:
         breakers = [
@@ -492,13 +493,13 @@ def test_a_state_has_a_call_async_of_its_own(recorder):
 
 
 def test_call_async_of_a_state_returns_what_is_not_awaitable_as_it_is():
-    """As the breaker's does."""
+    """call_async() of the breaker does the same."""
     assert drive(CircuitBreaker().state.call_async(divmod, 7, 2)) == (3, 1)
 
 
 @pytest.fixture(params=["lock held", "lock free"])
 def shelter(request):
-    """What code that drives by hand wraps around it: the lock, or nothing."""
+    """Code that drives by hand holds the lock, or holds nothing."""
 
     def shelter(breaker):
         if request.param == "lock held":
@@ -509,7 +510,7 @@ def shelter(request):
 
 
 def test_on_success_by_hand_leaves_the_count_of_a_closed_circuit(shelter):
-    """Programs call it for calls that they do not count, and reset themselves."""
+    """Programs call on_success() where they reset the count themselves."""
     breaker = CircuitBreaker()
     breaker.fail_counter = 3
     with shelter(breaker):
@@ -520,7 +521,7 @@ def test_on_success_by_hand_leaves_the_count_of_a_closed_circuit(shelter):
 def test_handle_success_by_hand_sets_the_count_of_a_closed_circuit_back(
     shelter, recorder
 ):
-    """And listeners hear of the success."""
+    """Listeners hear of the success."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.fail_counter = 3
     with shelter(breaker):
@@ -530,7 +531,7 @@ def test_handle_success_by_hand_sets_the_count_of_a_closed_circuit_back(
 
 
 def test_a_driver_that_resets_by_itself_counts_in_a_row():
-    """It calls reset_counter() of the storage and on_success() one after the other."""
+    """The program calls reset_counter() of the storage, and then on_success()."""
     breaker = CircuitBreaker(fail_max=3)
 
     def guarded(func):
@@ -574,7 +575,7 @@ def test_a_driver_that_counts_failed_health_checks_is_not_reset_by_on_success():
 
 
 def test_a_listener_may_keep_a_success_counter_of_its_own_on_the_breaker():
-    """The library has no attribute of that name which would be in its way."""
+    """The breaker itself has no attribute `_success_counter`."""
     breaker = CircuitBreaker()
     assert not hasattr(breaker, "_success_counter")
 
@@ -583,7 +584,7 @@ def test_a_listener_may_keep_a_success_counter_of_its_own_on_the_breaker():
 
 
 def test_a_guarded_service_answers_by_the_phrase_of_the_error():
-    """Its handler compares args[0], from whichever thread the call comes."""
+    """The service's handler compares args[0], whichever thread the call comes from."""
     breaker, answers = CircuitBreaker(fail_max=1, name="search"), []
     phrases = {
         "Failures threshold reached, circuit breaker opened": 502,

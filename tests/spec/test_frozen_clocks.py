@@ -35,7 +35,7 @@ def open_circuit(**settings):
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_timeout_passes_within_a_frozen_year(moment):
-    """To the second, and not before."""
+    """The timeout passes to the second, and not before."""
     with freeze_time(moment) as frozen:
         breaker = open_circuit()
         assert breaker.retry_after == 60
@@ -50,7 +50,7 @@ def test_a_timeout_passes_within_a_frozen_year(moment):
 
 @pytest.mark.parametrize("moment", PAST)
 def test_a_circuit_opened_in_a_frozen_past_is_due_after_the_frozen_block(moment):
-    """By the wall clock it has been open for years."""
+    """By the wall clock the circuit has been open for years."""
     with freeze_time(moment):
         breaker = open_circuit()
     assert breaker.retry_after == 0
@@ -60,7 +60,7 @@ def test_a_circuit_opened_in_a_frozen_past_is_due_after_the_frozen_block(moment)
 
 @pytest.mark.parametrize("moment", FUTURE)
 def test_a_circuit_opened_in_a_frozen_future_waits_its_timeout_after_the_block(moment):
-    """It does not wait for that year: its moment of opening becomes now."""
+    """The circuit does not wait for that year: its moment of opening becomes now."""
     with freeze_time(moment):
         breaker = open_circuit()
     assert 50 < breaker.retry_after <= 60
@@ -72,7 +72,7 @@ def test_a_circuit_opened_in_a_frozen_future_waits_its_timeout_after_the_block(m
 
 @pytest.mark.parametrize("moment", FUTURE)
 def test_a_circuit_opened_in_a_frozen_future_recovers_in_an_earlier_year(moment):
-    """The timeout begins at the first look, and then it passes."""
+    """The timeout begins at the first look, and ends a full timeout later."""
     with freeze_time(moment):
         breaker = open_circuit()
     with freeze_time("2024-01-01") as frozen:
@@ -87,7 +87,7 @@ def test_a_circuit_opened_in_a_frozen_future_recovers_in_an_earlier_year(moment)
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_calls_alone_find_the_end_of_a_timeout_from_another_year(moment):
-    """Nobody has to read retry_after for the timeout to pass."""
+    """No program has to read retry_after for the timeout to pass."""
     with freeze_time(moment):
         breaker = open_circuit()
     admitted = []
@@ -104,7 +104,7 @@ def test_calls_alone_find_the_end_of_a_timeout_from_another_year(moment):
 def test_a_circuit_that_is_open_when_the_time_is_frozen_waits_no_longer(
     moment,
 ):
-    """Neither in the frozen block nor after it."""
+    """The wait is at most the timeout, in the frozen block and after it."""
     breaker = open_circuit()
     with freeze_time(moment) as frozen:
         assert breaker.retry_after <= 60
@@ -115,7 +115,7 @@ def test_a_circuit_that_is_open_when_the_time_is_frozen_waits_no_longer(
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_trial_that_hangs_in_a_frozen_year_loses_its_place_after_the_block(moment):
-    """It may hold the place for reset_timeout seconds, not until that year."""
+    """The trial may hold the place for reset_timeout seconds, not until that year."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     with freeze_time(moment):
@@ -131,7 +131,7 @@ def test_a_trial_that_hangs_in_a_frozen_year_loses_its_place_after_the_block(mom
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_moment_that_a_test_writes_in_a_frozen_year_is_the_moment_of_opening(moment):
-    """Tests let a timeout pass that way."""
+    """Tests let a timeout pass by writing opened_at."""
     with freeze_time(moment):
         breaker = open_circuit()
         now = datetime.now(timezone.utc)
@@ -143,7 +143,7 @@ def test_a_moment_that_a_test_writes_in_a_frozen_year_is_the_moment_of_opening(m
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_coroutine_waits_for_the_timeout_of_a_frozen_year(moment):
-    """In a suite for asyncio, with the loop's own clock left alone."""
+    """The suite is one for asyncio, whose loop keeps its own clock."""
 
     async def story(frozen):
         breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
@@ -181,7 +181,7 @@ class Repository:
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_breaker_of_a_module_survives_the_frozen_tests_of_a_suite(moment):
-    """One test trips it in a frozen year; a later one runs in the present."""
+    """One test trips the breaker in a frozen year; a later test runs in the present."""
     Repository.breaker.close()
     with freeze_time(moment):
         with pytest.raises(CircuitBreakerError):
@@ -213,7 +213,7 @@ class Table(pybreaker.CircuitBreakerStorage):
 
 @pytest.mark.parametrize("moment", YEARS)
 def test_a_storage_of_the_users_own_goes_by_the_frozen_wall_clock(moment):
-    """By its opened_at, as in an ordinary year."""
+    """The storage's opened_at decides, as in an ordinary year."""
     with freeze_time(moment) as frozen:
         breaker = open_circuit(state_storage=Table())
         frozen.tick(59)

@@ -22,13 +22,13 @@ from pybreaker import (
 
 
 def elsewhere(func, *args):
-    """Calls it in a context that has nothing to do with this one."""
+    """Calls the function in a context that has nothing to do with this one."""
     return contextvars.Context().run(func, *args)
 
 
 def rejects(breaker):
-    """Whether a call that is no part of a trial is rejected. One that is
-    admitted is abandoned, so that asking changes nothing."""
+    """Whether a call that is no part of a trial is rejected. A call that is admitted is
+    abandoned, so that asking changes nothing."""
 
     def probe():
         raise KeyboardInterrupt
@@ -46,8 +46,8 @@ class Sync:
 
     def __init__(self, breaker, *, decorate=True):
         def echo():
-            """Yields what it was sent or thrown; a KeyError gets through, and
-            "stop" ends it."""
+            """Yields what it was sent or thrown; a KeyError gets through, and "stop"
+            ends the generator."""
             self.closed = False
             item = "first"
             try:
@@ -148,7 +148,7 @@ def test_what_is_thrown_passes_through(make, decorate):
 
 
 def test_what_is_thrown_and_not_caught_comes_back_and_counts(make, decorate):
-    """To the breaker it is what the generator raised."""
+    """The breaker takes such an exception for one that the generator raised."""
     breaker = CircuitBreaker()
     generator = make(breaker, decorate=decorate)
     generator.next()
@@ -163,7 +163,7 @@ def test_what_is_thrown_and_not_caught_comes_back_and_counts(make, decorate):
 
 
 def test_the_return_value_passes_through():
-    """`yield from` gets it, as does who looks at StopIteration."""
+    """`yield from` gets the value, and so does code that looks at StopIteration."""
 
     @CircuitBreaker()
     def guarded():
@@ -181,7 +181,7 @@ def test_the_return_value_passes_through():
 
 
 def test_a_generator_that_yields_nothing_returns_its_value():
-    """It ends with its first step, which is a success."""
+    """The generator ends with its first step, which is a success."""
 
     @CircuitBreaker()
     def guarded():
@@ -194,7 +194,7 @@ def test_a_generator_that_yields_nothing_returns_its_value():
 
 
 def test_an_ended_generator_stays_ended(make, recorder):
-    """Running it again admits nothing and settles nothing."""
+    """Running an ended generator again admits nothing and settles nothing."""
     breaker = CircuitBreaker(listeners=[recorder])
     generator = make(breaker)
     generator.next()
@@ -207,7 +207,7 @@ def test_an_ended_generator_stays_ended(make, recorder):
 
 
 def test_a_guarded_generator_can_be_iterated():
-    """A for loop gets all items, and so does an asynchronous one."""
+    """A `for` loop gets all items, and so does an `async for` loop."""
     breaker = CircuitBreaker()
 
     @breaker
@@ -230,7 +230,7 @@ def test_a_guarded_generator_can_be_iterated():
 
 
 def test_making_a_generator_admits_nothing(make, decorate, recorder):
-    """In a half-open circuit it takes no place, and none is told of it."""
+    """In a half-open circuit no place is taken, and listeners hear nothing."""
     breaker = CircuitBreaker()
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -242,7 +242,7 @@ def test_making_a_generator_admits_nothing(make, decorate, recorder):
 
 
 def test_a_generator_that_is_dropped_before_it_runs_decides_nothing(make, recorder):
-    """Nobody called anything."""
+    """A generator that never ran was no call."""
     breaker = CircuitBreaker(listeners=[recorder])
     make(breaker)
     gc.collect()
@@ -281,7 +281,7 @@ def test_what_the_circuit_says_at_the_first_next_decides(make, decorate):
 
 
 def test_a_generator_goes_on_after_the_circuit_has_opened(make):
-    """It was admitted once, for all its steps; its outcome is late."""
+    """The generator was admitted once, for all its steps; its outcome is late."""
     breaker = CircuitBreaker(fail_max=1)
     generator = make(breaker)
     generator.next()
@@ -309,7 +309,7 @@ def test_a_generator_settles_when_it_ends_and_not_before(make, decorate, recorde
 
 
 def test_a_generator_that_fails_between_two_items_opens_the_circuit(make, clock):
-    """The trip is raised from what the generator raised, to who ran it."""
+    """The trip is raised from what the generator raised, to the code that ran it."""
     breaker = CircuitBreaker(fail_max=1)
     generator = make(breaker)
     generator.next()
@@ -322,7 +322,8 @@ def test_a_generator_that_fails_between_two_items_opens_the_circuit(make, clock)
 
 @pytest.mark.parametrize("kind", ["generator", "async generator"])
 def test_wrong_arguments_are_a_failure_of_the_first_step(kind):
-    """The function is called when the generator first runs, and a trial is over."""
+    """The function is called when the generator first runs, and a trial ends with
+    that."""
     breaker = CircuitBreaker()
 
     @breaker
@@ -354,7 +355,7 @@ def test_wrong_arguments_are_a_failure_of_the_first_step(kind):
 
 
 def test_closing_a_generator_that_has_yielded_is_a_success(make, decorate, recorder):
-    """Who stops reading has got what he wanted; the generator cleans up first."""
+    """A reader that stops has got what it wanted; the generator cleans up first."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.half_open()
     recorder.events.clear()
@@ -367,7 +368,7 @@ def test_closing_a_generator_that_has_yielded_is_a_success(make, decorate, recor
 
 
 def test_dropping_a_generator_that_has_yielded_is_a_success(recorder):
-    """A loop that breaks out of it does that."""
+    """A `for` loop that breaks out drops its generator."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     @breaker
@@ -381,7 +382,8 @@ def test_dropping_a_generator_that_has_yielded_is_a_success(recorder):
 
 
 def test_leaving_an_async_generator_to_the_event_loop_is_a_success(recorder):
-    """The loop closes what was not read to its end, cleaning up included."""
+    """The loop closes a generator that was not read to its end, and awaits its
+    clean-up."""
     breaker = CircuitBreaker(listeners=[recorder])
     complaints, kept, cleaned = [], [], []
 
@@ -409,10 +411,10 @@ def test_leaving_an_async_generator_to_the_event_loop_is_a_success(recorder):
 
 
 def test_an_async_generator_that_the_collector_finds_is_left_to_the_event_loop():
-    """What it awaits while it cleans up is awaited, as without a breaker."""
+    """What the generator awaits while cleaning up is awaited, as without a breaker."""
     complaints, cleaned, outcomes = [], [], []
 
-    class Notes(CircuitBreakerListener):  # and keeps no argument alive
+    class Notes(CircuitBreakerListener):  # keeps no argument of an event alive
         def success(self, cb):
             outcomes.append("success")
 
@@ -445,7 +447,7 @@ def test_an_async_generator_that_the_collector_finds_is_left_to_the_event_loop()
 
 
 def test_an_async_generator_that_ignores_its_closing_may_be_given_up_later():
-    """What ends it then is no closing, though one came before."""
+    """The generator's own GeneratorExit ends it later, which is no closing."""
     breaker = CircuitBreaker()
     breaker.half_open()
 
@@ -466,8 +468,8 @@ def test_an_async_generator_that_ignores_its_closing_may_be_given_up_later():
 
 
 def test_an_async_generator_may_be_collected_before_its_guard():
-    """Where there is no event loop. In a cycle the older one is closed first, and a
-    generator that is closed already would answer the other with None."""
+    """There is no event loop here. In a cycle the older generator is closed first, and
+    a generator that is closed already would answer its guard with None."""
     breaker = CircuitBreaker()
     breaker.half_open()
     closed, cycle = [], []
@@ -490,7 +492,8 @@ def test_an_async_generator_may_be_collected_before_its_guard():
 
 
 def test_a_generator_that_was_closed_before_it_yielded_is_abandoned(recorder):
-    """It got nowhere, so it tells nothing, and a trial gives its place back."""
+    """The generator has yielded nothing, so the call tells nothing about the service,
+    and a trial gives its place back."""
     breaker = CircuitBreaker()
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -505,7 +508,7 @@ def test_a_generator_that_was_closed_before_it_yielded_is_abandoned(recorder):
         yield 1
 
     step = guarded().__anext__()
-    step.send(None)  # the generator waits for something
+    step.send(None)  # the generator awaits something
     with pytest.raises(GeneratorExit):
         step.throw(GeneratorExit())
     assert recorder.names == ["before_call"]
@@ -514,7 +517,8 @@ def test_a_generator_that_was_closed_before_it_yielded_is_abandoned(recorder):
 
 
 def test_a_generator_exit_before_the_first_item_is_abandoned(recorder):
-    """The generator raised it itself; nobody can close one that is running."""
+    """The generator raised GeneratorExit itself: a generator that runs cannot be
+    closed."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     @breaker
@@ -557,14 +561,15 @@ def close_both(generator, async_generator, expected):
 
 
 def test_a_generator_may_return_when_it_is_closed(recorder):
-    """It need not raise GeneratorExit for the closing to be a success."""
+    """The closing is a success even if the generator does not raise GeneratorExit."""
     breaker = CircuitBreaker(listeners=[recorder])
     close_both(*make_stubborn(breaker, lambda: None), contextlib.nullcontext())
     assert recorder.names == ["before_call"] * 2 + ["success"] * 2
 
 
 def test_a_generator_that_fails_to_clean_up_is_a_failure(fail, boom):
-    """What it raises when it is closed counts and reaches who closed it."""
+    """What the generator raises while it is closed counts, and reaches the code that
+    closes it."""
     breaker = CircuitBreaker()
     close_both(*make_stubborn(breaker, fail), pytest.raises(boom))
     assert breaker.fail_counter == 2
@@ -573,7 +578,7 @@ def test_a_generator_that_fails_to_clean_up_is_a_failure(fail, boom):
 def test_an_interrupted_generator_is_abandoned_even_after_it_has_yielded(
     make, recorder
 ):
-    """Only closing is a success; Ctrl-C is not a close."""
+    """Only closing is a success; KeyboardInterrupt does not close a generator."""
     breaker = CircuitBreaker(listeners=[recorder])
     generator = make(breaker)
     generator.next()
@@ -583,7 +588,7 @@ def test_an_interrupted_generator_is_abandoned_even_after_it_has_yielded(
 
 
 def test_a_generator_that_exits_though_nobody_closed_it_is_abandoned(recorder, boom):
-    """After an item too, a GeneratorExit of its own is not a close."""
+    """A generator's own GeneratorExit is no closing, even after the first item."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     @breaker
@@ -611,7 +616,7 @@ def test_a_generator_that_exits_though_nobody_closed_it_is_abandoned(recorder, b
 
 
 def test_a_generator_that_refuses_to_be_closed_is_a_failure(recorder):
-    """Python says that it ignored GeneratorExit, as it does behind "yield from"."""
+    """Python raises RuntimeError, as it does for "yield from" as well."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     @breaker
@@ -631,7 +636,7 @@ def test_a_generator_that_refuses_to_be_closed_is_a_failure(recorder):
 
 
 def test_an_async_generator_that_refuses_to_be_closed_is_no_success(recorder):
-    """No failure either: like the other kind, it has not ended yet."""
+    """There is no failure either: the async generator has not ended yet."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     @breaker
@@ -710,7 +715,7 @@ def connect_to(request):
 def test_the_body_of_a_guarded_context_manager_is_part_of_the_call(
     connect_to, recorder
 ):
-    """It gets what the generator yielded; the call ends after the clean-up."""
+    """The body gets what the generator yielded; the call ends after the clean-up."""
     breaker = CircuitBreaker(listeners=[recorder])
     connection = connect_to(breaker)
     told = connection.run(lambda given: (given, list(recorder.names)))
@@ -720,7 +725,8 @@ def test_the_body_of_a_guarded_context_manager_is_part_of_the_call(
 
 
 def test_what_the_body_raises_counts(connect_to, fail, boom):
-    """The generator gets it thrown in and lets it through."""
+    """The generator has the exception thrown into it, and lets the exception
+    through."""
     breaker = CircuitBreaker()
     connection = connect_to(breaker)
     with pytest.raises(boom):
@@ -771,7 +777,7 @@ def test_calls_in_the_body_of_a_guarded_context_manager_belong_to_its_trial(
 
 
 def test_a_stop_iteration_in_the_body_reaches_the_caller(connect_to):
-    """contextlib takes care of what Python makes of one in a generator."""
+    """contextlib undoes what Python makes of a StopIteration in a generator."""
     breaker = CircuitBreaker()
     error = StopIteration()
 
@@ -816,7 +822,7 @@ def test_listeners_get_calling_as_the_function(recorder):
 
 
 def test_a_block_swallows_nothing(boom):
-    """What the block raises leaves it."""
+    """The block's exception leaves the block."""
     breaker = CircuitBreaker()
     error = boom()
     with pytest.raises(boom) as caught, breaker.calling():
@@ -827,7 +833,7 @@ def test_a_block_swallows_nothing(boom):
 @pytest.mark.parametrize("first", ["with", "async with"])
 @pytest.mark.parametrize("second", ["with", "async with"])
 def test_each_block_is_for_one_use(first, second, recorder):
-    """A second one is a mistake in the program, and no call."""
+    """Using a block a second time is a mistake in the program, and no call."""
     breaker = CircuitBreaker(listeners=[recorder])
     block = breaker.calling()
 
@@ -846,7 +852,7 @@ def test_each_block_is_for_one_use(first, second, recorder):
 
 
 def test_a_block_cannot_be_entered_again_while_it_runs(recorder):
-    """The first use is not disturbed by the attempt."""
+    """The attempt does not disturb the first use."""
     breaker = CircuitBreaker(listeners=[recorder])
     with breaker.calling() as nothing:
         assert nothing is None
@@ -868,8 +874,8 @@ with_each = pytest.mark.parametrize("spelling", ["with", "async with"])
 
 
 @with_each
-def test_a_rejected_block_is_used_up_too(spelling):
-    """It was for that one call, which was rejected."""
+def test_a_rejected_block_is_used_up(spelling):
+    """The block was for the one call that was rejected."""
     breaker = CircuitBreaker()
     breaker.open()
     block = breaker.calling()
@@ -881,7 +887,7 @@ def test_a_rejected_block_is_used_up_too(spelling):
 
 
 def test_a_block_that_waits_for_its_trial_cannot_be_entered_again():
-    """It is used up before the storage has answered."""
+    """A block is used up before the storage has answered."""
 
     class Slow(CircuitMemoryStorage):
         @types.coroutine
@@ -903,7 +909,7 @@ def test_a_block_that_waits_for_its_trial_cannot_be_entered_again():
 
 @pytest.mark.parametrize("entered", [True, False])
 def test_a_block_is_left_as_often_as_it_was_entered(entered, recorder):
-    """Leaving it once more is a mistake in the program that settles nothing."""
+    """Leaving a block once more is a mistake in the program that settles nothing."""
     breaker = CircuitBreaker(listeners=[recorder])
     block = breaker.calling()
     if entered:
@@ -919,7 +925,7 @@ def test_a_block_is_left_as_often_as_it_was_entered(entered, recorder):
 @pytest.mark.parametrize("first", LEAVE)
 @pytest.mark.parametrize("second", LEAVE)
 def test_a_block_that_is_being_left_cannot_be_left_once_more(first, second, recorder):
-    """Not even by a listener that is told how it ended."""
+    """A listener that is told how the block ended cannot leave the block either."""
     errors = []
 
     class Meddler(CircuitBreakerListener):
@@ -941,7 +947,7 @@ def test_a_block_that_is_being_left_cannot_be_left_once_more(first, second, reco
 def test_a_block_that_has_opened_the_circuit_cannot_be_left_once_more(
     spelling, boom, recorder
 ):
-    """Its failure was told and counted once."""
+    """The failure of the block was told and counted once."""
     breaker = CircuitBreaker(fail_max=1, listeners=[recorder])
     block = breaker.calling()
     ENTER[spelling](block)
@@ -953,7 +959,7 @@ def test_a_block_that_has_opened_the_circuit_cannot_be_left_once_more(
 
 
 def test_only_one_of_many_threads_may_enter_a_block(recorder):
-    """However many try at once, it guards one block."""
+    """Of many threads that try at once, one enters the block."""
     breaker = CircuitBreaker(listeners=[recorder])
     block = breaker.calling()
     start = threading.Barrier(8)
@@ -972,7 +978,8 @@ def test_only_one_of_many_threads_may_enter_a_block(recorder):
 
 
 def run_in_threads(*functions):
-    """Runs each in a thread of its own; what one raises fails the test."""
+    """Runs each function in a thread of its own; what a function raises fails the
+    test."""
     errors = []
 
     def run(function):
@@ -1015,7 +1022,7 @@ places = pytest.mark.parametrize(
 @places
 @pytest.mark.parametrize("error", [None, KeyError(), KeyboardInterrupt()], ids=repr)
 def test_a_block_may_be_left_wherever_it_suits(leave_in, error, clock):
-    """Its outcome counts, and a trial gives its place back."""
+    """The outcome of the block counts, and a trial gives its place back."""
     breaker = CircuitBreaker(success_threshold=2, throw_new_error_on_trip=False)
     breaker.half_open()
     block = breaker.calling()
@@ -1037,7 +1044,8 @@ def test_a_block_may_be_left_wherever_it_suits(leave_in, error, clock):
 
 @places
 def test_once_a_block_was_left_nothing_belongs_to_it(leave_in, clock):
-    """Even where it was entered, although it was left somewhere else."""
+    """Nothing belongs to the block even in the context where it was entered, although
+    it was left in another."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
     block, next_block = breaker.calling(), breaker.calling()
@@ -1050,7 +1058,7 @@ def test_once_a_block_was_left_nothing_belongs_to_it(leave_in, clock):
 
 
 def test_a_block_entered_in_one_context_covers_no_calls_in_another(clock):
-    """Who has not entered it, and was not started by who has, is a stranger."""
+    """Calls belong in the context where the block was entered, and in its copies."""
     breaker = CircuitBreaker()
     breaker.half_open()
     block = breaker.calling()
@@ -1065,7 +1073,7 @@ def test_a_block_entered_in_one_context_covers_no_calls_in_another(clock):
 
 
 def test_a_block_that_is_left_elsewhere_covers_no_calls_there(clock):
-    """It belongs to where it was entered until it ends."""
+    """The block belongs to the context where it was entered, until it ends."""
     breaker = CircuitBreaker()
     breaker.half_open()
     block = breaker.calling()
@@ -1102,7 +1110,7 @@ async def mixed_fixture(breaker):
 
 
 def step(generator):
-    """The next item of a generator of either kind, or "end"."""
+    """The next item of a generator of either kind, or "end" where there is none."""
     if hasattr(generator, "__anext__"):
 
         async def anext_or_end():
@@ -1165,7 +1173,7 @@ def test_what_is_thrown_into_a_block_around_yield_counts(make_fixture, leave_in)
 
 @every_fixture
 def test_closing_a_block_around_yield_abandons_it(make_fixture, recorder):
-    """In a block, GeneratorExit is what it always is."""
+    """A GeneratorExit that leaves a block abandons the call."""
     breaker = CircuitBreaker(listeners=[recorder])
     generator = make_fixture(breaker)
     step(generator)
@@ -1194,7 +1202,8 @@ def test_calls_inside_the_generator_belong_to_its_trial(clock):
 
 
 def test_calls_between_the_items_belong_to_the_trial(make, decorate, fail, boom, clock):
-    """From where the generator was first run, until it ends."""
+    """Calls in the context that first ran the generator belong, until the generator
+    ends."""
     breaker = CircuitBreaker()
     breaker.half_open()
     generator = make(breaker, decorate=decorate)
@@ -1225,7 +1234,7 @@ def test_a_guarded_generator_within_the_trial_of_another_belongs_to_it(make, clo
 
 
 def test_where_the_generator_was_first_run_is_what_counts(make, clock):
-    """Running it on in another context makes nothing there belong to it."""
+    """Calls in a context that only runs the generator on do not belong to it."""
     breaker = CircuitBreaker()
     breaker.half_open()
     generator = make(breaker)
@@ -1248,7 +1257,7 @@ def test_two_half_open_breakers_may_be_in_each_others_trials(make, clock):
     for breaker in first, second:
         assert breaker.call(int) == 0
         assert breaker.current_state == "half-open"
-    for generator in generators:  # not the other way about, as blocks would
+    for generator in generators:  # blocks could not end in this order
         with pytest.raises(make.end):
             generator.send("stop")
     assert first.current_state == second.current_state == "closed"
@@ -1256,7 +1265,8 @@ def test_two_half_open_breakers_may_be_in_each_others_trials(make, clock):
 
 @pytest.mark.parametrize("way", ["call", "coroutine"])
 def test_a_trial_that_a_storage_makes_of_another_breaker_changes_nothing(way):
-    """While it is asked for a trial, whose own calls are within it all the same."""
+    """The storage makes the other breaker's trial while it answers the claim. Calls
+    within the breaker's own trial still belong to it."""
     other = CircuitBreaker()
 
     class Curious(CircuitMemoryStorage):
@@ -1312,8 +1322,8 @@ every_beginning = pytest.mark.parametrize(
 
 @every_beginning
 def test_a_trial_that_is_never_finished_holds_its_place_for_a_while(begin, clock):
-    """A call in its context belongs, another one is rejected until it may
-    take the place over."""
+    """A call in the trial's context belongs to it. Any other call is rejected until the
+    timeout is over, and then takes the place."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     unfinished = begin(breaker)
@@ -1331,8 +1341,8 @@ def test_a_trial_that_is_never_finished_holds_its_place_for_a_while(begin, clock
 def test_a_trial_that_is_never_finished_does_not_hold_its_own_context_for_ever(
     begin, clock, fail
 ):
-    """After the timeout the next call takes the place over, there too: else a
-    program of one thread would never hear of its circuit again."""
+    """After the timeout the next call takes the place over, in the trial's own context
+    as well: else a program of one thread would never recover."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     unfinished = begin(breaker)
@@ -1345,7 +1355,7 @@ def test_a_trial_that_is_never_finished_does_not_hold_its_own_context_for_ever(
 
 @every_beginning
 def test_a_new_era_ends_what_belongs_to_a_trial_that_is_never_finished(begin):
-    """Somebody's hand helps where nothing else does."""
+    """Moving the circuit by hand ends what belongs to the trial."""
     breaker = CircuitBreaker()
     breaker.half_open()
     unfinished = begin(breaker)
@@ -1362,7 +1372,8 @@ def test_a_new_era_ends_what_belongs_to_a_trial_that_is_never_finished(begin):
     "begin", [begin_generator, begin_async_generator], ids=lambda begin: begin.__name__
 )
 def test_an_unfinished_generator_that_lost_its_place_gives_none_back(begin, clock):
-    """Closing it late counts as a success, but the place is another's."""
+    """Closing the generator late counts as a success, but another call holds the
+    place."""
     breaker = CircuitBreaker(reset_timeout=60, success_threshold=3)
     breaker.half_open()
     unfinished = elsewhere(begin, breaker)

@@ -224,7 +224,7 @@ def async_block(breaker, work):
 
 
 class Awaitable:
-    """Some other library's idea of a coroutine."""
+    """An awaitable object of some other library."""
 
     def __init__(self, work):
         self.work = work
@@ -279,7 +279,7 @@ def held(breaker):
     return block
 
 
-# All of them admit, run and settle in the same way.
+# All ways to guard admit, run and settle alike.
 
 
 @every_way
@@ -293,7 +293,7 @@ def test_what_the_function_returns_reaches_the_caller(way, recorder):
 
 @every_way
 def test_a_success_sets_the_count_back(way):
-    """Whichever way it was guarded, a success forgets the failures before it."""
+    """A success forgets the failures before it, whichever way the call was guarded."""
     breaker = CircuitBreaker()
     breaker.fail_counter = 3
     way(breaker, int)
@@ -354,7 +354,7 @@ def test_an_open_circuit_rejects_the_call(way, clock, recorder):
 
 @every_way
 def test_the_first_call_after_the_timeout_is_the_trial(way, clock):
-    """It makes the circuit half-open, runs once, and its success closes it."""
+    """The trial makes the circuit half-open, runs once, and closes the circuit."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(60)
@@ -366,7 +366,7 @@ def test_the_first_call_after_the_timeout_is_the_trial(way, clock):
 
 @every_way
 def test_a_failed_trial_opens_the_circuit_again(way, fail, boom):
-    """It raises CircuitBreakerError from what the function raised."""
+    """The trial raises CircuitBreakerError from what the function raised."""
     breaker = CircuitBreaker()
     breaker.half_open()
     with pytest.raises(CircuitBreakerError, match="Trial call failed") as caught:
@@ -377,7 +377,7 @@ def test_a_failed_trial_opens_the_circuit_again(way, fail, boom):
 
 @every_way
 def test_while_a_trial_runs_the_call_is_rejected(way, clock):
-    """There is one place, and somebody else holds it."""
+    """There is one place, and another call holds it."""
     breaker = CircuitBreaker()
     breaker.half_open()
     trial = held(breaker)
@@ -391,7 +391,8 @@ def test_while_a_trial_runs_the_call_is_rejected(way, clock):
 
 @every_way
 def test_a_running_trial_holds_the_place(way, clock):
-    """While it runs, others are rejected until it would lose its place."""
+    """While the trial runs, `retry_after` is the time until the trial loses its
+    place."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     waits = []
@@ -418,7 +419,7 @@ def test_an_abandoned_trial_only_gives_its_place_back(way, exclude, clock, recor
 
 @every_way
 def test_an_abandoned_call_leaves_the_count(way):
-    """In a closed circuit it is neither a failure nor a success."""
+    """In a closed circuit an abandoned call is neither a failure nor a success."""
     breaker = CircuitBreaker()
     breaker.fail_counter = 3
     with pytest.raises(KeyboardInterrupt):
@@ -428,7 +429,7 @@ def test_an_abandoned_call_leaves_the_count(way):
 
 @every_way
 def test_an_excluded_exception_is_a_success(way, boom, recorder):
-    """It reaches the caller untouched and sets the count back."""
+    """The exception reaches the caller untouched, and the count goes back to 0."""
     breaker = CircuitBreaker(exclude=[boom], listeners=[recorder])
     breaker.fail_counter = 3
     error = boom()
@@ -441,7 +442,7 @@ def test_an_excluded_exception_is_a_success(way, boom, recorder):
 
 @every_way
 def test_a_call_within_a_trial_belongs_to_it(way, boom, fail, recorder):
-    """It is let through and heard of; its failure decides nothing."""
+    """The call is let through and listeners hear of it; its failure decides nothing."""
     breaker = CircuitBreaker()
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -470,7 +471,7 @@ def test_calls_made_by_a_trial_belong_to_it(way):
 
 @every_way
 def test_once_the_trial_has_ended_nothing_belongs_to_it(way, clock):
-    """Its context is the caller's, but the door it opened is shut again."""
+    """A call in the context of an ended trial is rejected while another trial runs."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
     way(breaker, int)
@@ -483,7 +484,7 @@ def test_once_the_trial_has_ended_nothing_belongs_to_it(way, clock):
 
 @every_way
 def test_a_late_failure_changes_nothing(way, boom, recorder):
-    """It is told and raised as it is, but the era it belonged to is over."""
+    """The failure is told and raised as it is, but its era is over."""
     breaker = CircuitBreaker(fail_max=1, listeners=[recorder])
     error = boom()
 
@@ -502,7 +503,7 @@ def test_a_late_failure_changes_nothing(way, boom, recorder):
 
 @every_way
 def test_a_late_success_changes_nothing(way, recorder):
-    """It is told, but forgets no failures of a later era."""
+    """The success is told, but forgets no failures of a later era."""
     breaker = CircuitBreaker(listeners=[recorder])
 
     def work():
@@ -516,7 +517,7 @@ def test_a_late_success_changes_nothing(way, recorder):
 
 @every_way
 def test_a_listener_added_during_the_call_hears_how_it_ended(way, recorder):
-    """What is true when the call ends decides who is told."""
+    """The listeners that the breaker has when the call ends are told."""
     breaker = CircuitBreaker()
     way(breaker, lambda: breaker.add_listener(recorder))
     assert recorder.names == ["success"]
@@ -533,7 +534,7 @@ def test_a_listener_added_during_the_call_hears_how_it_ended(way, recorder):
     sys.implementation.name != "cpython", reason="needs reference counting"
 )
 def test_an_exception_is_freed_when_the_caller_lets_go_of_it(way, new_error, boom):
-    """No cycle through a traceback keeps it, and all it refers to, alive."""
+    """No cycle through a traceback keeps the exception, and all it refers to, alive."""
     breaker = CircuitBreaker(fail_max=2, throw_new_error_on_trip=new_error)
     alive = []
 
@@ -616,7 +617,7 @@ async def await_it(awaitable):
     return await awaitable
 
 
-# Each kind of function with what makes its result of what calling it makes.
+# Each kind of function, with what turns the return value of a call into the result.
 KINDS = {
     plain: lambda result: result,
     coroutine: drive,
@@ -685,7 +686,7 @@ def as_partial_of_an_object_with_call(func):
     return functools.partial(as_object_with_call(func), b=2)
 
 
-# Each shape in which a function may come, with what is left to give it.
+# Each shape in which a function may come, with the arguments that are left to give.
 SHAPES = {
     as_function: ["a"],
     as_partial: ["a"],
@@ -732,7 +733,7 @@ def test_anything_can_be_called_through_the_breaker(shape, kind, recorder):
 @every_lazy_kind
 @every_shape
 def test_what_is_lazy_is_admitted_when_it_first_runs(shape, kind, recorder):
-    """call() itself admits nothing where what it calls is known to be lazy."""
+    """call() itself admits nothing where the callable is known to be lazy."""
     breaker = CircuitBreaker(listeners=[recorder])
     lazy = breaker.call(shape(kind), *SHAPES[shape])
     assert recorder.events == []
@@ -744,7 +745,7 @@ def test_what_is_lazy_is_admitted_when_it_first_runs(shape, kind, recorder):
 
 @every_kind
 def test_a_decorated_function_keeps_its_name_docstring_and_signature(kind):
-    """It looks like what it was, and what it was is at hand."""
+    """The decorated function looks like the function inside, which is at hand."""
     decorated = CircuitBreaker()(kind)
     assert decorated.__name__ == kind.__name__
     assert decorated.__qualname__ == kind.__qualname__
@@ -755,7 +756,7 @@ def test_a_decorated_function_keeps_its_name_docstring_and_signature(kind):
 
 
 def test_a_decorated_function_keeps_its_attributes():
-    """What other decorators left on the function is still there."""
+    """Attributes that other decorators left on the function are still there."""
 
     def func():
         pass
@@ -765,7 +766,7 @@ def test_a_decorated_function_keeps_its_attributes():
 
 
 class RemoteMethod:
-    """As in xmlrpc.client: whatever it is asked for is a method further down."""
+    """As in xmlrpc.client, each of its attributes is a method further down."""
 
     def __init__(self, name):
         self.name_sent = name
@@ -778,7 +779,7 @@ class RemoteMethod:
 
 
 def test_a_method_of_a_remote_object_can_be_called():
-    """It has every attribute, those of functions too, and they say nothing."""
+    """The object has every attribute, those of functions too, and they say nothing."""
     breaker = CircuitBreaker()
     add = RemoteMethod("add")
     assert breaker.call(add, 1) == ("add", (1,))
@@ -812,7 +813,7 @@ def test_what_a_function_wraps_does_not_say_what_it_is():
     ids=["decorated", "called", "returned"],
 )
 def test_what_is_lazy_keeps_its_name(make, kind):
-    """Tracebacks and warnings call a guarded coroutine what it is."""
+    """Tracebacks and warnings show a guarded coroutine under the function's name."""
     lazy = make(CircuitBreaker(), kind)
     assert lazy.__name__ == kind.__name__
     assert lazy.__qualname__ == kind.__qualname__
@@ -901,7 +902,8 @@ def test_a_builtin_function_can_be_guarded():
 def test_what_a_plain_function_returns_is_guarded_to_its_end(
     kind, decorate, clock, recorder
 ):
-    """It was admitted at the call, holds the place, and settles when it ends."""
+    """The call is admitted at once, holds the place, and settles when the result
+    ends."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     breaker.add_listener(recorder)
@@ -918,7 +920,8 @@ def test_what_a_plain_function_returns_is_guarded_to_its_end(
 def test_a_plain_function_that_would_return_something_lazy_is_rejected_at_the_call(
     kind,
 ):
-    """Nobody can know what it would return, so it is not even called."""
+    """What the function would return is unknown, so the breaker does not call the
+    function."""
     breaker = CircuitBreaker()
     breaker.open()
     func = mock.Mock(side_effect=kind)
@@ -945,7 +948,7 @@ def test_a_plain_function_that_fails_before_it_returns_something_lazy_is_a_failu
 
 @every_lazy_kind
 def test_if_what_was_returned_never_runs_the_place_comes_back_with_time(kind, clock):
-    """The trial holds its place for as long as a hanging one, and no longer."""
+    """The trial holds its place for as long as a trial that hangs, and no longer."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
     made = kind("a")
@@ -965,7 +968,8 @@ def test_if_what_was_returned_never_runs_the_place_comes_back_with_time(kind, cl
 
 
 def test_a_decorated_method_serves_all_instances(boom):
-    """There is one breaker for the method, and each instance is its self."""
+    """One breaker guards the method of all instances, and each call gets its own
+    self."""
     breaker = CircuitBreaker(fail_max=2)
 
     class Service:
@@ -996,7 +1000,7 @@ def test_a_decorated_method_serves_all_instances(boom):
 
 
 def test_one_breaker_may_guard_many_functions(fail, boom):
-    """They share its state: it stands for what they all depend on."""
+    """The functions share the breaker's state, which stands for what they depend on."""
     breaker = CircuitBreaker(fail_max=1, throw_new_error_on_trip=False)
     with pytest.raises(boom):
         breaker(fail)()
@@ -1029,7 +1033,7 @@ def test_call_async_makes_a_coroutine_function(kind):
     assert drive(decorated("a")) == "a 2 c"
 
 
-def test_call_async_is_known_inside_a_class_too():
+def test_call_async_is_known_inside_a_class():
     """The two underscores in front of the option's name do no harm there."""
     breaker = CircuitBreaker()
 
@@ -1060,7 +1064,7 @@ def test_options_may_come_along_with_the_function(options, recorder):
 
 
 def test_a_block_decorates_as_well():
-    """@breaker.calling() does what it did in older releases, at every call."""
+    """Each call of the decorated function is guarded, as in older releases."""
     breaker = CircuitBreaker()
 
     @breaker.calling()
@@ -1102,7 +1106,7 @@ def test_the_decorator_takes_one_function_and_no_other_options(args, kwargs):
 
 
 class Counting(CircuitBreaker):
-    """Remembers what came through call()."""
+    """Remembers the function and the arguments of each call()."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -1123,7 +1127,7 @@ class Refusing(CircuitBreaker):
 @every_kind
 @pytest.mark.parametrize("options", [None, {}], ids=["bare", "with parentheses"])
 def test_a_subclass_that_overrides_call_sees_decorated_calls(kind, options, recorder):
-    """It gets the function itself with its arguments, when the call runs."""
+    """The override gets the function itself with its arguments, when the call runs."""
     breaker = Counting(listeners=[recorder])
     decorated = (breaker if options is None else breaker(**options))(kind)
     assert nature(decorated) == nature(kind)
@@ -1134,7 +1138,7 @@ def test_a_subclass_that_overrides_call_sees_decorated_calls(kind, options, reco
 
 
 def test_a_subclass_that_overrides_call_async_sees_calls_decorated_for_it():
-    """It is to @breaker(__pybreaker_call_async=True) what call() is to others."""
+    """With __pybreaker_call_async=True decorated calls go through call_async()."""
     called = []
 
     class CountingAsync(CircuitBreaker):
@@ -1159,7 +1163,7 @@ def test_a_subclass_sees_a_lazy_call_when_it_first_runs(kind):
 
 @every_kind
 def test_a_subclass_may_refuse_a_decorated_call(kind, recorder):
-    """What its call() raises reaches the caller, and nothing was admitted."""
+    """The exception of the override reaches the caller, and nothing was admitted."""
     breaker = Refusing(listeners=[recorder])
     with pytest.raises(PermissionError, match="maintenance"):
         KINDS[kind](breaker(kind)("a"))
@@ -1169,7 +1173,8 @@ def test_a_subclass_may_refuse_a_decorated_call(kind, recorder):
 
 @every_lazy_kind
 def test_a_subclass_sees_a_plain_function_that_returns_something_lazy(kind, recorder):
-    """It is admitted at the call and guarded once, to its end."""
+    """The call is admitted at once, and guarded once, to the end of what was
+    returned."""
     breaker = Counting(listeners=[recorder])
     lazy = breaker(lambda: kind("a"))()
     assert recorder.names == ["before_call"]
@@ -1196,7 +1201,7 @@ def test_the_failure_of_a_call_that_a_subclass_saw_is_counted_once(way, fail, bo
 
 
 def test_a_call_put_on_one_breaker_sees_its_decorated_calls():
-    """Tests replace call() on the breaker itself; that is an override too."""
+    """Tests replace call() on the breaker itself, which is an override as well."""
     breaker = CircuitBreaker()
     breaker.call = mock.Mock(return_value="mocked")
     assert breaker(plain)("a") == "mocked"
@@ -1210,7 +1215,7 @@ def test_a_call_put_on_one_breaker_sees_its_decorated_calls():
     "value", [None, (), iter([1]), range(3)], ids=lambda value: type(value).__name__
 )
 def test_results_that_are_not_lazy_are_returned_as_they_are(value, recorder):
-    """An iterator that is no generator was made, and that is all there is."""
+    """An iterator that is no generator is a result like any other."""
     breaker = CircuitBreaker(listeners=[recorder])
     assert breaker.call(lambda: value) is value
     assert recorder.names == ["before_call", "success"]

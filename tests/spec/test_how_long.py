@@ -56,7 +56,7 @@ def rejection(breaker):
 
 
 def test_without_a_longest_timeout_all_openings_last_as_long(clock):
-    """Exactly `reset_timeout`, however many trials fail."""
+    """Each opening lasts exactly `reset_timeout`, however many trials fail."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10)
     fail(breaker)
     for _ in range(5):
@@ -65,7 +65,7 @@ def test_without_a_longest_timeout_all_openings_last_as_long(clock):
 
 
 def test_each_failed_trial_doubles_the_timeout_up_to_the_longest(clock):
-    """10, 20, 40, 80, and then 100 seconds, or up to a tenth less."""
+    """The openings last 10, 20, 40, 80, and then 100 seconds, or up to a tenth less."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     for seconds in (10, 20, 40, 80, 100, 100):
@@ -85,7 +85,7 @@ def test_the_first_failed_trial_of_a_circuit_that_is_found_half_open_doubles(clo
 
 
 def test_no_call_is_admitted_before_the_grown_timeout_has_passed(clock):
-    """And the first one afterwards is the trial."""
+    """The first call afterwards is the trial."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     fail_trials(breaker, clock, 2)
@@ -98,7 +98,8 @@ def test_no_call_is_admitted_before_the_grown_timeout_has_passed(clock):
 
 
 def test_the_factor_is_drawn_once_for_each_opening(clock):
-    """It stays the same while the circuit is open, and in error, snapshot and look."""
+    """retry_after, the error and the snapshot show the same wait while the circuit is
+    open."""
     breaker = CircuitBreaker(reset_timeout=10, max_reset_timeout=100)
     for _ in range(5):
         breaker.open()
@@ -137,7 +138,7 @@ def test_a_breaker_that_has_yet_to_look_draws_one_factor_over_any_storage():
 
 
 def test_two_threads_that_ask_first_draw_one_factor(clock, monkeypatch):
-    """Both find that the factor of this opening has not been drawn yet."""
+    """Both threads find that the factor of this opening has not been drawn yet."""
     breaker = CircuitBreaker(reset_timeout=100, max_reset_timeout=1000)
     breaker.open()
     both, draw, waits = threading.Barrier(2), random.uniform, []
@@ -145,7 +146,7 @@ def test_two_threads_that_ask_first_draw_one_factor(clock, monkeypatch):
     def slow(low, high):
         drawn = draw(low, high)
         with contextlib.suppress(threading.BrokenBarrierError):
-            both.wait(0.2)  # which the other thread does not reach if it draws nothing
+            both.wait(0.2)  # the other thread waits here only if it draws
         return drawn
 
     monkeypatch.setattr(random, "uniform", slow)
@@ -160,8 +161,8 @@ def test_two_threads_that_ask_first_draw_one_factor(clock, monkeypatch):
 
 
 def test_the_factor_differs_between_openings_and_breakers(clock):
-    """Between 0.9 and 1, and not always in the same part of that. (The clock stands,
-    or two readings would differ by the time between them.)"""
+    """The factor is between 0.9 and 1, and not always in the same part of that range.
+    (The clock stands, or two readings would differ by the time between them.)"""
     factors = []
     for _ in range(10):
         breaker = CircuitBreaker(reset_timeout=1000, max_reset_timeout=1000)
@@ -174,7 +175,8 @@ def test_the_factor_differs_between_openings_and_breakers(clock):
 
 
 def test_a_child_process_draws_a_factor_of_its_own(clock):
-    """Or all children of a fork would send their trials at the same moment."""
+    """With the parent's factors all children of a fork would send their trials at
+    once."""
     breaker = CircuitBreaker(reset_timeout=10, max_reset_timeout=100)
     breaker.open()
     waits = {breaker.retry_after}
@@ -198,7 +200,7 @@ def test_a_breaker_that_has_yet_to_look_draws_one_factor(clock):
 
 
 def test_a_timeout_of_zero_stays_zero(clock):
-    """Whatever it is multiplied by."""
+    """Doubling a timeout of zero gives zero."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, max_reset_timeout=100)
     fail(breaker)
     for _ in range(1100):  # more doublings than a float has room for
@@ -221,7 +223,7 @@ def test_any_number_of_failed_trials_is_safe(clock, longest):
 
 
 def test_a_circuit_that_waits_for_ever_may_grow():
-    """`math.inf` is the longest, and the only one that is long enough."""
+    """An infinite `reset_timeout` needs an infinite `max_reset_timeout`."""
     breaker = CircuitBreaker(reset_timeout=math.inf, max_reset_timeout=math.inf)
     breaker.open()
     assert breaker.retry_after == math.inf
@@ -229,7 +231,7 @@ def test_a_circuit_that_waits_for_ever_may_grow():
 
 @pytest.mark.parametrize("move", ["close", "open"])
 def test_closing_and_opening_by_hand_begin_anew(clock, move):
-    """The opening after them lasts as long as the first."""
+    """The opening after a move by hand lasts as long as the first."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     fail_trials(breaker, clock, 2)
@@ -254,7 +256,7 @@ def test_a_recovery_begins_anew(clock):
 
 
 def test_a_successful_trial_in_between_changes_nothing(clock):
-    """Where two are needed, and the second fails."""
+    """Two successes are needed, and the second trial fails."""
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=10, max_reset_timeout=100, success_threshold=2
     )
@@ -267,7 +269,8 @@ def test_a_successful_trial_in_between_changes_nothing(clock):
 
 
 def test_half_opening_by_hand_leaves_the_number_of_failed_trials(clock):
-    """Neither closing nor opening, it forgets none."""
+    """A half-opening by hand neither closes nor opens, and so forgets no failed
+    trial."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     fail_trials(breaker, clock, 1)
@@ -313,7 +316,7 @@ def test_a_half_opening_that_is_found_leaves_the_number_of_failed_trials(clock):
 
 
 def test_the_numbers_that_hold_are_the_present_ones(clock):
-    """For an opening that lasts already, too; the factor stays."""
+    """New settings hold for an opening that lasts already, too; its factor stays."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     fail_trials(breaker, clock, 2)
@@ -328,7 +331,7 @@ def test_the_numbers_that_hold_are_the_present_ones(clock):
     assert breaker.retry_after == pytest.approx(80 * factor)
 
 
-def test_growth_goes_by_the_breakers_that_share_a_memory_storage(clock):
+def test_growth_counts_the_trials_of_all_breakers_that_share_a_memory_storage(clock):
     """Each failed trial adds one, whichever of the breakers runs the trial."""
     first, second, third = growing_ones(3)
     fail(first)
@@ -362,7 +365,7 @@ def test_a_breaker_that_missed_a_trial_sees_that_the_opening_grew(clock):
 
 
 def test_a_trial_may_hold_its_place_as_long_as_the_opening_grew(clock):
-    """Without the factor, and by the numbers of the time of asking."""
+    """The settings at the time of asking decide how long, and there is no factor."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     fail_trials(breaker, clock, 2)
@@ -400,7 +403,7 @@ def test_the_length_of_an_opening_does_not_change_how_long_its_trial_may_take(
 
 
 class Grants(CircuitMemoryStorage):
-    """Grants each trial, and remembers for how many seconds at least."""
+    """Grants each trial, and remembers the seconds that each was asked for."""
 
     def __init__(self):
         super().__init__("closed")
@@ -415,7 +418,8 @@ class Grants(CircuitMemoryStorage):
 def test_the_storage_is_asked_for_a_trial_as_long_as_that_may_hold_its_place(
     clock, way
 ):
-    """By growth, without the factor; not by the length of an opening by hand."""
+    """The time that is asked for grows; it has no factor, and no part of an opening by
+    hand."""
     storage = Grants()
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=10, max_reset_timeout=30, state_storage=storage
@@ -433,15 +437,15 @@ def test_the_storage_is_asked_for_a_trial_as_long_as_that_may_hold_its_place(
 
 @pytest.mark.parametrize("context", [contextvars.Context, contextvars.copy_context])
 def test_the_place_is_taken_from_the_very_moment_when_the_opening_ends(clock, context):
-    """The storage still thinks about the first trial. The next call is rejected for as
-    long as that may hold its place, in the trial's own context too, as the trial has
-    yet to begin."""
+    """The storage has not answered the first trial's claim. The next call is rejected
+    for as long as that trial may hold its place, in the trial's own context as well, as
+    the trial has yet to begin."""
     waits = []
 
     class Thinks(CircuitMemoryStorage):
         def claim_trial(self, timeout):
             if not waits:
-                waits.append(None)  # or a claim of the other call would ask again
+                waits.append(None)  # otherwise the other call's claim would ask again
                 with pytest.raises(CircuitBreakerError) as caught:
                     context().run(breaker.call, int)
                 waits[:] = [caught.value.retry_after]
@@ -458,7 +462,7 @@ def test_the_place_is_taken_from_the_very_moment_when_the_opening_ends(clock, co
 
 
 def test_a_longest_timeout_below_the_first_is_refused_by_whichever_comes_second():
-    """The error names both, and nothing has changed."""
+    """The error names both settings, and neither has changed."""
     both = "reset_timeout.*max_reset_timeout.*reset_timeout 60, max_reset_timeout 59"
     with pytest.raises(ValueError, match=both):
         CircuitBreaker(reset_timeout=60, max_reset_timeout=59)
@@ -503,7 +507,7 @@ def test_what_is_no_longest_timeout_is_refused(kind, value):
 
 @pytest.mark.parametrize("settings", [{}, {"max_reset_timeout": 60}], ids=str)
 def test_an_opening_by_hand_lasts_as_many_seconds_as_it_was_given(clock, settings):
-    """Whatever `reset_timeout` is or becomes, without growth and without a factor."""
+    """The length is exact whatever `reset_timeout` is or becomes, and does not grow."""
     breaker = CircuitBreaker(reset_timeout=60, **settings)
     breaker.open(300)
     assert breaker.retry_after == 300
@@ -526,7 +530,7 @@ def test_an_opening_of_no_length_admits_a_trial_at_once():
 
 
 def test_an_opening_without_end_lasts_until_the_circuit_is_moved(clock):
-    """By any of the three moves."""
+    """Each of the three moves ends such an opening."""
     breaker = CircuitBreaker(reset_timeout=1)
     breaker.open(math.inf)
     clock.advance(1e9)
@@ -540,8 +544,8 @@ def test_an_opening_without_end_lasts_until_the_circuit_is_moved(clock):
 
 
 def test_the_length_belongs_to_one_opening(clock):
-    """The trial that fails afterwards opens for `reset_timeout`, or what growth
-    makes of it."""
+    """The trial that fails afterwards opens the circuit for `reset_timeout`, or what
+    growth makes of that."""
     breaker = CircuitBreaker(reset_timeout=10)
     breaker.open(300)
     fail_trials(breaker, clock, 1)
@@ -552,8 +556,8 @@ def test_the_length_belongs_to_one_opening(clock):
     assert_lasts(breaker, 20)
 
 
-def test_the_length_goes_by_all_breakers_of_a_memory_storage(clock):
-    """Whether they were made before or after."""
+def test_the_length_holds_for_all_breakers_of_a_memory_storage(clock):
+    """A breaker may be made before the opening or after."""
     storage = CircuitMemoryStorage("closed")
     first, second = (CircuitBreaker(state_storage=storage) for _ in range(2))
     first.open(300, "maintenance")
@@ -565,7 +569,7 @@ def test_the_length_goes_by_all_breakers_of_a_memory_storage(clock):
         assert rejection(breaker).reason == "maintenance"
 
 
-def test_an_opening_that_follows_an_opening_goes_by_all_breakers(clock):
+def test_an_opening_that_follows_an_opening_holds_for_all_breakers(clock):
     """The other breaker finds the circuit open as before, for another reason and
     another time."""
     storage = CircuitMemoryStorage("closed")
@@ -582,7 +586,7 @@ def test_an_opening_that_follows_an_opening_goes_by_all_breakers(clock):
 def test_an_opening_differs_from_the_one_before_by_its_time_or_its_reason(
     clock, second
 ):
-    """By either, for a breaker that found both in the storage."""
+    """A breaker that found both openings in the storage tells them apart by either."""
     storage = CircuitMemoryStorage("closed")
     mover, finder = (CircuitBreaker(state_storage=storage) for _ in range(2))
     for seconds, reason in ((5, "first"), second):
@@ -624,7 +628,7 @@ def test_what_is_no_reason_is_refused(move):
 
 
 def test_only_an_opening_takes_seconds():
-    """The others take a reason, by position too."""
+    """half_open() and close() take a reason, by position as well."""
     breaker = CircuitBreaker()
     breaker.open(5, "first")
     breaker.half_open("second")
@@ -670,7 +674,7 @@ def test_a_listener_may_open_at_once_for_as_long_as_the_service_asked(clock, fai
 
 
 def test_failures_that_end_after_such_an_opening_are_late(clock):
-    """They neither count nor shorten it."""
+    """Such failures neither count nor shorten the opening."""
     breaker = CircuitBreaker(fail_max=2, reset_timeout=10, listeners=[Obeys()])
 
     def unavailable():
@@ -690,7 +694,8 @@ def test_failures_that_end_after_such_an_opening_are_late(clock):
 
 
 def test_a_listener_may_open_for_as_long_as_asked_when_a_trial_fails(clock):
-    """That opening is by hand, so the failed trials before it are forgotten."""
+    """The opening by the listener is by hand, so the failed trials before are
+    forgotten."""
     breaker = CircuitBreaker(
         fail_max=1, reset_timeout=10, max_reset_timeout=100, listeners=[Obeys()]
     )
@@ -712,8 +717,8 @@ def test_a_listener_may_open_for_as_long_as_asked_when_a_trial_fails(clock):
 
 
 def test_an_opening_by_a_listener_of_an_opening_is_one_by_hand(clock):
-    """A trial failed and the circuit opened; the listener that is told of this opens it
-    once more. So the growth begins anew."""
+    """A trial failed and the circuit opened; the listener that is told of this opens
+    the circuit once more. The second opening is by hand, so growth begins anew."""
     storage = CircuitMemoryStorage("closed")
 
     class Reopens:
@@ -735,7 +740,7 @@ def test_an_opening_by_a_listener_of_an_opening_is_one_by_hand(clock):
 
 
 class TakesNothing(CircuitBreaker):
-    """As subclasses were written before moves took arguments."""
+    """A subclass as it was written before moves took arguments."""
 
     def __init__(self, **settings):
         self.moves = []
@@ -755,7 +760,7 @@ class TakesNothing(CircuitBreaker):
 
 
 def test_the_library_calls_the_moves_without_arguments(clock):
-    """So overrides that take none keep working, and growth and reasons with them."""
+    """Overrides without parameters keep working, and so do growth and reasons."""
     breaker = TakesNothing(fail_max=1, reset_timeout=10, max_reset_timeout=100)
     fail(breaker)
     assert breaker.state.reason == "a failure: Boom()"
@@ -796,7 +801,7 @@ class Remembers(CircuitMemoryStorage):
 
 
 def test_an_override_that_passes_a_reason_on_does_not_change_who_moved(clock):
-    """The trip is by the count, the failed trial adds one to the growth."""
+    """The trip is by the count, and the failed trial adds one to the growth."""
     storage = Remembers()
     breaker = Passes(
         fail_max=1, reset_timeout=10, max_reset_timeout=100, state_storage=storage
@@ -822,7 +827,7 @@ class Longer(CircuitBreaker):
 
 
 def test_an_override_that_passes_seconds_on_does_not_change_who_moved(clock):
-    """The opening lasts as long as it says, and failed trials are still counted."""
+    """The opening lasts as long as the override says, and failed trials still count."""
     breaker = Longer(fail_max=1, reset_timeout=10, max_reset_timeout=1000)
     error = fail(breaker)
     assert isinstance(error, CircuitBreakerError)
@@ -839,7 +844,8 @@ def test_an_override_that_passes_seconds_on_does_not_change_who_moved(clock):
 
 
 def test_an_override_may_make_another_move_before_its_own(recorder):
-    """What it calls first is what it says, and no opening."""
+    """The first move is a closing, although open() was called, and the second an
+    opening."""
 
     class ClosesFirst(CircuitBreaker):
         def open(self):

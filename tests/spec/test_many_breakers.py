@@ -158,9 +158,9 @@ def test_all_threads_that_ask_at_once_get_the_same_breaker():
         assert len(found) == 4 and len(set(map(id, found))) == 1
 
 
-def test_threads_that_ask_while_others_make_room_lose_no_breaker():
+def test_a_thread_that_asks_while_another_makes_room_loses_no_breaker():
     """Thread A makes room for new keys all the time. Thread B holds the breaker of one
-    key, and asks for that again and again."""
+    key, and asks for that key again and again."""
     breakers, held, wrong = CircuitBreakers(maxsize=2), [], []
     is_over = threading.Event()
     held.append(breakers["held"])
@@ -442,19 +442,19 @@ def test_an_open_circuit_with_a_trial_that_runs_stays():
 
 
 def test_open_circuits_are_not_forgotten_because_new_keys_come(clock):
-    """There may then be more than `maxsize`."""
+    """There may then be more than `maxsize` breakers."""
     breakers = CircuitBreakers(maxsize=10, fail_max=1, reset_timeout=60)
     for key in range(50):
         fail(breakers[key])
     assert len(breakers) == 50
     assert {breakers[key].current_state for key in range(50)} == {"open"}
     clock.advance(60)
-    # A few go with each new one.
+    # A few breakers go with each new key.
     ask_for(breakers, range(100, 150))
     assert len(breakers) == 10
 
 
-def test_a_few_are_looked_at_however_many_there_are():
+def test_a_new_key_looks_at_a_few_breakers_however_many_there_are():
     class Counting(CircuitBreaker):
         looks = 0
 
@@ -517,7 +517,8 @@ def test_a_breaker_that_fails_while_it_is_taken_out_stays():
 
 
 def test_a_new_key_waits_for_no_open_breaker_that_is_busy():
-    """Its timeout grows, and nobody has asked yet how long the opening lasts."""
+    """The busy breaker's timeout grows, and no call has asked yet how long the opening
+    is."""
     breakers = CircuitBreakers(maxsize=1, max_reset_timeout=100)
     breakers["busy"].max_reset_timeout = None
     breakers["busy"].open()
@@ -547,7 +548,7 @@ def test_a_key_that_another_thread_deletes_while_room_is_made_is_gone():
 
 @pytest.mark.parametrize("maxsize", [1, 2, 3, 4, 5])
 def test_a_new_key_is_not_forgotten_in_favor_of_open_ones(maxsize):
-    """Or its failures would never add up."""
+    """If the new breaker went, its failures would never add up."""
     breakers = CircuitBreakers(maxsize=maxsize, fail_max=2)
     for number in range(maxsize):
         breakers[number].open()
@@ -600,7 +601,7 @@ def test_looking_tells_no_listener():
     assert told == []
 
 
-# What has gone
+# Breakers that have gone
 
 
 def test_a_breaker_that_has_gone_stays_the_one_for_its_key_while_anything_holds_it():
@@ -724,7 +725,7 @@ def test_the_oldest_breaker_goes_first():
 
 
 def test_a_breaker_that_the_program_puts_in_stays():
-    """It counts among `maxsize`, so that others go for it."""
+    """Such a breaker counts among `maxsize`, so that other breakers go for it."""
     breakers = CircuitBreakers(maxsize=5)
     breakers["own"] = own = CircuitBreaker()
     ask_for(breakers, range(20))
@@ -765,7 +766,8 @@ def test_copy_gives_a_plain_dictionary_of_the_moment():
 
 
 def test_a_copy_of_the_mapping_is_the_mapping():
-    """A client session that holds the mapping may be copied, as one with a breaker."""
+    """A client session that holds the mapping may be copied, like one with a
+    breaker."""
     breakers = CircuitBreakers()
     assert copy.copy(breakers) is copy.deepcopy(breakers) is breakers
     assert copy.deepcopy({"breakers": breakers})["breakers"] is breakers

@@ -61,7 +61,8 @@ class Basic(CircuitBreakerStorage):
 
 
 def test_a_storage_is_told_where_each_move_goes_and_by_whom(clock):
-    """The count, the trial that is due, the outcome of that trial, or a hand."""
+    """A move is by the count, the trial that is due, that trial's outcome, or a
+    hand."""
     storage = Noting()
     breaker = CircuitBreaker(2, 60, state_storage=storage)
     fail(breaker, 2)
@@ -79,7 +80,7 @@ def test_a_storage_is_told_where_each_move_goes_and_by_whom(clock):
     [("open", "open"), ("half-open", "half_open"), ("closed", "close")],
 )
 def test_a_move_by_hand_is_one_however_it_is_written(name, method):
-    """By the method, by the setter, and from a listener that is told of a failure."""
+    """The method, the setter and a listener that is told of a failure move by hand."""
     storage = Noting()
     breaker = CircuitBreaker(state_storage=storage)
     getattr(breaker, method)()
@@ -120,7 +121,7 @@ def test_a_move_through_an_override_that_takes_nothing_keeps_its_cause(clock):
 
 
 def test_a_move_says_what_a_shared_storage_has_to_know():
-    """The limit that was reached, why, and that the opening has its usual length."""
+    """The move has the limit that was reached, the reason, and no length of its own."""
     storage = Noting()
     breaker = CircuitBreaker(fail_max=3, state_storage=storage)
     fail(breaker, 3)
@@ -133,7 +134,7 @@ def test_a_move_says_what_a_shared_storage_has_to_know():
 
 
 def test_a_storage_is_asked_with_the_lock_held(clock):
-    """So it must not block."""
+    """The storage must not block, because the lock is held."""
 
     class Locked(Noting):
         def move(self, move):
@@ -152,7 +153,7 @@ def test_a_storage_is_asked_with_the_lock_held(clock):
 
 
 def test_a_move_that_was_found_is_not_handed_back():
-    """The storage made it, or another breaker did that shares it."""
+    """The storage made the move, or another breaker that shares the storage did."""
     storage = Noting()
     breaker = CircuitBreaker(state_storage=storage)
     storage.state = "open"
@@ -163,14 +164,14 @@ def test_a_move_that_was_found_is_not_handed_back():
 
 
 def test_making_a_breaker_over_a_storage_moves_nothing():
-    """Whatever state the storage has."""
+    """The storage may have any of the three states."""
     storage = Noting("open")
     CircuitBreaker(state_storage=storage)
     assert storage.moves == []
 
 
 def test_the_default_writes_the_counters_then_the_moment_then_the_state():
-    """An opening; whoever reads the state first finds the rest written."""
+    """A program that reads the state of an opening first finds the rest written."""
     storage = Basic()
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
     with pytest.raises(CircuitBreakerError):
@@ -185,7 +186,7 @@ def test_the_default_writes_the_counters_then_the_moment_then_the_state():
 
 
 def test_a_storage_that_refuses_a_move_keeps_the_circuit_where_it_is():
-    """What it raises reaches the caller."""
+    """The storage's exception reaches the caller."""
 
     class ReadOnly(CircuitMemoryStorage):
         def move(self, move):
@@ -201,7 +202,7 @@ def test_a_storage_that_refuses_a_move_keeps_the_circuit_where_it_is():
 
 
 def test_the_base_class_knows_no_last_move():
-    """So older storages need not keep one."""
+    """Older storages need not keep a last move."""
     assert CircuitBreakerStorage("base").last_move() is None
     storage = Basic()
     fail(CircuitBreaker(fail_max=1, state_storage=storage))
@@ -209,7 +210,7 @@ def test_the_base_class_knows_no_last_move():
 
 
 def test_the_memory_storage_knows_its_last_move():
-    """With the attributes that the move had."""
+    """The last move has the attributes that the storage was told of."""
     storage = CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(fail_max=2, state_storage=storage)
     fail(breaker, 2)
@@ -222,7 +223,7 @@ def test_the_memory_storage_knows_its_last_move():
 
 @pytest.mark.parametrize("made", ["before", "after"])
 def test_another_breaker_over_a_memory_storage_learns_why_it_moved(made):
-    """Whether it finds the storage moved, or is made over one that has moved."""
+    """The other breaker finds the storage moved, or is made over one that has moved."""
     storage = CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     other = CircuitBreaker(state_storage=storage)
@@ -248,7 +249,7 @@ def test_over_a_storage_without_a_last_move_only_the_mover_knows_why(made):
 
 
 def test_a_storage_may_tell_of_a_move_that_another_process_made():
-    """A shared one answers last_move with any object that has the attributes."""
+    """A shared storage answers last_move() with any object that has the attributes."""
 
     class Shared(CircuitMemoryStorage):
         def last_move(self):

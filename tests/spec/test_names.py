@@ -42,7 +42,7 @@ MOVES = {"closed": "close", "open": "open", "half-open": "half_open"}
 
 @pytest.fixture(params=["lock held", "lock free"])
 def shelter(request):
-    """What code that drives by hand wraps around it: the lock, or nothing."""
+    """Code that drives by hand holds the lock, or holds nothing."""
 
     def shelter(breaker):
         if request.param == "lock held":
@@ -121,7 +121,7 @@ def test_a_state_is_built_from_the_breaker_alone(name, class_name):
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_a_state_built_by_hand_tells_nobody(name, class_name, recorder):
-    """Not even where notify asks for it, and it moves nothing."""
+    """Such a state tells no listener even with notify=True, and moves nothing."""
     breaker = CircuitBreaker(listeners=[recorder])
     present = breaker.state
     cls = getattr(pybreaker, class_name)
@@ -131,7 +131,7 @@ def test_a_state_built_by_hand_tells_nobody(name, class_name, recorder):
 
 
 def test_the_base_of_the_states_is_built_from_a_breaker_and_a_name():
-    """As (cb, name), by position and by keyword."""
+    """The base class takes a breaker and a name, by position or by keyword."""
     breaker = CircuitBreaker()
     for state in (
         CircuitBreakerState(breaker, "maintenance"),
@@ -143,7 +143,7 @@ def test_the_base_of_the_states_is_built_from_a_breaker_and_a_name():
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_the_state_is_an_object_of_its_class(name, class_name):
-    """Code asks with isinstance, and by name, and by the constants."""
+    """Code asks with isinstance, by the state's name, and by the constants."""
     breaker = CircuitBreaker()
     getattr(breaker, MOVES[name])()
     cls = getattr(pybreaker, class_name)
@@ -202,7 +202,7 @@ def test_a_mock_can_be_the_first_state():
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_a_function_can_stand_in_for_a_state_class(name, class_name, monkeypatch):
-    """Suites that count transitions put one there."""
+    """Suites put a function there to count transitions."""
     original, made = getattr(pybreaker, class_name), []
 
     def counting(breaker, prev_state=None, notify=False):
@@ -220,8 +220,8 @@ def test_a_function_can_stand_in_for_a_state_class(name, class_name, monkeypatch
 def test_a_state_class_is_asked_to_notify_where_the_circuit_has_moved(
     name, class_name, monkeypatch
 ):
-    """And only there: what is made by hand or for a look tells nobody, and comes from
-    no other state."""
+    """A state that is made by hand, or for a new breaker, is not asked to notify and
+    has no state before it."""
     original, asked = getattr(pybreaker, class_name), []
 
     def noting(breaker, *, prev_state=None, notify=False):
@@ -239,7 +239,7 @@ def test_a_state_class_is_asked_to_notify_where_the_circuit_has_moved(
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_a_subclass_that_makes_states_makes_them_all(name, class_name):
-    """The first one, and one for each move."""
+    """The subclass makes the first state, and one for each move."""
     made = []
 
     class Maker(CircuitBreaker):
@@ -257,7 +257,7 @@ def test_a_subclass_that_makes_states_makes_them_all(name, class_name):
 
 @pytest.fixture
 def counting_states(monkeypatch):
-    """Subclasses in place of the three state classes, which count themselves."""
+    """Subclasses in place of the three state classes note each of their instances."""
     made = []
     for _, class_name in STATES:
         base = getattr(pybreaker, class_name)
@@ -274,7 +274,7 @@ def counting_states(monkeypatch):
 def test_a_breaker_with_subclassed_states_works_the_same(
     counting_states, clock, fail, recorder
 ):
-    """A whole outage, in states that a suite has put there."""
+    """The circuit goes through a whole outage in states that a suite has put there."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60, listeners=[recorder])
     with pytest.raises(CircuitBreakerError):
         breaker.call(fail)
@@ -293,7 +293,7 @@ def test_a_breaker_with_subclassed_states_works_the_same(
 
 
 def test_calls_in_a_subclassed_closed_state_are_no_trials(counting_states, fail, boom):
-    """They run side by side, and each one of them counts."""
+    """A call within another call counts, and the storage is asked for no trial."""
     storage = CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(state_storage=storage)
 
@@ -311,7 +311,7 @@ def test_calls_in_a_subclassed_closed_state_are_no_trials(counting_states, fail,
 
 
 def test_the_gate_is_open_while_the_circuit_is_closed(shelter):
-    """It lets pass, and does not run the function."""
+    """The gate lets a call pass, and does not run the function."""
     breaker, work = CircuitBreaker(), mock.Mock()
     with shelter(breaker):
         assert breaker.state.before_call(work, 1, key="value") is None
@@ -319,7 +319,7 @@ def test_the_gate_is_open_while_the_circuit_is_closed(shelter):
 
 
 def test_the_gate_is_shut_while_the_circuit_is_open(shelter, clock):
-    """It raises as a call would, until the very end of the timeout."""
+    """The gate raises as a call would, until the very end of the timeout."""
     breaker, work = CircuitBreaker(reset_timeout=60, name="db"), mock.Mock()
     breaker.open()
     clock.advance(59)
@@ -338,7 +338,7 @@ def test_the_gate_is_shut_while_the_circuit_is_open(shelter, clock):
 
 
 def test_the_gate_half_opens_when_the_timeout_has_passed(shelter, clock, recorder):
-    """By the breaker's own half_open(), and without running the function."""
+    """The gate calls the breaker's own half_open(), and does not run the function."""
     breaker, work = CircuitBreaker(reset_timeout=60, listeners=[recorder]), mock.Mock()
     breaker.open()
     clock.advance(60)
@@ -355,7 +355,8 @@ def test_the_gate_half_opens_when_the_timeout_has_passed(shelter, clock, recorde
 
 @pytest.mark.parametrize("begin", ["open", "half_open"])
 def test_the_gate_does_not_take_the_place(shelter, clock, begin):
-    """It lets pass any number, and a guarded call after it is the trial."""
+    """The gate lets any number of calls pass, and a guarded call after them is the
+    trial."""
     breaker = CircuitBreaker(reset_timeout=60)
     getattr(breaker, begin)()
     clock.advance(60)
@@ -368,7 +369,7 @@ def test_the_gate_does_not_take_the_place(shelter, clock, begin):
 
 
 def test_the_gate_is_shut_while_a_trial_runs(clock):
-    """Somebody else's trial, that is: the trial itself may pass."""
+    """The gate is shut for another thread, and open within the trial."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.half_open()
 
@@ -382,7 +383,7 @@ def test_the_gate_is_shut_while_a_trial_runs(clock):
 
 
 def test_the_gate_of_an_old_state_asks_the_present_one(shelter, clock):
-    """Code holds on to whatever state it once saw."""
+    """Code may hold the state object of an era that is over."""
     breaker = CircuitBreaker(reset_timeout=60)
     closed = breaker.state
     breaker.open()
@@ -412,7 +413,8 @@ def test_a_success_handed_to_the_closed_state_forgets_the_failures(shelter, reco
 def test_an_error_handed_to_the_closed_state_is_counted(
     shelter, recorder, boom, reraise
 ):
-    """_handle_error() settles like a call that failed, and raises if it should."""
+    """_handle_error() settles like a call that failed; `reraise` says whether it
+    raises."""
     breaker, error = CircuitBreaker(listeners=[recorder]), boom()
     with shelter(breaker):
         if reraise:
@@ -430,7 +432,8 @@ def test_an_error_handed_to_the_closed_state_is_counted(
 def test_an_error_that_opens_the_circuit_is_raised_whatever_reraise_says(
     shelter, boom, begin, reraise
 ):
-    """As CircuitBreakerError from the error."""
+    """The circuit opens, and CircuitBreakerError is raised from the error handed
+    over."""
     breaker, error = CircuitBreaker(fail_max=1), boom()
     getattr(breaker, begin)()
     with shelter(breaker), pytest.raises(CircuitBreakerError) as raised:
@@ -443,7 +446,7 @@ def test_an_error_that_opens_the_circuit_is_raised_whatever_reraise_says(
 def test_an_error_that_opens_the_circuit_is_raised_itself_where_that_is_asked(
     shelter, boom, reraise
 ):
-    """With throw_new_error_on_trip=False."""
+    """The breaker is made with throw_new_error_on_trip=False."""
     breaker = CircuitBreaker(fail_max=1, throw_new_error_on_trip=False)
     error = boom()
     with shelter(breaker), pytest.raises(boom) as raised:
@@ -453,7 +456,7 @@ def test_an_error_that_opens_the_circuit_is_raised_itself_where_that_is_asked(
 
 
 def test_an_excluded_error_handed_to_a_state_is_a_success(shelter, recorder):
-    """It forgets the failures, and is raised only if it should be."""
+    """The count goes back to 0, and `reraise` says whether the error is raised."""
     breaker = CircuitBreaker(exclude=[ValueError], listeners=[recorder])
     breaker.fail_counter = 3
     with shelter(breaker):
@@ -465,7 +468,7 @@ def test_an_excluded_error_handed_to_a_state_is_a_success(shelter, recorder):
 
 
 def test_an_error_that_is_handed_over_is_raised_untouched(boom):
-    """With the cause that it came with."""
+    """The error keeps the cause that it came with."""
     exc = boom()
     exc.__cause__ = cause = OSError()
     with pytest.raises(boom) as raised:
@@ -475,7 +478,7 @@ def test_an_error_that_is_handed_over_is_raised_untouched(boom):
 
 
 def test_an_abandonment_handed_to_a_state_tells_nothing(shelter, recorder):
-    """The cancelled task of code that drives by hand is no failure."""
+    """A cancelled task of code that drives by hand is no failure."""
     breaker = CircuitBreaker(fail_max=1, listeners=[recorder])
     with shelter(breaker):
         breaker.state._handle_error(asyncio.CancelledError(), reraise=False)
@@ -485,7 +488,7 @@ def test_an_abandonment_handed_to_a_state_tells_nothing(shelter, recorder):
 
 
 def test_successes_handed_to_the_half_open_state_close_the_circuit(shelter):
-    """When there are success_threshold of them."""
+    """The circuit closes with the success that reaches success_threshold."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
     with shelter(breaker):
@@ -496,7 +499,7 @@ def test_successes_handed_to_the_half_open_state_close_the_circuit(shelter):
 
 
 def test_an_outcome_handed_over_gives_no_place_back(recorder):
-    """The trial that really runs keeps it."""
+    """A trial that runs meanwhile keeps its place."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
 
@@ -530,7 +533,7 @@ SETTLING = [hand_over_success, hand_over_error, count_and_fail, conclude_success
 
 @pytest.mark.parametrize("settle", SETTLING)
 def test_an_open_state_moves_nothing(shelter, settle, clock):
-    """Neither the counters nor the circuit nor its timeout."""
+    """The counters, the circuit and its timeout stay as they are."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60, success_threshold=2)
     breaker.fail_counter = 1
     breaker.open()
@@ -547,7 +550,7 @@ def test_an_open_state_moves_nothing(shelter, settle, clock):
 @pytest.mark.parametrize("held", ["close", "half_open"])
 @pytest.mark.parametrize("present", ["close", "half_open"])
 def test_the_state_of_an_earlier_era_moves_nothing(shelter, settle, held, present):
-    """The work of a driver may end late like any call."""
+    """Code that drives by hand may settle late, as a call may end late."""
     breaker = CircuitBreaker(fail_max=3)
     getattr(breaker, held)()
     state = breaker.state
@@ -562,7 +565,6 @@ def test_the_state_of_an_earlier_era_moves_nothing(shelter, settle, held, presen
 
 @pytest.mark.parametrize("settle", SETTLING[:2])
 def test_listeners_hear_of_a_late_outcome_handed_over(shelter, settle, recorder):
-    """As they do of any late outcome."""
     breaker = CircuitBreaker()
     state = breaker.state
     breaker.close()
@@ -573,7 +575,7 @@ def test_listeners_hear_of_a_late_outcome_handed_over(shelter, settle, recorder)
 
 
 def test_the_bare_parts_open_the_circuit_at_the_limit(shelter, boom):
-    """_inc_counter() counts, on_failure() decides."""
+    """_inc_counter() counts the failure, on_failure() decides on the trip."""
     breaker, error = CircuitBreaker(fail_max=2), boom()
     state = breaker.state
     with shelter(breaker):
@@ -588,7 +590,7 @@ def test_the_bare_parts_open_the_circuit_at_the_limit(shelter, boom):
 
 
 def test_on_failure_alone_counts_nothing(shelter, boom):
-    """Counting is the other part."""
+    """Counting is left to _inc_counter()."""
     breaker = CircuitBreaker(fail_max=2)
     with shelter(breaker):
         breaker.state.on_failure(boom())
@@ -596,7 +598,7 @@ def test_on_failure_alone_counts_nothing(shelter, boom):
 
 
 def test_on_failure_reopens_a_half_open_circuit(shelter, boom):
-    """Whatever the count is."""
+    """One failure is enough, whatever the count is."""
     breaker = CircuitBreaker()
     breaker.half_open()
     with shelter(breaker), pytest.raises(CircuitBreakerError, match="Trial call"):
@@ -605,7 +607,7 @@ def test_on_failure_reopens_a_half_open_circuit(shelter, boom):
 
 
 def test_on_failure_raises_the_error_itself_where_that_is_asked(shelter, boom):
-    """With throw_new_error_on_trip=False."""
+    """The breaker is made with throw_new_error_on_trip=False."""
     breaker, error = CircuitBreaker(throw_new_error_on_trip=False), boom()
     breaker.half_open()
     with shelter(breaker), pytest.raises(boom) as raised:
@@ -614,7 +616,7 @@ def test_on_failure_raises_the_error_itself_where_that_is_asked(shelter, boom):
 
 
 def test_on_success_closes_a_half_open_circuit(shelter):
-    """At success_threshold."""
+    """The circuit closes at success_threshold."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.half_open()
     with shelter(breaker):
@@ -649,7 +651,7 @@ async def drive_by_handle(breaker, func, *args):
 
 
 async def drive_by_gate(breaker, func, *args):
-    """The same by the gate of the state."""
+    """A service for asyncio that drives by the gate of the state."""
     with breaker._lock:
         breaker.state.before_call(func, *args)
         state = breaker.state
@@ -665,7 +667,7 @@ async def drive_by_gate(breaker, func, *args):
 
 
 async def drive_by_parts(breaker, func, *args):
-    """The same by the bare parts."""
+    """A service for asyncio that drives by the gate and by the bare parts."""
     with breaker._lock:
         breaker.state.before_call(func, *args)
     try:
@@ -685,7 +687,8 @@ async def drive_by_parts(breaker, func, *args):
 
 @pytest.mark.parametrize("drive", [drive_by_handle, drive_by_gate, drive_by_parts])
 def test_a_service_that_drives_by_hand_survives_an_outage(drive, boom, recorder):
-    """Failures open the circuit, it rejects, half-opens, fails again, recovers."""
+    """The circuit opens, rejects, half-opens, fails a trial, half-opens and
+    recovers."""
 
     async def work(error=None):
         await asyncio.sleep(0)
@@ -727,7 +730,8 @@ def test_a_service_that_drives_by_hand_survives_an_outage(drive, boom, recorder)
 
 
 def test_tasks_that_are_driven_by_hand_open_the_circuit_once(boom, recorder):
-    """The states that they hold are late by then, and change nothing."""
+    """A task that settles after the opening holds the closed state, and changes
+    nothing."""
     breaker = CircuitBreaker(fail_max=3, listeners=[recorder])
 
     async def main():
@@ -801,7 +805,7 @@ def test_a_test_that_writes_the_timeout_ends_it(fail):
 def test_a_private_name_can_be_patched_for_a_while(
     private, public, value, patch, monkeypatch
 ):
-    """By unittest.mock as by pytest, and all is as before when it is over."""
+    """unittest.mock and pytest patch the name, and undo the patch afterwards."""
     breaker = CircuitBreaker()
     before, written = getattr(breaker, public), value
     if private == "_state_storage":
@@ -817,7 +821,8 @@ def test_a_private_name_can_be_patched_for_a_while(
 
 
 def test_a_suite_may_replace_a_breaker_by_a_mock_of_it():
-    """Made like the class, or like a breaker, whatever attributes those have."""
+    """The mock is made like the class, or like a breaker, with all of their
+    attributes."""
     for like in (CircuitBreaker, CircuitBreaker()):
         breaker = mock.create_autospec(like, instance=True, current_state="open")
         breaker.call(int, "5")
@@ -830,7 +835,7 @@ def test_a_suite_may_replace_a_breaker_by_a_mock_of_it():
 
 
 def test_a_listener_slipped_into_the_list_is_told(recorder):
-    """Code appends to breaker._listeners; who was there goes on hearing."""
+    """Code appends to breaker._listeners, and removes from that list."""
     breaker = CircuitBreaker()
     breaker.call(int)
     breaker._listeners.append(recorder)
@@ -843,7 +848,7 @@ def test_a_listener_slipped_into_the_list_is_told(recorder):
 
 
 def test_a_list_once_taken_stays_the_breakers_list(recorder):
-    """Adding and removing by the front door does not part them for good."""
+    """add_listener() and remove_listener() do not detach that list from the breaker."""
     breaker = CircuitBreaker()
     other = CircuitBreakerListener()
     assert breaker._listeners is breaker._listeners
@@ -866,7 +871,7 @@ def test_the_listeners_can_be_replaced(recorder):
 
 
 def test_an_exclusion_slipped_into_the_list_counts(boom, fail):
-    """Code appends to breaker._excluded_exceptions."""
+    """Code appends an exception class to breaker._excluded_exceptions."""
     breaker = CircuitBreaker()
     breaker._excluded_exceptions.append(boom)
     with pytest.raises(boom):
@@ -875,7 +880,7 @@ def test_an_exclusion_slipped_into_the_list_counts(boom, fail):
 
 
 def test_a_listener_may_keep_a_success_counter_on_the_breaker():
-    """The breaker has no _success_counter, so that the one it finds is its own."""
+    """A breaker has no _success_counter, so the listener finds only its own."""
 
     class CountingListener(CircuitBreakerListener):
         def success(self, cb):
@@ -892,7 +897,7 @@ def test_a_listener_may_keep_a_success_counter_on_the_breaker():
 
 
 def test_the_lock_is_reentrant_and_shuts_others_out():
-    """Code takes it around several steps, and calls within."""
+    """Code takes the lock around several steps, and makes guarded calls within."""
     breaker = CircuitBreaker()
     with breaker._lock, breaker._lock:
         assert breaker.call(int) == 0
@@ -902,7 +907,7 @@ def test_the_lock_is_reentrant_and_shuts_others_out():
 
 
 def test_guarded_calls_run_without_the_lock():
-    """In every state, and so for the trial as well."""
+    """The lock is free while the function runs, in every state and during a trial."""
     breaker = CircuitBreaker()
     assert not breaker.call(is_locked, breaker)
     breaker.half_open()
@@ -910,7 +915,8 @@ def test_guarded_calls_run_without_the_lock():
 
 
 def test_every_failure_is_counted_through_inc_counter_under_the_lock(clock, fail, boom):
-    """The breaker's own: a function put there is what counts."""
+    """A function that code puts in the place of breaker._inc_counter counts the
+    failures."""
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60)
     seen = []
 
@@ -955,7 +961,8 @@ def test_a_counter_that_is_patched_on_the_class_counts_for_breakers_made_before(
 def test_a_subclass_that_counts_each_failure_twice_opens_the_circuit_in_half_the_calls(
     fail, boom
 ):
-    """The counter is compared with fail_max after the counting, whoever counts."""
+    """The breaker compares the count with fail_max after its _inc_counter() has
+    returned."""
 
     class Twice(CircuitBreaker):
         def _inc_counter(self):
@@ -1000,7 +1007,7 @@ def start_threads(target, n):
 
 
 def test_failures_are_not_lost_to_a_slow_counter(fail, boom):
-    """The classic suite: the counter is read, others get a turn, it is written."""
+    """Other threads run between the counter's reading and its writing."""
     breaker = CircuitBreaker(fail_max=3000)
 
     def _inc_counter(self):
@@ -1024,7 +1031,7 @@ def test_failures_are_not_lost_to_a_slow_counter(fail, boom):
 
 
 def test_a_slow_counter_does_not_pass_the_limit(fail, boom):
-    """The classic suite: many fail at once, and exactly fail_max are counted."""
+    """Many calls fail at once, and exactly fail_max failures are counted."""
     trips = []
 
     class Listener(CircuitBreakerListener):
@@ -1054,7 +1061,7 @@ def test_a_slow_counter_does_not_pass_the_limit(fail, boom):
 
 
 def test_a_storage_whose_counter_is_slow_does_not_lose_a_success(fail, boom):
-    """The classic suite on successes: each resets what was counted."""
+    """The success sets the count of many threads' failures back to 0."""
     breaker = CircuitBreaker(fail_max=3000)
     started = threading.Event()
 
@@ -1078,13 +1085,13 @@ def test_a_storage_whose_counter_is_slow_does_not_lose_a_success(fail, boom):
 
 @pytest.mark.parametrize("throws", [True, False])
 def test_open_returns_throw_new_error_on_trip(throws):
-    """Overriding code returns it on, too."""
+    """An open() that overrides this one returns the same value."""
     breaker = CircuitBreaker(throw_new_error_on_trip=throws)
     assert breaker.open() is throws
 
 
 def test_trips_and_recoveries_go_through_the_breakers_own_methods(clock, fail):
-    """mock.patch.object with wraps sees each of them, once."""
+    """mock.patch.object with wraps sees each method called once."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     with mock.patch.object(breaker, "open", wraps=breaker.open) as opened:
         with pytest.raises(CircuitBreakerError):
@@ -1105,7 +1112,8 @@ def test_trips_and_recoveries_go_through_the_breakers_own_methods(clock, fail):
 
 
 def test_a_breaker_whose_open_is_a_mock_raises_but_stays_closed(fail):
-    """The mock's result is true, and it has opened nothing."""
+    """The mock returns something true, so the failure raises; the mock opens
+    nothing."""
     breaker = CircuitBreaker(fail_max=1)
     with mock.patch.object(breaker, "open") as opened:
         with pytest.raises(CircuitBreakerError):
@@ -1115,7 +1123,7 @@ def test_a_breaker_whose_open_is_a_mock_raises_but_stays_closed(fail):
 
 
 def test_a_call_is_rejected_where_half_open_does_nothing(clock):
-    """A half_open() that declines keeps the circuit open, and the place free."""
+    """A half_open() that moves nothing leaves the circuit open, and the place free."""
     breaker, work = CircuitBreaker(reset_timeout=60), mock.Mock(return_value=1)
     breaker.open()
     clock.advance(60)
@@ -1129,7 +1137,7 @@ def test_a_call_is_rejected_where_half_open_does_nothing(clock):
 
 
 def test_looking_at_a_breaker_makes_no_state(monkeypatch):
-    """A state class that a project has put in the place of ours is made for eras."""
+    """A project's own state class is instantiated for eras only."""
     made = []
 
     class Noted(CircuitOpenState):
@@ -1140,7 +1148,7 @@ def test_looking_at_a_breaker_makes_no_state(monkeypatch):
     monkeypatch.setattr(pybreaker, "CircuitOpenState", Noted)
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
-    breaker._state_storage.state = "".join(["op", "en"])  # equal, and not the same
+    breaker._state_storage.state = "".join(["op", "en"])  # equal, not the same string
     assert breaker.retry_after == math.inf
     assert "open" in repr(breaker)
     assert breaker.snapshot()["state"] == "open"
@@ -1148,7 +1156,7 @@ def test_looking_at_a_breaker_makes_no_state(monkeypatch):
 
 
 def test_where_half_open_does_nothing_the_error_has_the_usual_words(clock):
-    """Code in the field takes it for the rejection that it is."""
+    """Code in the field recognizes the rejection by its words."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(60)
@@ -1159,7 +1167,7 @@ def test_where_half_open_does_nothing_the_error_has_the_usual_words(clock):
 
 @pytest.mark.parametrize(("name", "class_name"), STATES)
 def test_create_new_state_makes_a_state_and_moves_nothing(name, class_name, recorder):
-    """Suites call it with the constants."""
+    """Suites call _create_new_state() with the constants."""
     breaker = CircuitBreaker(listeners=[recorder])
     present = breaker.state
     state = breaker._create_new_state(name)
@@ -1171,7 +1179,7 @@ def test_create_new_state_makes_a_state_and_moves_nothing(name, class_name, reco
 
 @pytest.mark.parametrize("name", ["OPEN", "unknown", "", None])
 def test_create_new_state_refuses_an_unknown_name(name):
-    """It says which names there are."""
+    """The error says which names there are."""
     with pytest.raises(ValueError, match="'closed', 'open' or 'half-open'"):
         CircuitBreaker()._create_new_state(name)
 
@@ -1195,14 +1203,15 @@ class RefusingBreaker(CircuitBreaker):
 
 
 def test_a_subclass_that_overrides_call_sees_every_call():
-    """With the function and its arguments; what it returns is the result."""
+    """The subclass's call() gets the function and its arguments, and returns the
+    result."""
     breaker = RefusingBreaker()
     assert breaker.call(divmod, 7, 2) == (3, 1)
     assert breaker.calls == [(divmod, (7, 2), {})]
 
 
 def test_a_subclass_that_refuses_keeps_decorated_functions_from_running():
-    """And once it lets pass, the breaker guards them as ever."""
+    """Once the subclass lets calls pass, the breaker guards them as ever."""
     breaker, ran = RefusingBreaker(fail_max=2), []
 
     @breaker
@@ -1229,7 +1238,7 @@ def test_a_subclass_that_refuses_keeps_decorated_functions_from_running():
 
 
 def test_a_subclass_that_refuses_keeps_coroutines_from_running():
-    """Decorated ones stay coroutine functions, and are refused when awaited."""
+    """A decorated function stays a coroutine function, and is refused when awaited."""
     breaker, ran = RefusingBreaker(fail_max=1), []
 
     @breaker
@@ -1254,7 +1263,8 @@ def test_a_subclass_that_refuses_keeps_coroutines_from_running():
 
 
 def test_a_subclass_that_refuses_keeps_generators_from_running():
-    """Decorated ones stay generator functions, and are refused by the first next."""
+    """A decorated function stays a generator function, and its first next() is
+    refused."""
     breaker = RefusingBreaker(fail_max=1)
 
     @breaker
@@ -1275,7 +1285,7 @@ def test_a_subclass_that_refuses_keeps_generators_from_running():
 
 
 def test_a_subclass_may_hold_the_lock_around_the_call(fail, boom):
-    """As call() was written in older releases."""
+    """Like older releases, some subclasses hold the lock in call()."""
 
     class Queueing(CircuitBreaker):
         def call(self, func, *args, **kwargs):
@@ -1292,7 +1302,7 @@ def test_a_subclass_may_hold_the_lock_around_the_call(fail, boom):
 
 
 def test_a_subclass_that_overrides_decoration_is_what_decorates(fail):
-    """__call__ may wrap on its own, by super() and by call()."""
+    """A subclass's __call__ may wrap on its own, by super() and by call()."""
 
     class Falling(CircuitBreaker):
         def __call__(self, func, fallback=None):
@@ -1314,7 +1324,8 @@ def test_a_subclass_that_overrides_decoration_is_what_decorates(fail):
 
 
 def test_a_subclass_that_overrides_is_system_error_decides():
-    """Decorated, called and driven by hand."""
+    """is_system_error() is asked for calls that are decorated, direct or driven by
+    hand."""
 
     class HttpError(Exception):
         def __init__(self, status):
@@ -1348,7 +1359,7 @@ def test_a_subclass_that_overrides_is_system_error_decides():
 
 
 def test_a_subclass_that_overrides_the_transitions_is_asked_for_each(clock, fail):
-    """It calls super(), and hands on what open() returns."""
+    """The subclass calls super(), and returns what open() returns."""
     moves = []
 
     class Watched(CircuitBreaker):
@@ -1387,7 +1398,7 @@ def test_a_subclass_that_overrides_the_transitions_is_asked_for_each(clock, fail
 
 
 def test_a_subclass_whose_open_returns_false_raises_the_original_error(fail, boom):
-    """What open() returns says what the failure raises."""
+    """A failure raises the new error only if open() returns something true."""
 
     class Quiet(CircuitBreaker):
         def open(self):
@@ -1401,7 +1412,7 @@ def test_a_subclass_whose_open_returns_false_raises_the_original_error(fail, boo
 
 
 def test_a_subclass_may_ask_for_more_trials_instead_of_closing():
-    """Its close() half-opens the circuit, and these are counted from 0."""
+    """The subclass's close() half-opens the circuit, and trials are counted from 0."""
 
     class Careful(CircuitBreaker):
         is_sure = False
@@ -1423,7 +1434,7 @@ def test_a_subclass_may_ask_for_more_trials_instead_of_closing():
 
 
 def test_a_subclass_sets_attributes_of_its_own():
-    """Before super().__init__() and after it."""
+    """The subclass sets attributes before super().__init__() and after it."""
 
     class Tagged(CircuitBreaker):
         def __init__(self, tags, **kwargs):
@@ -1545,7 +1556,7 @@ def test_an_endpoint_answers_503_while_the_circuit_is_open(clock):
 
 
 def test_a_worker_retries_on_the_error_by_its_class(clock):
-    """A task queue pickles the error, and retries after it."""
+    """A task queue pickles the error, and retries when `retry_after` has passed."""
     breaker, attempts = CircuitBreaker(reset_timeout=60, name="mail"), []
     breaker.open()
 
@@ -1593,8 +1604,9 @@ def test_code_tells_rejections_from_trips_by_their_words(clock, fail):
     assert "Trial call failed, circuit breaker opened" in str(reopened.value)
 
 
-def test_breakers_for_hosts_live_in_a_dict_of_threads():
-    """One for each host, made on demand, used by a pool."""
+def test_breakers_for_hosts_live_in_a_dict_that_threads_share():
+    """The dict has a breaker for each host, and a pool of threads calls through
+    them."""
     breakers = {host: CircuitBreaker(fail_max=2, name=host) for host in "abc"}
 
     def fetch(host):
@@ -1661,7 +1673,7 @@ def test_a_frozen_time_that_ticks_by_itself_ends_the_timeout(fail):
 
 
 def test_the_error_of_a_trip_into_a_mocked_state_can_be_read(fail):
-    """The mock has no time to tell, so the storage is asked."""
+    """The mock knows no time to wait, so the error takes that time from the storage."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60, name="db")
     with mock.patch("pybreaker.CircuitOpenState"):
         with pytest.raises(CircuitBreakerError, match="threshold reached") as info:
@@ -1669,10 +1681,10 @@ def test_the_error_of_a_trip_into_a_mocked_state_can_be_read(fail):
     assert "next trial in" in str(info.value)
 
 
-def test_a_state_class_in_the_place_of_one_hears_how_guarded_calls_end(
+def test_a_state_class_of_a_project_hears_how_guarded_calls_end(
     monkeypatch, fail, boom
 ):
-    """Its on_success and on_failure are what decides."""
+    """The on_success and on_failure of the project's class decide."""
     heard = []
 
     class WatchedState(pybreaker.CircuitClosedState):
@@ -1691,7 +1703,7 @@ def test_a_state_class_in_the_place_of_one_hears_how_guarded_calls_end(
     breaker.call(int)
     assert heard == [failed.value, "success"]
     assert breaker.fail_counter == 0
-    breaker(int)()  # there is nothing to forget, and it is asked all the same
+    breaker(int)()  # no failure to forget, and on_success is asked all the same
     assert heard[2:] == ["success"]
     breaker.fail_max = 1
     with pytest.raises(CircuitBreakerError):
@@ -1700,7 +1712,7 @@ def test_a_state_class_in_the_place_of_one_hears_how_guarded_calls_end(
 
 
 def test_an_open_method_that_returns_nothing_lets_the_trip_raise_its_error(fail):
-    """Such are those of subclasses that are older than throw_new_error_on_trip."""
+    """Subclasses that are older than throw_new_error_on_trip have such a method."""
 
     class Old(CircuitBreaker):
         def open(self):

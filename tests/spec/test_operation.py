@@ -30,7 +30,7 @@ def log(caplog):
 
 
 def test_each_transition_is_logged_with_its_reason(log, clock, fail, boom):
-    """Openings are warnings, as somebody may have to do something."""
+    """Openings are warnings, because an operator may have to act."""
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60, name="db")
     for _ in range(2):
         with pytest.raises((boom, CircuitBreakerError)):
@@ -67,7 +67,7 @@ def test_each_transition_is_logged_with_its_reason(log, clock, fail, boom):
     ("move", "level"), [("open", "WARNING"), ("half_open", "INFO"), ("close", "INFO")]
 )
 def test_a_move_by_hand_is_logged_as_one(move, level, log):
-    """And an unnamed breaker is called that."""
+    """The log calls a breaker without a name an unnamed one."""
     breaker = CircuitBreaker()
     getattr(breaker, move)()
     [(logged, text)] = log()
@@ -77,9 +77,9 @@ def test_a_move_by_hand_is_logged_as_one(move, level, log):
 
 
 def test_a_change_found_in_the_storage_is_logged_as_that(log):
-    """Nobody here knows why it was made."""
+    """This breaker cannot know why another program made the change."""
     breaker = CircuitBreaker()
-    storage_of(breaker).state = "".join(["op", "en"])  # as read from somewhere
+    storage_of(breaker).state = "".join(["op", "en"])  # equal, not the same string
     assert breaker.state.name == "open"
     ((level, text),) = log()
     assert level == "WARNING"
@@ -87,7 +87,7 @@ def test_a_change_found_in_the_storage_is_logged_as_that(log):
 
 
 def test_a_circuit_that_is_found_closed_is_logged_with_the_count_it_begins_with(log):
-    """Which is 0 where the one that it was found with would open it at once."""
+    """The count begins at 0 where the count that was found would open the circuit."""
     breaker = CircuitBreaker(fail_max=2)
     breaker.open()
     breaker.fail_counter = 5
@@ -97,7 +97,7 @@ def test_a_circuit_that_is_found_closed_is_logged_with_the_count_it_begins_with(
 
 
 def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
-    """Not when some other call gets through, which may be much later."""
+    """A call that gets through may come much later."""
     breaker = CircuitBreaker()
     storage_of(breaker).opened_at = datetime.datetime.now(datetime.timezone.utc)
     storage_of(breaker).state = "open"
@@ -107,7 +107,7 @@ def test_a_change_that_a_rejected_call_has_found_is_logged_with_that_call(log):
 
 
 def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
-    """A trial may take its time, and somebody may watch the log meanwhile."""
+    """A trial may take its time, and an operator may watch the log meanwhile."""
     breaker = CircuitBreaker(reset_timeout=60)
 
     def told():
@@ -124,7 +124,7 @@ def test_a_half_opening_is_logged_when_the_trial_begins(log, clock):
 
 
 def test_a_change_is_logged_with_the_count_that_it_left(log):
-    """Somebody else closed the circuit, and has seen failures since."""
+    """Another program closed the circuit, and has counted failures since."""
     breaker = CircuitBreaker(fail_max=5)
     breaker.open()
     storage_of(breaker).counter = 2
@@ -134,7 +134,7 @@ def test_a_change_is_logged_with_the_count_that_it_left(log):
 
 
 def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
-    """It has a reason of its own, which only the listener knows."""
+    """Only the listener knows the reason for its own move."""
 
     class Reopens(pybreaker.CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
@@ -149,7 +149,8 @@ def test_what_a_listener_does_because_of_a_transition_is_by_hand(log, fail):
 
 
 def test_a_state_knows_why_it_began(clock, fail, boom):
-    """Listeners are told with it, and it is there to be looked up later."""
+    """Listeners are told of states with their reasons, and breaker.state keeps its
+    own."""
     told = []
 
     class Scribe:
@@ -179,13 +180,13 @@ def test_a_state_knows_why_it_began(clock, fail, boom):
 
 
 def test_a_name_cannot_forge_a_line_in_the_log(log):
-    """What breaks lines is shown escaped."""
+    """Characters that break lines are shown escaped."""
     CircuitBreaker(name="a\nb").open()
     assert r"'a\nb'" in log()[0][1]
 
 
 def test_an_exception_that_cannot_be_shown_is_named(log):
-    """Its class is better than nothing, and than an error in the log."""
+    """The log shows the exception's class instead."""
 
     class Mute(Exception):
         def __repr__(self):
@@ -200,7 +201,7 @@ def test_an_exception_that_cannot_be_shown_is_named(log):
 
 
 def test_nothing_is_printed_unless_logging_is_configured():
-    """Not even warnings, which Python prints for want of anything better."""
+    """Python itself would print warnings where no handler is configured."""
     code = "import pybreaker; pybreaker.CircuitBreaker().open()"
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -213,7 +214,7 @@ def test_nothing_is_printed_unless_logging_is_configured():
 
 
 def test_a_handler_may_wait_for_another_thread_that_uses_the_breaker(log):
-    """It is called when the lock has been released."""
+    """A log handler is called after the lock has been released."""
 
     class Waits(logging.Handler):
         def emit(self, record):
@@ -240,7 +241,7 @@ def test_a_handler_may_wait_for_another_thread_that_uses_the_breaker(log):
 
 
 def test_a_broken_filter_changes_nothing(log, recorder):
-    """The log is not what the caller came for."""
+    """The caller gets the function's result although the filter raises."""
 
     def broken(record):
         raise RuntimeError
@@ -256,7 +257,7 @@ def test_a_broken_filter_changes_nothing(log, recorder):
 
 
 def test_a_snapshot_tells_all_of_a_closed_circuit(fail, boom):
-    """As a dict that `json.dumps` takes."""
+    """The snapshot is a dict that `json.dumps` takes."""
     breaker = CircuitBreaker(name="db")
     with pytest.raises(boom):
         breaker.call(fail)
@@ -294,7 +295,7 @@ def test_a_snapshot_tells_when_a_circuit_opened_and_when_to_come_back(clock):
 
 
 def test_a_snapshot_still_tells_of_the_last_opening_when_the_circuit_is_closed():
-    """An operator asks about it afterwards."""
+    """An operator asks about the last opening afterwards."""
     breaker = CircuitBreaker()
     breaker.open()
     opened_at = breaker.snapshot()["opened_at"]
@@ -304,7 +305,7 @@ def test_a_snapshot_still_tells_of_the_last_opening_when_the_circuit_is_closed()
 
 @pytest.mark.parametrize("watch", [CircuitBreaker.snapshot, repr])
 def test_an_operator_is_told_what_the_storage_says(watch):
-    """Though no call has yet found that somebody else has opened the circuit."""
+    """No call has yet found that another program has opened the circuit."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     told = str(watch(breaker))
     assert "closed" in told
@@ -327,7 +328,8 @@ def test_a_snapshot_has_none_where_there_is_no_end():
 
 
 def test_a_snapshot_is_of_one_moment(clock):
-    """It is taken under the lock: whoever holds that is waited for."""
+    """The snapshot is taken under the lock, so it waits for a thread that holds the
+    lock."""
     breaker, taken = CircuitBreaker(), []
     thread = threading.Thread(target=lambda: taken.append(breaker.snapshot()))
     with lock_of(breaker):
@@ -340,8 +342,8 @@ def test_a_snapshot_is_of_one_moment(clock):
 
 
 def test_the_child_of_a_fork_begins_with_a_free_lock_and_a_free_place(clock):
-    """What the parent's threads hold is theirs. (This is what is done in the
-    child; that it is done is for tests that fork.)"""
+    """The child takes nothing over that the parent's threads hold. (This test does what
+    the child does; tests that fork show that the child does it.)"""
     breaker = CircuitBreaker()
     breaker.half_open()
     trial = breaker.calling()

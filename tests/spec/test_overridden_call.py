@@ -51,7 +51,7 @@ def raising(exc):
 
 @BLOCKS
 def test_a_subclass_that_refuses_calls_refuses_blocks(block, recorder):
-    """The body does not run, nothing is counted, and nobody is told."""
+    """The body does not run, nothing is counted, and no listener is told."""
     breaker, ran = Switchable(listeners=[recorder]), []
     breaker.enabled = False
     with pytest.raises(CircuitBreakerError, match="switched off"):
@@ -64,7 +64,7 @@ def test_a_subclass_that_refuses_calls_refuses_blocks(block, recorder):
 
 @BLOCKS
 def test_call_receives_a_generator_function_that_yields_once(block):
-    """Once for each block, without further arguments."""
+    """call() gets the function once for each block, without further arguments."""
     breaker = Switchable()
     block(breaker, int)
     ((func, args, kwargs),) = breaker.seen
@@ -75,7 +75,7 @@ def test_call_receives_a_generator_function_that_yields_once(block):
 
 @BLOCKS
 def test_listeners_hear_of_the_function_that_call_received(block, recorder):
-    """In place of breaker.calling, which they hear of elsewhere."""
+    """For blocks of other breakers listeners hear of breaker.calling instead."""
     breaker = Switchable(listeners=[recorder])
     block(breaker, int)
     assert recorder.events == [
@@ -104,7 +104,7 @@ def test_a_block_that_call_lets_pass_is_guarded(block, recorder):
 @BLOCKS
 @pytest.mark.parametrize("exc", [Boom(), KeyError(), StopIteration(), SystemExit()])
 def test_what_a_block_raises_reaches_the_caller_as_it_is(block, exc):
-    """A StopIteration too, which the inside of a generator cannot raise."""
+    """This holds for StopIteration, which code inside a generator cannot raise."""
     if block is async_with_block and isinstance(exc, StopIteration):
         pytest.skip("a coroutine cannot raise StopIteration")
     breaker = Switchable(exclude=[KeyError])
@@ -118,7 +118,7 @@ def test_what_a_block_raises_reaches_the_caller_as_it_is(block, exc):
 
 @BLOCKS
 def test_a_block_can_be_the_trial(block):
-    """It closes the circuit, opens it again, or gives its place back."""
+    """The block closes the circuit, opens it again, or gives its place back."""
     breaker = Switchable(reset_timeout=60)
     breaker.half_open()
     with pytest.raises(KeyboardInterrupt):
@@ -134,7 +134,7 @@ def test_a_block_can_be_the_trial(block):
 
 @BLOCKS
 def test_a_call_in_a_block_on_trial_belongs_to_it(block):
-    """It is let through, and the block decides."""
+    """The call is let through, and the block decides."""
     breaker = Switchable()
     breaker.half_open()
 
@@ -148,7 +148,7 @@ def test_a_call_in_a_block_on_trial_belongs_to_it(block):
 
 @BLOCKS
 def test_a_generator_exit_in_such_a_block_is_a_success(block, recorder):
-    """To the generator it is an early close after the yield."""
+    """To the generator of such a block a GeneratorExit is a close after its yield."""
     breaker = Switchable(listeners=[recorder])
     breaker.fail_counter = 2
     with pytest.raises(GeneratorExit):
@@ -159,7 +159,7 @@ def test_a_generator_exit_in_such_a_block_is_a_success(block, recorder):
 
 @BLOCKS
 def test_a_generator_exit_in_another_block_is_abandoned(block, recorder):
-    """Where call is the library's, nothing but the block is there to be closed."""
+    """Without an override there is no generator to close, so the call is abandoned."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.fail_counter = 2
     with pytest.raises(GeneratorExit):
@@ -170,7 +170,7 @@ def test_a_generator_exit_in_another_block_is_abandoned(block, recorder):
 
 @BLOCKS
 def test_each_calling_of_a_subclass_is_for_one_use(block):
-    """As it is for every breaker."""
+    """Each block is for one use, as with every breaker."""
     breaker = Switchable()
     calling = breaker.calling()
     breaker.calling = lambda: calling
@@ -222,7 +222,8 @@ def test_a_call_that_reads_its_function_sees_its_name():
 
 
 class Asynchronous(CircuitBreaker):
-    """Its call is a coroutine function, and only decorated calls can go through it."""
+    """Its call() is a coroutine function, and only decorated calls can go through
+    it."""
 
     calls = 0
 
@@ -233,7 +234,7 @@ class Asynchronous(CircuitBreaker):
 
 @BLOCKS
 def test_a_call_that_is_a_coroutine_function_is_passed_by(block, recorder):
-    """A block has nobody to await it, so the breaker guards the block itself."""
+    """A block cannot await call(), so the breaker guards the block itself."""
     breaker = Asynchronous(fail_max=2, listeners=[recorder])
     assert block(breaker, lambda: "done") == "done"
     assert recorder.events == [("before_call", breaker.calling, (), {}), ("success",)]
@@ -247,7 +248,7 @@ def test_a_call_that_is_a_coroutine_function_is_passed_by(block, recorder):
 
 
 def test_an_async_block_of_a_subclass_may_wait():
-    """On an event loop, beside others of its kind."""
+    """The blocks run on an event loop, side by side."""
 
     async def story(breaker):
         async def block(number):

@@ -59,7 +59,7 @@ WAYS_IN = [by_create_new_state, by_the_modules_name, by_writing_state]
 
 
 def watching(base, hook, heard):
-    """A subclass that notes the calls of one method, and leaves the rest to it."""
+    """A subclass that notes the calls of one method, and then calls the library's."""
 
     def override(self, *args, **kwargs):
         heard.append((hook, *args))
@@ -73,7 +73,7 @@ def watching(base, hook, heard):
 
 
 def raised_by(guard, breaker, work):
-    """What the caller of a guarded call gets, or None."""
+    """The exception that the caller of a guarded call gets, or None."""
     try:
         guard(breaker, work)
     except BaseException as exc:
@@ -90,7 +90,7 @@ def raised_by(guard, breaker, work):
 def test_a_method_that_hears_of_successes_is_asked_once_by_every_way_to_guard(
     hook, put_in, base, guard, monkeypatch, recorder
 ):
-    """And what it leaves to the library happens as ever."""
+    """What the method leaves to the library happens as ever."""
     heard = []
     cls = watching(base, hook, heard)
     breaker = put_in(cls, base, monkeypatch, listeners=[recorder])
@@ -113,7 +113,7 @@ def test_a_method_that_hears_of_successes_is_asked_once_by_every_way_to_guard(
 def test_a_method_that_hears_of_failures_is_asked_once_by_every_way_to_guard(
     hook, put_in, base, guard, monkeypatch, recorder
 ):
-    """With the exception, which is counted and opens the circuit as ever."""
+    """The method gets the exception, which is counted and opens the circuit as ever."""
     heard, exc = [], Boom()
 
     def work():
@@ -161,7 +161,7 @@ def closed_for_maintenance(base):
 def test_a_before_call_that_raises_keeps_the_function_from_running(
     put_in, base, guard, monkeypatch
 ):
-    """Its exception reaches the caller, nothing is counted, no place is kept."""
+    """The exception reaches the caller, nothing is counted, and no place is kept."""
     cls, ran = closed_for_maintenance(base), []
     breaker = put_in(cls, base, monkeypatch, reset_timeout=60)
     breaker.fail_counter = 2
@@ -178,7 +178,7 @@ def test_a_before_call_that_raises_keeps_the_function_from_running(
 
 
 def test_before_call_is_given_the_function_and_its_arguments(monkeypatch):
-    """As listeners are."""
+    """before_call gets what listeners get."""
     heard = []
     cls = watching(CircuitClosedState, "before_call", heard)
     breaker = by_writing_state(cls, CircuitClosedState, monkeypatch)
@@ -196,7 +196,7 @@ class Throttled(Exception):
 
 def forgiving(base):
     class Forgiving(base):
-        """Does not count what only says that there were too many calls."""
+        """Does not count exceptions that only say that there were too many calls."""
 
         throttled = 0
 
@@ -233,7 +233,7 @@ def test_a_handle_error_that_keeps_an_exception_to_itself_has_it_uncounted(
 
 def cautious(base):
     class Cautious(base):
-        """Wants to see more than one success before it takes them for one."""
+        """Leaves only the second success to the library."""
 
         seen = 0
 
@@ -249,7 +249,8 @@ def cautious(base):
 def test_a_handle_success_that_keeps_a_success_to_itself_has_it_ignored(
     put_in, base, guard, monkeypatch
 ):
-    """Until it leaves one to the library; a trial gives its place back anyway."""
+    """A success counts once the state leaves it to the library; a trial gives its place
+    back in any case."""
     cls = cautious(base)
     breaker = put_in(cls, base, monkeypatch, reset_timeout=60)
     breaker.fail_counter = 2
@@ -264,7 +265,7 @@ def test_a_handle_success_that_keeps_a_success_to_itself_has_it_ignored(
 def test_an_on_success_of_ones_own_decides_when_the_circuit_closes(
     put_in, guard, monkeypatch
 ):
-    """It counts in its own way, as programs did before success_threshold."""
+    """The state counts successes in its own way, as before success_threshold."""
 
     class Patient(CircuitHalfOpenState):
         successes = 0
@@ -307,7 +308,7 @@ def test_an_on_failure_of_ones_own_decides_when_the_circuit_opens(
 
 @pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_an_excluded_exception_reaches_handle_success(put_in, base, guard, monkeypatch):
-    """It is a success, whichever method a state has for one."""
+    """An excluded exception is a success to the state as well."""
     heard = []
     cls = watching(base, "_handle_success", heard)
     breaker = put_in(cls, base, monkeypatch, exclude=[Boom])
@@ -346,7 +347,7 @@ def test_an_abandoned_call_is_not_put_before_the_state(
 def test_a_late_call_is_not_put_before_the_state_that_admitted_it(
     hook, put_in, base, guard, monkeypatch
 ):
-    """Nor before the one that came after."""
+    """The state that came after is not asked either."""
     heard = []
     cls = watching(base, hook, heard)
     breaker = put_in(cls, base, monkeypatch)
@@ -366,7 +367,7 @@ def test_a_late_call_is_not_put_before_the_state_that_admitted_it(
 def test_a_call_within_a_trial_is_not_put_before_the_state(
     hook, put_in, guard, monkeypatch
 ):
-    """Only the trial is."""
+    """Only the outcome of the trial itself is put before the state."""
     heard, inside = [], []
     cls = watching(CircuitHalfOpenState, hook, heard)
     breaker = put_in(cls, CircuitHalfOpenState, monkeypatch)
@@ -392,7 +393,7 @@ def test_a_call_within_a_trial_is_not_put_before_the_state(
 def test_a_method_that_breaks_is_heard_of_and_keeps_no_place(
     hook, put_in, base, guard, monkeypatch
 ):
-    """Its exception reaches the caller, and the next call is admitted."""
+    """The method's exception reaches the caller, and the next call is admitted."""
 
     class Broken(base):
         pass
@@ -413,7 +414,7 @@ def test_a_method_that_breaks_is_heard_of_and_keeps_no_place(
 
 @pairwise(put_in=WAYS_IN, guard=guards.WAYS)
 def test_an_open_state_may_reject_in_its_own_words(put_in, guard, monkeypatch):
-    """As programs do that answer with an exception of their own."""
+    """Programs answer with an exception of their own."""
 
     class Polite(CircuitOpenState):
         def before_call(self, func, *args, **kwargs):
@@ -434,7 +435,8 @@ def test_an_open_state_may_reject_in_its_own_words(put_in, guard, monkeypatch):
 def test_the_gate_of_an_open_state_may_leave_everything_to_the_library(
     put_in, guard, monkeypatch, clock, recorder
 ):
-    """It rejects, and once the timeout has passed the call runs once, as the trial."""
+    """The gate rejects; once the timeout has passed the call runs once, as the
+    trial."""
     heard, ran = [], []
     cls = watching(CircuitOpenState, "before_call", heard)
     breaker = put_in(
@@ -466,14 +468,14 @@ def test_an_open_state_may_refuse_the_trial(put_in, guard, monkeypatch, clock):
     assert breaker.current_state == "closed"
 
 
-# What a state has beside these.
+# What else holds for such states.
 
 
 @pairwise(put_in=WAYS_IN, base=STATES, guard=guards.WAYS)
 def test_call_of_a_state_is_not_asked_by_guarded_calls(
     put_in, base, guard, monkeypatch
 ):
-    """It is for code that calls it."""
+    """call() of a state is for code that calls the state."""
 
     class Own(base):
         def call(self, func, *args, **kwargs):
@@ -500,7 +502,7 @@ def test_a_state_that_is_written_is_asked_by_calls_that_are_decorated_already(
 
 
 def test_a_call_that_is_in_flight_when_the_state_is_written_is_late():
-    """The state that admitted it is no longer the breaker's."""
+    """The state that admitted the call is no longer the breaker's."""
     breaker, heard = CircuitBreaker(), []
     cls = watching(CircuitClosedState, "_handle_error", heard)
     block = breaker.calling()
@@ -511,8 +513,8 @@ def test_a_call_that_is_in_flight_when_the_state_is_written_is_late():
     assert (breaker.fail_counter, heard) == (0, [])
 
 
-def test_while_a_trial_runs_the_gate_of_its_state_lets_nobody_else_in(monkeypatch):
-    """An overriding before_call that asks super rejects the others."""
+def test_while_a_trial_runs_the_gate_of_its_state_admits_no_other_call(monkeypatch):
+    """An overriding before_call that calls super() rejects other calls."""
     heard = []
     cls = watching(CircuitHalfOpenState, "before_call", heard)
     breaker = by_create_new_state(cls, CircuitHalfOpenState, monkeypatch)
@@ -525,7 +527,7 @@ def test_while_a_trial_runs_the_gate_of_its_state_lets_nobody_else_in(monkeypatc
 
 
 def test_a_state_with_hooks_serves_code_that_drives_it_by_hand():
-    """Its own methods are what such code calls."""
+    """Code that drives by hand calls the state's own methods."""
     breaker = CircuitBreaker(fail_max=1)
     cls = forgiving(CircuitClosedState)
     breaker._state = cls(breaker)

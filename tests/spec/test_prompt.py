@@ -94,7 +94,7 @@ SESSIONS = ["At a prompt", "What an operator can do"]
 
 
 def blocks():
-    """Those of the page's blocks that are sessions of an operator, by section."""
+    """The page's blocks that are sessions of an operator, by section."""
     sections = {}
     for block in blocks_of(source_of(PAGE), PAGE):
         if block.kind == "pycon" and block.section in SESSIONS:
@@ -123,7 +123,8 @@ def test_session_of_the_guide_goes_as_it_is_shown(section, texts, weather, in_fl
 
 
 def test_name_of_a_breaker_is_all_it_takes_to_know_the_situation(weather, clock, fail):
-    """While it is tripping, when it is open, and while the trial runs."""
+    """The repr tells the situation while the circuit trips, is open, and is on
+    trial."""
     prompt = Prompt(weather=weather)
     seen = [prompt.type("weather")]
     for _ in range(5):
@@ -146,7 +147,7 @@ def test_name_of_a_breaker_is_all_it_takes_to_know_the_situation(weather, clock,
 
 
 def test_completion_offers_what_an_operator_needs(weather):
-    """Nothing private among it, and pressing Tab changes nothing."""
+    """Completion offers nothing private, and pressing Tab changes nothing."""
     weather.open()
     before = weather.snapshot()
     completer = rlcompleter.Completer({"weather": weather})
@@ -172,7 +173,7 @@ def test_completion_offers_what_an_operator_needs(weather):
 
 
 def test_help_explains_all_that_completion_offers(weather):
-    """Each with words of its own."""
+    """help() has words of its own for each name."""
     text = pydoc.render_doc(weather, renderer=pydoc.plaintext)
     for name in dir(weather):
         if not name.startswith("_"):
@@ -197,7 +198,7 @@ def test_help_explains_all_that_completion_offers(weather):
     ],
 )
 def test_setting_is_read_set_and_read_again(weather, in_flight, setting, value):
-    """Calls that are on their way do not disturb it."""
+    """Setting does not disturb calls that are on their way."""
     in_flight()
     prompt = Prompt(weather=weather)
     # The prompt shows nothing for None, which is a setting that is off.
@@ -222,7 +223,7 @@ def test_breaker_that_is_tripping_is_held_closed_by_hand(weather, in_flight):
 
 
 def test_mistake_is_told_and_changes_nothing(weather):
-    """In the last line of the traceback, where the eye falls."""
+    """The last line of the traceback, where the eye falls, has the error's text."""
     prompt = Prompt(weather=weather)
     before = weather.snapshot()
     shown = prompt.type("weather.fail_max = 0")
@@ -233,8 +234,8 @@ def test_mistake_is_told_and_changes_nothing(weather):
 
 
 def test_circuit_is_held_open_for_a_maintenance_window_and_let_go(clock):
-    """While eight threads keep calling: in the window not one call gets through,
-    however long it lasts; afterwards a trial brings the circuit back."""
+    """In the window not one call of eight threads gets through, however long the window
+    lasts; afterwards a trial brings the circuit back."""
     weather = CircuitBreaker(name="weather")
     ran, done = threading.Semaphore(0), threading.Event()
     rejected = [threading.Semaphore(0) for _ in range(8)]  # for each thread

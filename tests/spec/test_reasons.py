@@ -73,7 +73,8 @@ def log(caplog):
     ids=str,
 )
 def test_a_trip_says_how_many_failures_there_were(settings, expected, caplog):
-    """In a row, or in the window, and within which time."""
+    """The reason tells whether the failures were in a row or in the window, and in
+    which time."""
     breaker = CircuitBreaker(**settings)
     error = fail(breaker, settings.get("fail_max", 5))
     assert isinstance(error, CircuitBreakerError)
@@ -94,7 +95,7 @@ def test_a_trip_says_how_many_failures_there_were(settings, expected, caplog):
 def test_a_trip_says_how_many_failures_there_are_where_the_limit_was_lowered(
     window, expected, caplog
 ):
-    """The count, not the limit."""
+    """The reason has the count, not the limit."""
     breaker = CircuitBreaker(fail_max=5, **window)
     fail(breaker, 4)
     breaker.fail_max = 2
@@ -103,7 +104,7 @@ def test_a_trip_says_how_many_failures_there_are_where_the_limit_was_lowered(
 
 
 def test_a_trip_says_only_that_there_was_a_failure_where_one_is_enough(caplog):
-    """However many there were before the limit was lowered to one."""
+    """There were more failures before the limit was lowered to one."""
     breaker = CircuitBreaker(fail_max=5)
     fail(breaker, 3)
     breaker.fail_max = 1
@@ -112,8 +113,8 @@ def test_a_trip_says_only_that_there_was_a_failure_where_one_is_enough(caplog):
     assert shown(breaker, caplog) == "a failure: Boom()"
 
 
-def test_a_failed_trial_says_so(caplog):
-    """With the exception that it raised."""
+def test_a_failed_trial_is_the_reason_of_the_opening(caplog):
+    """The reason shows the exception that the trial raised."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     breaker.open(0)
     error = fail(breaker)
@@ -122,7 +123,7 @@ def test_a_failed_trial_says_so(caplog):
 
 
 def test_the_exception_is_shown_by_its_repr_on_one_line(caplog):
-    """And not at any length."""
+    """A long repr is cut."""
 
     class Wordy(Exception):
         def __repr__(self):
@@ -141,7 +142,7 @@ def test_the_exception_is_shown_by_its_repr_on_one_line(caplog):
 
 
 def test_a_repr_that_moves_the_circuit_is_not_overruled():
-    """The failure has opened nothing then: there is one transition."""
+    """The circuit has moved by then, so the failure opens nothing: one move is told."""
 
     class Moving(Exception):
         def __repr__(self):
@@ -165,7 +166,7 @@ def test_a_repr_that_moves_the_circuit_is_not_overruled():
 
 
 def test_an_exception_whose_repr_fails_is_shown_by_its_class(caplog):
-    """The caller gets what it would get otherwise."""
+    """The caller gets CircuitBreakerError from the function's exception, as ever."""
 
     class Mute(Exception):
         def __repr__(self):
@@ -182,7 +183,7 @@ def test_an_exception_whose_repr_fails_is_shown_by_its_class(caplog):
 
 
 def test_the_reason_is_made_when_the_circuit_moves(caplog):
-    """What the exception says afterwards changes nothing."""
+    """What the exception says afterwards does not change the reason."""
     exc = KeyError("before")
 
     def raise_it():
@@ -226,14 +227,14 @@ def test_a_move_by_hand_is_by_hand_or_for_a_reason(move, caplog):
     ids=lambda text: ascii(text)[:20],
 )
 def test_a_reason_is_one_line_of_at_most_300_characters(reason, expected, caplog):
-    """Line breaks become spaces; what is empty then is none."""
+    """Line breaks become spaces, and a reason that is empty then is none."""
     breaker = CircuitBreaker()
     breaker.open(reason=reason)
     assert shown(breaker, caplog) == expected
 
 
 def test_setting_the_state_is_by_hand(caplog):
-    """As the three methods are."""
+    """The reason is "by hand", as for the three methods."""
     breaker = CircuitBreaker()
     for name in ("open", "half-open", "closed"):
         breaker.state = name
@@ -243,8 +244,8 @@ def test_setting_the_state_is_by_hand(caplog):
 # Recoveries.
 
 
-def test_a_recovery_has_its_reasons_too(caplog):
-    """The half-opening, and the closing."""
+def test_a_recovery_has_its_reasons(caplog):
+    """The half-opening has a reason, and so has the closing."""
     breaker = CircuitBreaker()
     breaker.open(0)
 
@@ -256,7 +257,7 @@ def test_a_recovery_has_its_reasons_too(caplog):
 
 
 def test_the_errors_reason_is_why_the_circuit_opened_while_it_is_half_open():
-    """Whoever half-opened it, and for whatever reason."""
+    """The cause and the reason of the half-opening do not matter."""
     breaker = CircuitBreaker()
     breaker.open(0, "maintenance")
 
@@ -284,7 +285,7 @@ def test_the_errors_reason_is_the_opening_by_another_breaker_over_the_same_stora
 
 
 def test_half_open_without_an_opening_before_the_error_says_why_it_is_half_open():
-    """The last reason, where it was half-opened twice."""
+    """Of two half-openings the error has the reason of the last one."""
     breaker = CircuitBreaker()
     breaker.half_open("first")
 
@@ -313,7 +314,7 @@ def rejected_for(breaker, reason):
 
 
 def test_the_storage_refuses_a_trial_for_the_reason_of_the_opening():
-    """Where another breaker has been granted it."""
+    """The storage has granted the trial to another breaker."""
 
     class Refuses(CircuitMemoryStorage):
         def claim_trial(self, timeout):
@@ -341,13 +342,13 @@ def test_an_opening_by_a_listener_shows_its_reason_and_not_the_failed_trials():
 
 
 def test_an_error_has_no_reason_by_default():
-    """As it has no breaker, and nothing to wait for."""
+    """An error has by default no breaker and no time to wait either."""
     assert CircuitBreakerError().reason == ""
     assert str(CircuitBreakerError("phrase")) == "phrase"
 
 
 def test_the_reason_survives_pickling():
-    """With the text."""
+    """The text survives as well."""
     breaker = CircuitBreaker(name="db")
     breaker.open(reason="maintenance")
     error = rejection(breaker)
@@ -358,7 +359,7 @@ def test_the_reason_survives_pickling():
 
 
 def test_the_reason_of_the_error_is_that_of_the_moment_when_it_was_raised():
-    """Later moves change neither it nor the text."""
+    """Later moves change neither the reason nor the text."""
     breaker = CircuitBreaker()
     breaker.open(reason="first")
     error = rejection(breaker)
@@ -378,8 +379,8 @@ def test_the_gate_of_a_state_refuses_for_the_reason_of_the_opening():
 
 @pytest.mark.parametrize("is_granted", [True, False], ids=["waits", "is refused"])
 def test_the_reason_of_a_rejection_is_that_of_the_opening_that_rejected(is_granted):
-    """A listener that is told of the rejection opens the circuit anew: the error still
-    tells of the opening that the call met, and the next one of the listener's."""
+    """A listener that is told of the rejection opens the circuit anew. The error still
+    tells of the opening that the call met; the next error tells of the listener's."""
 
     class Opens:
         def rejected(self, cb, func, *args, **kwargs):
@@ -399,7 +400,7 @@ def test_the_reason_of_a_rejection_is_that_of_the_opening_that_rejected(is_grant
 
 
 def test_a_listener_sees_the_reasons_of_both_states():
-    """When the change is told, it is complete."""
+    """A move is complete when listeners are told of it."""
     changes = []
 
     class Watch:
@@ -422,8 +423,8 @@ def test_a_listener_sees_the_reasons_of_both_states():
     "settings", [{}, {"window_size": 5}, {"window_seconds": 5, "include": [Boom]}]
 )
 def test_the_breaker_keeps_no_exception_alive(throw, trial, settings):
-    """Neither one that was counted, nor one that opened the circuit."""
-    gc.disable()  # what is freed is freed because nothing refers to it
+    """Neither a counted exception nor one that opened the circuit is kept."""
+    gc.disable()  # without the collector only what nothing refers to is freed
     try:
         breaker = CircuitBreaker(fail_max=2, throw_new_error_on_trip=throw, **settings)
         if trial:
@@ -460,7 +461,7 @@ def failing(breaker, exc):
 
 
 def test_the_snapshot_has_all_settings_by_name():
-    """None is off."""
+    """A setting that is off is None."""
     breaker = CircuitBreaker(name="db")
     assert json.loads(json.dumps(breaker.snapshot())) == {
         "name": "db",
@@ -481,7 +482,7 @@ def test_the_snapshot_has_all_settings_by_name():
 
 
 def test_infinity_is_told_from_off_in_the_snapshot(clock):
-    """It is a word among the settings that can be off, and None elsewhere."""
+    """Infinity is "inf" in settings that can be off, and None in all others."""
     breaker = CircuitBreaker(
         fail_max=math.inf,
         reset_timeout=math.inf,
@@ -501,7 +502,7 @@ def test_infinity_is_told_from_off_in_the_snapshot(clock):
 
 
 def test_the_snapshot_counts_what_is_remembered(clock):
-    """Not what time has forgotten."""
+    """Failures that time has forgotten are left out."""
     breaker = CircuitBreaker(window_seconds=30)
     fail(breaker, 2)
     assert breaker.snapshot()["fail_counter"] == 2

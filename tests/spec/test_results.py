@@ -41,7 +41,7 @@ def call_async_of_an_iterable_coroutine(breaker, work):
     @types.coroutine
     def coroutine():
         return work()
-        yield  # never reached, but makes it a generator function
+        yield  # never reached, but makes this a generator function
 
     return drive(breaker.call_async(coroutine))
 
@@ -66,7 +66,7 @@ def call_async_of_a_future(breaker, work):
 
 
 def call_of_a_subclass(breaker, work):
-    """In a subclass that overrides `call`, which decorated calls go through."""
+    """A decorated call in a subclass that overrides `call`."""
 
     class Watches(type(breaker)):
         def call(self, func, *args, **kwargs):
@@ -135,7 +135,7 @@ def get(status):
 
 @every_way
 def test_a_call_whose_result_matches_is_a_failure_and_returns_it(way):
-    """Also where the failure opens the circuit."""
+    """This holds where the failure opens the circuit, too."""
     hears = Hears()
     breaker = CircuitBreaker(fail_max=2, failure_result=is_bad, listeners=[hears])
     response = Response(500)
@@ -150,7 +150,7 @@ def test_a_call_whose_result_matches_is_a_failure_and_returns_it(way):
 
 @every_way
 def test_a_call_whose_result_does_not_match_is_a_success(way):
-    """It forgets failures, as others do."""
+    """The success forgets failures, as any success does."""
     hears = Hears()
     breaker = CircuitBreaker(failure_result=is_bad, listeners=[hears])
     breaker.fail_counter = 3
@@ -161,7 +161,7 @@ def test_a_call_whose_result_does_not_match_is_a_success(way):
 
 @every_way
 def test_the_predicate_is_asked_once_about_what_was_returned(way):
-    """Of coroutines, about the awaited result."""
+    """The predicate is asked about the awaited result of a coroutine."""
     asked = []
     breaker = CircuitBreaker(fail_max=3, failure_result=asked.append)
     response = Response(200)
@@ -179,7 +179,7 @@ def test_generators_and_blocks_have_no_result(way):
 
 
 def test_what_a_generator_returns_is_no_result():
-    """The predicate is not asked, and of the generator itself neither."""
+    """The predicate is asked neither about that nor about the generator itself."""
     asked = []
     breaker = CircuitBreaker(failure_result=asked.append)
 
@@ -204,14 +204,14 @@ def test_a_call_that_raises_has_no_result(way):
 
 
 def test_none_is_a_result():
-    """A function that returns nothing is asked about."""
+    """The predicate is asked about None where a function returns nothing."""
     breaker = CircuitBreaker(failure_result=lambda result: result is None)
     assert breaker.call(lambda: None) is None
     assert breaker.fail_counter == 1
 
 
 def test_a_class_matches_by_isinstance():
-    """It is not called."""
+    """The class is not called."""
 
     class Failed(Response):
         def __new__(cls, *args):
@@ -252,7 +252,7 @@ def test_a_trial_whose_result_does_not_match_succeeds(way):
 
 @pytest.mark.parametrize("throw", [True, False])
 def test_what_opens_the_circuit_by_its_result_raises_nothing(throw):
-    """Whatever `throw_new_error_on_trip` says."""
+    """The caller gets the result, whatever `throw_new_error_on_trip` is."""
     breaker = CircuitBreaker(
         fail_max=1, failure_result=is_bad, throw_new_error_on_trip=throw
     )
@@ -261,7 +261,7 @@ def test_what_opens_the_circuit_by_its_result_raises_nothing(throw):
 
 
 def test_the_predicate_is_asked_in_calls_that_decide_nothing():
-    """In late calls, and in those within a trial, and the listeners hear of them."""
+    """Late calls and calls within a trial decide nothing; listeners hear of them."""
     hears, asked = Hears(), []
 
     def predicate(response):
@@ -309,7 +309,7 @@ def test_a_failed_result_is_put_before_no_other_predicate():
         )
         breaker.call(get(500))
         assert (breaker.fail_counter, asked) == (1, [])
-        # Nor where a state of the user's own hands it on to the library's.
+        # A state of the user's own that calls the library's method changes nothing.
         breaker.fail_counter = 0
         closed, _ = asking("_handle_error")
         breaker._state = closed(breaker)
@@ -322,13 +322,13 @@ def test_a_failed_result_is_put_before_no_other_predicate():
 
 @every_way
 def test_the_predicate_is_asked_without_the_lock(way):
-    """A good result is returned while another thread holds it."""
+    """A good result is returned while another thread holds the lock."""
     breaker = CircuitBreaker(failure_result=is_bad)
     assert while_locked(breaker, way, breaker, get(200)).status == 200
 
 
 def test_a_predicate_that_blocks_holds_up_no_other_call():
-    """Neither other calls, which fail and succeed, nor moves."""
+    """Other calls fail and succeed meanwhile, and the circuit can be moved."""
     asked, told = threading.Event(), threading.Event()
 
     def predicate(response):
@@ -351,7 +351,7 @@ def test_a_predicate_that_blocks_holds_up_no_other_call():
 
 
 def test_a_call_whose_predicate_takes_long_is_late_when_the_circuit_moves():
-    """What holds when the call ends decides, and that is after the predicate."""
+    """The call ends after its predicate, and what holds then decides."""
 
     def predicate(response):
         breaker.close()
@@ -430,7 +430,7 @@ def test_an_interrupt_in_the_predicate_reaches_the_caller():
 
 @pytest.fixture
 def without_collector():
-    """What is freed is freed because nothing refers to it."""
+    """Without the collector only what nothing refers to is freed."""
     gc.disable()
     yield
     gc.enable()
@@ -462,8 +462,8 @@ def asking(*hooks):
 def test_nothing_keeps_a_failed_result_alive(
     without_collector, way, fail_max, state, throw, hooks
 ):
-    """Neither counted nor opening the circuit, asked by the library or by a state
-    of the user's own, nor in a trial."""
+    """The result may count or open the circuit, may be judged by the library or by a
+    state of the user's own, and may be that of a trial."""
     breaker = CircuitBreaker(
         fail_max=fail_max,
         failure_result=is_bad,
@@ -482,8 +482,8 @@ def test_nothing_keeps_a_failed_result_alive(
     assert breaker.fail_counter == 1
 
 
-def test_nor_does_a_predicate_that_raises(without_collector):
-    """The log has its record, which nobody keeps."""
+def test_a_predicate_that_raises_keeps_no_result_alive(without_collector):
+    """The record goes to a handler that drops it."""
     breaker = CircuitBreaker(failure_result=broken)
     logger, disabled = logging.getLogger("pybreaker"), logging.NullHandler()
     logger.addHandler(disabled)
@@ -535,7 +535,7 @@ def test_what_is_no_predicate_is_refused(value):
 
 
 def test_a_failed_result_has_the_result():
-    """And is an exception that can be told as others are."""
+    """FailedResult is an exception, and can be told apart by its class."""
     failed = FailedResult([1, 2])
     assert failed.result == [1, 2]
     assert isinstance(failed, Exception)
@@ -543,7 +543,7 @@ def test_a_failed_result_has_the_result():
 
 
 def test_the_reason_is_the_failed_result():
-    """Where a result opened the circuit."""
+    """The result has opened the circuit."""
     breaker = CircuitBreaker(fail_max=2, failure_result=is_bad)
     for _ in range(2):
         breaker.call(get(500))
@@ -552,7 +552,7 @@ def test_the_reason_is_the_failed_result():
 
 
 def test_a_failed_result_counts_in_a_window():
-    """Like an exception."""
+    """A failed result counts like an exception."""
     breaker = CircuitBreaker(fail_max=2, window_size=3, failure_result=is_bad)
     breaker.call(get(500))
     breaker.call(get(200))

@@ -56,7 +56,8 @@ SPELLINGS = {
 def test_a_decorated_static_or_class_method_stays_one_and_is_guarded(
     kind, make, spelling, recorder
 ):
-    """Of a class and of its objects, with the arguments of its kind."""
+    """The method is called on the class and on objects, with the arguments of its
+    kind."""
     breaker = CircuitBreaker(name="db", listeners=[recorder])
     method, run = make(kind)
     decorated = spelling(breaker)(method)
@@ -82,7 +83,7 @@ def test_a_decorated_static_or_class_method_stays_one_and_is_guarded(
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
 @pytest.mark.parametrize("make", [plain, coroutine, generator, async_generator])
 def test_the_function_inside_keeps_its_kind_name_and_docstring(kind, make):
-    """Tools that look at the class see what they saw before."""
+    """Tools that look at the class see the same kind, name and docstring as before."""
     method, _ = make(kind)
     decorated = CircuitBreaker()(method)
     inside = decorated.__func__
@@ -99,7 +100,7 @@ def test_the_function_inside_keeps_its_kind_name_and_docstring(kind, make):
 
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
 def test_failures_of_a_decorated_static_or_class_method_open_the_circuit(kind):
-    """As those of any function do."""
+    """Such failures count like those of any function."""
     breaker = CircuitBreaker(fail_max=2)
 
     class Service:
@@ -139,8 +140,8 @@ def test_the_order_of_the_two_decorators_makes_no_difference(kind):
 
 
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
-def test_a_subclass_that_overrides_call_sees_them_as_well(kind):
-    """As it sees all decorated calls."""
+def test_a_subclass_that_overrides_call_sees_static_and_class_methods(kind):
+    """The subclass's call() sees all decorated calls."""
     seen = []
 
     class Watching(CircuitBreaker):

@@ -191,7 +191,7 @@ def path(tmp_path):
 
 @pytest.fixture(params=["memory", "plain", "old", "sqlite"])
 def storage(request, path):
-    """One of each kind."""
+    """Each kind of storage in turn."""
     if request.param == "memory":
         return CircuitMemoryStorage("closed")
     if request.param == "sqlite":
@@ -235,7 +235,8 @@ def is_locked(breaker):
 
 
 def test_a_breaker_lives_a_whole_life_in_the_storage(storage, fail, boom, recorder):
-    """Failures, opening, rejection, a failed trial, a good one."""
+    """The circuit fails, opens, rejects, fails a trial and recovers over each
+    storage."""
     breaker = CircuitBreaker(
         fail_max=2, reset_timeout=60, state_storage=storage, listeners=[recorder]
     )
@@ -270,7 +271,7 @@ def test_a_breaker_lives_a_whole_life_in_the_storage(storage, fail, boom, record
 
 
 def test_an_old_storage_serves_a_breaker_that_needs_one_success():
-    """It lacks the success counter, and nothing of that sort is missed."""
+    """A storage without a success counter is enough for `success_threshold=1`."""
     breaker = CircuitBreaker(state_storage=OldStorage())
     breaker.half_open()
     assert breaker.success_counter == 0
@@ -279,7 +280,8 @@ def test_an_old_storage_serves_a_breaker_that_needs_one_success():
 
 
 def test_successes_are_counted_where_the_storage_does_not(clock):
-    """By the base class, so that an old storage serves any threshold in memory."""
+    """The base class counts successes in memory, for an old storage and any
+    threshold."""
     breaker = CircuitBreaker(state_storage=OldStorage(), success_threshold=3)
     breaker.half_open()
     for count in 1, 2:
@@ -290,7 +292,7 @@ def test_successes_are_counted_where_the_storage_does_not(clock):
 
 
 def test_the_success_counter_is_in_the_storage(path):
-    """Where the storage has one, breakers that share it count together."""
+    """Breakers that share such a storage count their successes together."""
     first, second = (
         CircuitBreaker(success_threshold=2, state_storage=SQLiteStorage(path))
         for _ in range(2)
@@ -303,8 +305,8 @@ def test_the_success_counter_is_in_the_storage(path):
     assert first.success_counter == second.success_counter == 0
 
 
-def test_a_success_of_others_that_comes_with_the_own_one_counts():
-    """What the storage says when a trial was counted is what decides."""
+def test_a_success_of_another_process_counts_towards_closing():
+    """The breaker closes the circuit by the count that it reads after its own trial."""
 
     class Busy(PlainStorage):
         def increment_success_counter(self):
@@ -316,8 +318,8 @@ def test_a_success_of_others_that_comes_with_the_own_one_counts():
     assert breaker.current_state == "closed"
 
 
-def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
-    """A process that shares the circuit may have had some already."""
+def test_the_half_opening_of_a_trial_keeps_the_successes_of_other_processes():
+    """Another process that shares the circuit may have had successful trials before."""
     storage = PlainStorage()
     breaker = CircuitBreaker(
         reset_timeout=60, success_threshold=3, state_storage=storage
@@ -330,12 +332,12 @@ def test_the_half_opening_of_a_trial_keeps_the_successes_of_others():
 
 
 def test_a_storage_that_counts_no_successes_has_none():
-    """Not even before the first trial."""
+    """The success counter reads 0 before the first trial as well."""
     assert OldStorage().success_counter == 0
 
 
 def test_a_storage_has_a_name():
-    """What its class gave to super().__init__(), if it calls that."""
+    """The name is the one given to super().__init__(), if the class calls that."""
     assert PlainStorage().name == "plain"
     assert CircuitBreakerStorage("redis").name == "redis"
     assert not hasattr(OldStorage(), "name")
@@ -354,13 +356,13 @@ def test_a_storage_has_a_name():
     ],
 )
 def test_what_a_storage_must_have_is_missing_in_the_base(use):
-    """A forgotten method says so when it is used."""
+    """Using what a subclass forgot to define raises NotImplementedError."""
     with pytest.raises(NotImplementedError):
         use(CircuitBreakerStorage("base"))
 
 
 def test_a_storage_is_used_only_under_the_lock(fail, boom):
-    """Such storages were written in that shelter: in calls and transitions."""
+    """Such storages were written for calls and transitions that hold the lock."""
     unlocked = []
 
     class Guarded(PlainStorage):
@@ -420,7 +422,8 @@ STORAGE_NAMES = {
 
 
 def test_two_breakers_in_two_threads_share_a_file(path, boom, fail):
-    """They take turns to fail, and open together; one trial closes for both."""
+    """The breakers fail in turn and open together; one breaker's trial closes for
+    both."""
     turn = threading.Barrier(2, timeout=10)
 
     def run(index):
@@ -455,7 +458,7 @@ def test_two_breakers_in_two_threads_share_a_file(path, boom, fail):
 
 
 def test_two_breakers_that_fail_at_once_lose_no_failure(path, boom, fail):
-    """Each counts in the database, and no count is overwritten."""
+    """Each breaker counts in the database, and no count is overwritten."""
 
     def run():
         breaker = CircuitBreaker(fail_max=1000, state_storage=SQLiteStorage(path))
@@ -493,7 +496,8 @@ def test_a_rejection_by_a_storage_that_promises_to_be_plain_takes_no_lock():
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 def test_each_of_two_breakers_may_have_a_trial(kind):
-    """The storage grants it to all, unless it says otherwise."""
+    """The storage grants each breaker a trial, unless the storage overrides
+    claim_trial()."""
     storage = kind("closed")
     first, second = (
         CircuitBreaker(success_threshold=3, state_storage=storage) for _ in range(2)
@@ -510,7 +514,8 @@ def test_each_of_two_breakers_may_have_a_trial(kind):
 
 
 def test_each_of_two_breakers_tells_its_own_listeners(recorder, fail):
-    """Of the transition that it made, and of the one that it found."""
+    """Each breaker tells its listeners of a move that it makes and of one that it
+    finds."""
     storage = CircuitMemoryStorage("closed")
     told = type(recorder)()
     first = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[recorder])
@@ -545,7 +550,8 @@ LOOKS = {
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_circuit_that_a_test_opens_is_open(look, kind, recorder):
-    """breaker._state_storage.state = "open" is found at the next look, and told."""
+    """The next look finds `breaker._state_storage.state = "open"`, and tells
+    listeners."""
     breaker = CircuitBreaker(state_storage=kind("closed"), listeners=[recorder])
     old = breaker.state
     breaker._state_storage.opened_at = datetime.now(timezone.utc)
@@ -562,7 +568,7 @@ def test_a_circuit_that_a_test_opens_is_open(look, kind, recorder):
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 @freeze_time("2020-02-29 12:30:00")
 def test_retry_after_goes_by_what_the_storage_says(kind):
-    """Even where no call has found it out yet."""
+    """No call has to find the new state first."""
     breaker = CircuitBreaker(reset_timeout=60, state_storage=kind("closed"))
     breaker._state_storage.opened_at = datetime.now(timezone.utc)
     breaker._state_storage.state = "open"
@@ -575,7 +581,7 @@ def test_retry_after_goes_by_what_the_storage_says(kind):
 
 
 def test_a_circuit_that_is_moved_during_a_call_is_found_when_it_settles(recorder):
-    """The outcome is late then: it counts for nothing in the new era."""
+    """The outcome is late by then, and counts for nothing in the new era."""
     storage = PlainStorage()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage, listeners=[recorder])
 
@@ -595,7 +601,8 @@ def test_a_circuit_that_is_moved_during_a_call_is_found_when_it_settles(recorder
 def test_a_move_from_outside_is_told_to_a_listener_that_hears_of_nothing_else(
     kind, name
 ):
-    """By the call during which it was made, or by the next where that was quiet."""
+    """Listeners are told by the call during which the circuit was moved. Over a memory
+    storage that call is a quiet one, and the next call tells them."""
 
     class Moves:
         def state_change(self, cb, old_state, new_state):
@@ -607,7 +614,7 @@ def test_a_move_from_outside_is_told_to_a_listener_that_hears_of_nothing_else(
     moves = []
     breaker = CircuitBreaker(state_storage=kind("closed"), listeners=[Moves()])
     breaker.call(moved)
-    if kind is CircuitMemoryStorage:  # which a quiet call does not look at twice
+    if kind is CircuitMemoryStorage:  # a quiet call looks at this storage only once
         assert moves == []
         with contextlib.suppress(CircuitBreakerError):
             breaker.call(int)
@@ -616,7 +623,7 @@ def test_a_move_from_outside_is_told_to_a_listener_that_hears_of_nothing_else(
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 def test_a_trial_whose_circuit_is_moved_from_outside_is_late(kind, recorder):
-    """Its success does not close what somebody else has opened."""
+    """The trial's success does not close the circuit that was opened from outside."""
     storage = kind("half-open")
     breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
 
@@ -633,8 +640,8 @@ def test_a_trial_whose_circuit_is_moved_from_outside_is_late(kind, recorder):
 
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
-def test_a_trial_whose_circuit_was_closed_from_outside_is_late_too(kind, recorder):
-    """It decides nothing in the era of whoever has closed it."""
+def test_a_trial_whose_circuit_was_closed_from_outside_is_late(kind, recorder):
+    """The trial's success decides nothing in the closed era."""
     storage = kind("half-open")
     breaker = CircuitBreaker(state_storage=storage, listeners=[recorder])
 
@@ -650,7 +657,7 @@ def test_a_trial_whose_circuit_was_closed_from_outside_is_late_too(kind, recorde
 
 @pytest.mark.parametrize("name", ["open", "half-open"])
 def test_nothing_is_written_because_of_a_change_that_was_found(name):
-    """Whoever made it has written what it wanted."""
+    """A breaker that finds another state in the storage writes nothing there."""
     storage = PlainStorage()
     breaker = CircuitBreaker(state_storage=storage)
     storage.values.update(state=name, counter=7, success=1)
@@ -660,7 +667,8 @@ def test_nothing_is_written_because_of_a_change_that_was_found(name):
 
 @pytest.mark.parametrize(("found", "left"), [(3, 3), (4, 0), (5, 0)])
 def test_a_circuit_found_closed_at_its_limit_starts_from_nothing(found, left):
-    """Or its first failure would open it again; below the limit it goes on."""
+    """The breaker sets a count of `fail_max` or more to 0, because with it the next
+    failure would open the circuit. A lower count stays."""
     storage = PlainStorage("open")
     breaker = CircuitBreaker(fail_max=4, state_storage=storage)
     storage.values.update(state="closed", counter=found)
@@ -680,7 +688,7 @@ def test_a_count_that_is_written_from_outside_counts(fail):
 
 @pytest.mark.parametrize("name", ["closed", "open", "half-open"])
 def test_making_a_breaker_changes_nothing_in_its_storage(name, recorder):
-    """It takes up the state that is there, and tells nobody."""
+    """A new breaker takes up the state in the storage, and tells no listener."""
     storage = PlainStorage(name)
     storage.values["counter"] = 9
     breaker = CircuitBreaker(fail_max=3, state_storage=storage, listeners=[recorder])
@@ -690,7 +698,7 @@ def test_making_a_breaker_changes_nothing_in_its_storage(name, recorder):
 
 
 def test_a_breaker_made_over_an_open_circuit_rejects():
-    """For what is left of the timeout."""
+    """The breaker rejects calls for what is left of the timeout."""
     storage = PlainStorage("open")
     storage.values["opened_at"] = datetime.now(timezone.utc)
     with pytest.raises(CircuitBreakerError):
@@ -721,7 +729,8 @@ def test_a_storage_can_be_exchanged():
     ],
 )
 def test_a_transition_writes_the_counters_then_opened_at_then_the_state(move, writes):
-    """So that who sees the state sees what belongs to it; and nothing else."""
+    """A program that sees the state sees what belongs to it. Nothing else is
+    written."""
     storage = PlainStorage()
     breaker = CircuitBreaker(state_storage=storage)
     getattr(breaker, move)()
@@ -730,7 +739,8 @@ def test_a_transition_writes_the_counters_then_opened_at_then_the_state(move, wr
 
 
 def test_a_trip_writes_opened_at_before_the_state(fail):
-    """After the count of the failure, like any opening."""
+    """The breaker first writes the count of the failure, then what any opening
+    writes."""
     storage = PlainStorage()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     trip(breaker, fail)
@@ -738,7 +748,7 @@ def test_a_trip_writes_opened_at_before_the_state(fail):
 
 
 def test_calls_to_a_healthy_service_write_nothing():
-    """A storage over a network would pay for it."""
+    """Over a network each write would cost time."""
     storage = PlainStorage()
     breaker = CircuitBreaker(state_storage=storage)
     breaker.call(int)
@@ -760,14 +770,15 @@ def test_calls_to_a_healthy_service_write_nothing():
     ],
 )
 def test_the_memory_storage_reads_back_what_was_written(moment):
-    """The very value: naive, aware or anything false."""
+    """The value that is read is the one that was written: naive, aware or anything
+    false."""
     storage = CircuitMemoryStorage("open")
     storage.opened_at = moment
     assert storage.opened_at is moment
 
 
 def test_nothing_has_opened_a_new_memory_storage():
-    """So its opened_at is None."""
+    """The opened_at of a new memory storage is None."""
     assert CircuitMemoryStorage("closed").opened_at is None
 
 
@@ -800,7 +811,8 @@ def test_open_writes_an_aware_datetime_in_utc(kind):
 def test_the_timeout_is_measured_from_the_opened_at_that_is_found(
     kind, opened_at, left
 ):
-    """A naive one is UTC; None, or anything false, is long ago."""
+    """A naive opened_at is UTC; None, or anything false, means that the timeout is
+    over."""
     storage = kind("open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     storage.opened_at = opened_at
@@ -841,7 +853,7 @@ def test_a_naive_opened_at_is_utc_wherever_the_machine_is(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 def test_no_opening_is_long_ago_even_for_an_endless_timeout(kind):
-    """None means that the timeout has passed, whatever it is."""
+    """An opened_at of None means that the timeout is over, whatever its length."""
     breaker = CircuitBreaker(reset_timeout=math.inf, state_storage=kind("open"))
     assert breaker.retry_after == 0.0
     assert breaker.call(int) == 0
@@ -850,7 +862,7 @@ def test_no_opening_is_long_ago_even_for_an_endless_timeout(kind):
 @pytest.mark.parametrize("kind", [CircuitMemoryStorage, PlainStorage])
 @pytest.mark.parametrize("aware", [True, False])
 def test_a_test_moves_the_opening_to_let_the_timeout_pass(kind, aware, fail):
-    """By writing opened_at, naive or aware."""
+    """A test may write an opened_at that is naive or aware."""
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60, state_storage=kind("closed"))
     trip(breaker, fail)
     moment = breaker._state_storage.opened_at - timedelta(seconds=61)
@@ -864,7 +876,7 @@ def test_a_test_moves_the_opening_to_let_the_timeout_pass(kind, aware, fail):
 
 @freeze_time("2020-02-29 12:30:00")
 def test_a_storage_has_been_open_since_its_opened_at():
-    """open_for() is by the wall clock where a storage doesn't know better."""
+    """open_for() goes by the wall clock, where a storage doesn't override it."""
     storage = PlainStorage()
     storage.opened_at = datetime(2020, 2, 29, 12, 29, 15)
     assert storage.open_for() == 45
@@ -885,7 +897,7 @@ def test_the_memory_storage_has_been_open_by_the_monotonic_clock(clock):
 
 
 def test_the_wall_clock_may_jump_while_the_circuit_opens(clock, monkeypatch):
-    """In a subclass as well, where the moment is set like any other."""
+    """A subclass of the memory storage goes by the monotonic clock as well."""
 
     class Jumping:
         moments = [datetime(2030, 1, 1, hour, tzinfo=timezone.utc) for hour in range(9)]
@@ -905,7 +917,7 @@ def test_the_wall_clock_may_jump_while_the_circuit_opens(clock, monkeypatch):
 
 
 def test_the_answer_of_open_for_decides(recorder):
-    """A storage that measures by another clock overrides it."""
+    """A storage that measures by another clock overrides open_for()."""
 
     class Elsewhere(PlainStorage):
         age = 20
@@ -924,7 +936,7 @@ def test_the_answer_of_open_for_decides(recorder):
 
 
 class AskedStorage(PlainStorage):
-    """Notes what it is asked that is new, and what state it is in then."""
+    """Notes the moves, claims and releases that it is asked for, and its state then."""
 
     def __init__(self, state="closed"):
         super().__init__(state)
@@ -945,7 +957,7 @@ class AskedStorage(PlainStorage):
 
 
 def test_the_count_that_opens_the_circuit_is_said_to_have_moved_it(fail, boom):
-    """With the limit, once; and the default opens."""
+    """The storage is told once, with the limit; its default opens the circuit."""
     storage = AskedStorage()
     breaker = CircuitBreaker(fail_max=2, state_storage=storage)
     with pytest.raises(boom):
@@ -957,7 +969,7 @@ def test_the_count_that_opens_the_circuit_is_said_to_have_moved_it(fail, boom):
 
 
 def test_no_other_opening_is_said_to_be_made_by_the_count(fail):
-    """Neither one by hand nor that of a failed trial."""
+    """Openings by hand and by a failed trial are not made by the count."""
     storage = AskedStorage()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     breaker.open()
@@ -970,7 +982,7 @@ def test_no_other_opening_is_said_to_be_made_by_the_count(fail):
 
 
 def test_an_opening_by_a_listener_of_a_trip_is_no_trip(fail):
-    """It is by hand, even while a trip is being told."""
+    """A listener opens by hand, even while a trip is being told."""
     storage = AskedStorage()
 
     class Reopening:
@@ -984,7 +996,8 @@ def test_an_opening_by_a_listener_of_a_trip_is_no_trip(fail):
 
 
 def test_the_default_grants_every_trial_without_a_word():
-    """True, from the second by asking the first; and the release does nothing."""
+    """Both claims are granted, the second by asking the first; the release does
+    nothing."""
     storage = PlainStorage()
     assert storage.claim_trial(60) is True
     assert asyncio.run(storage.claim_trial_async(60)) is True
@@ -1018,7 +1031,7 @@ def guard(request):
 
 
 def test_a_trial_is_claimed_and_released_once(guard):
-    """With the timeout of that moment; the release comes after the state."""
+    """The claim has the timeout of that moment; the release comes after the closing."""
     storage = AskedStorage()
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     breaker.open()
@@ -1030,14 +1043,14 @@ def test_a_trial_is_claimed_and_released_once(guard):
 
 @pytest.mark.parametrize("timeout", [0, 0.25, math.inf])
 def test_a_claim_is_for_the_very_timeout(timeout):
-    """However short or long it is: what to make of that is for the storage."""
+    """However short or long the timeout is, the storage is given it unchanged."""
     storage = AskedStorage("half-open")
     CircuitBreaker(reset_timeout=timeout, state_storage=storage).call(int)
     assert storage.asked[0] == ("claim", timeout)
 
 
 def test_a_failed_trial_is_released_after_the_circuit_has_opened(guard, fail):
-    """Whoever comes next sees what became of it."""
+    """The process that is granted the next trial finds the circuit open."""
     storage = AskedStorage()
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     breaker.half_open()
@@ -1062,7 +1075,8 @@ def test_an_abandoned_trial_is_released(guard):
 
 
 def test_only_trials_are_claimed(guard, fail):
-    """Neither closed calls, nor rejected ones, nor those within a trial."""
+    """Calls in a closed circuit, rejected calls and calls within a trial claim
+    nothing."""
     storage = AskedStorage()
     breaker = CircuitBreaker(fail_max=2, reset_timeout=60, state_storage=storage)
     assert guard(breaker, int) == 0
@@ -1076,7 +1090,7 @@ def test_only_trials_are_claimed(guard, fail):
 
 
 def test_the_gate_claims_nothing():
-    """It doesn't take the place, so it has no trial to ask for."""
+    """The gate doesn't take the place, so there is no trial to ask for."""
     storage = AskedStorage()
     breaker = CircuitBreaker(state_storage=storage)
     breaker.open()
@@ -1110,7 +1124,7 @@ class Fleet:
 
 
 class FleetStorage(PlainStorage):
-    """One member's view of the circuit, which takes its time to answer.
+    """One breaker's storage, whose answers may take time.
 
     `on_claim` is run (and awaited) before the answer to each claim.
     """
@@ -1145,7 +1159,7 @@ def fleet():
 
 
 def test_one_of_several_breakers_gets_the_trial(guard, fleet):
-    """The others reject, run nothing, and try again when it is over."""
+    """The other breakers reject, run nothing, and ask again when the trial is over."""
     storages = [FleetStorage(fleet) for _ in range(3)]
     first, second, third = (
         CircuitBreaker(success_threshold=2, state_storage=storage)
@@ -1168,7 +1182,8 @@ def test_one_of_several_breakers_gets_the_trial(guard, fleet):
 
 
 def test_a_refused_call_releases_nothing(guard, fleet, monkeypatch):
-    """Some storages give back whatever claim there is, and this one is another's."""
+    """Some storages give back any claim there is, and here another breaker has the
+    claim."""
     storage, released = FleetStorage(fleet), []
     monkeypatch.setattr(storage, "release_trial", lambda: released.append("released"))
     fleet.holder = FleetStorage(fleet)
@@ -1178,7 +1193,8 @@ def test_a_refused_call_releases_nothing(guard, fleet, monkeypatch):
 
 
 def test_a_refused_call_is_rejected_and_gives_the_place_back(guard, fleet, recorder):
-    """Listeners hear that, the circuit stays as it is, the next call asks."""
+    """Listeners hear of the rejection, the circuit stays open, and the next call
+    asks."""
     storage, listener = FleetStorage(fleet, "closed"), mock.Mock(spec=["rejected"])
     breaker = CircuitBreaker(
         reset_timeout=60,
@@ -1209,7 +1225,7 @@ def test_a_refused_call_is_rejected_and_gives_the_place_back(guard, fleet, recor
 
 
 def test_the_claim_is_asked_outside_the_lock(guard, fleet):
-    """It may take time, and other threads go on meanwhile."""
+    """The storage's answer may take time, and other threads go on meanwhile."""
     locked = []
     storage = FleetStorage(fleet, on_claim=lambda: locked.append(is_locked(breaker)))
     breaker = CircuitBreaker(state_storage=storage)
@@ -1218,7 +1234,7 @@ def test_the_claim_is_asked_outside_the_lock(guard, fleet):
 
 
 def test_calls_that_come_while_the_claim_is_asked_are_rejected(guard, fleet):
-    """The place is taken first, and asked for once."""
+    """The first call takes the place before it asks the storage, and asks once."""
     rejected, ran = [], []
 
     def others_come():
@@ -1236,7 +1252,7 @@ def test_calls_that_come_while_the_claim_is_asked_are_rejected(guard, fleet):
 
 
 def test_while_the_claim_is_asked_the_wait_is_for_the_place(guard, fleet, clock):
-    """Whoever watches is told what a call would be, though the timeout is over."""
+    """`retry_after` tells when the place is free again, though the timeout is over."""
     waits = []
     storage = FleetStorage(
         fleet, "open", on_claim=lambda: waits.append(breaker.retry_after)
@@ -1247,14 +1263,14 @@ def test_while_the_claim_is_asked_the_wait_is_for_the_place(guard, fleet, clock)
 
 
 def test_a_trial_holds_its_place_since_before_the_claim(guard, fleet, clock):
-    """The time that the storage took for its answer is a part of it."""
+    """The time that the storage takes for its answer is part of the trial's time."""
     storage = FleetStorage(fleet, on_claim=lambda: clock.advance(25))
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     assert guard(breaker, lambda: breaker.retry_after) == 35
 
 
 def test_the_circuit_half_opens_when_the_claim_is_granted(guard, fleet, recorder):
-    """Until then current_state says "open", and no listener hears a thing."""
+    """Until then current_state says "open", and listeners hear nothing."""
     seen = []
     storage = FleetStorage(
         fleet,
@@ -1270,7 +1286,7 @@ def test_the_circuit_half_opens_when_the_claim_is_granted(guard, fleet, recorder
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, asyncio.CancelledError])
 def test_a_claim_that_raises_gives_the_place_back(guard, fleet, error):
-    """The error is the caller's, and nothing is counted or run."""
+    """The error reaches the caller, and nothing is counted or run."""
 
     def broken():
         raise error("no answer")
@@ -1289,7 +1305,7 @@ def test_a_claim_that_raises_gives_the_place_back(guard, fleet, error):
 
 @pytest.mark.parametrize("granted", [True, False])
 def test_a_circuit_opened_during_the_claim_rejects(guard, fleet, granted):
-    """A grant for another era is not used, and goes back."""
+    """A grant for an earlier era is not used, and is given back."""
     storage = FleetStorage(fleet, on_claim=lambda: breaker.open())
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     fleet.holder = None if granted else "somebody else"
@@ -1307,7 +1323,8 @@ def test_a_circuit_opened_during_the_claim_rejects(guard, fleet, granted):
 def test_a_call_whose_circuit_closes_during_the_claim_is_an_ordinary_one(
     guard, fleet, granted, by_hand, fail, boom
 ):
-    """By hand or by somebody else: it counts as one of the closed state."""
+    """Whether the circuit was closed by hand or in the storage, the call counts as one
+    in the closed state."""
 
     def close():
         if by_hand:
@@ -1325,7 +1342,7 @@ def test_a_call_whose_circuit_closes_during_the_claim_is_an_ordinary_one(
 
 
 def test_a_circuit_half_opened_anew_during_the_claim_is_claimed_anew(guard, fleet):
-    """The old grant was for an era that is over; the function runs once."""
+    """The first grant was for an era that is over; the function runs once."""
 
     def half_open():
         if len(storage.claims) == 1:
@@ -1341,7 +1358,7 @@ def test_a_circuit_half_opened_anew_during_the_claim_is_claimed_anew(guard, flee
 
 
 def test_a_call_that_loses_its_place_during_the_claim_is_no_trial(guard, clock):
-    """It hung for a whole timeout, another call has the place: it is rejected."""
+    """The claim took a whole timeout, and another call has taken the place over."""
     claims, inner = [], []
 
     class Slow(PlainStorage):
@@ -1370,7 +1387,7 @@ def test_a_call_that_loses_its_place_during_the_claim_is_no_trial(guard, clock):
 
 
 def test_a_trial_that_lost_its_place_releases_nothing(clock):
-    """What it claimed belongs to the call that took the place over."""
+    """The claim belongs to the call that took the place over."""
     storage = AskedStorage("half-open")
     breaker = CircuitBreaker(
         reset_timeout=60, success_threshold=9, state_storage=storage
@@ -1387,7 +1404,7 @@ def test_a_trial_that_lost_its_place_releases_nothing(clock):
 
 
 def test_a_call_that_takes_the_place_over_claims_before_anything_is_released(clock):
-    """Or another breaker would get the trial that this one runs already."""
+    """A release in between would grant another breaker a trial beside this one's."""
     storage = AskedStorage("half-open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     breaker.calling().__enter__()
@@ -1398,7 +1415,7 @@ def test_a_call_that_takes_the_place_over_claims_before_anything_is_released(clo
 
 @pytest.mark.parametrize("move", ["open", "half_open", "close"])
 def test_a_trial_that_is_overtaken_by_hand_is_released_then(move):
-    """And not once more when it ends."""
+    """The trial is not released a second time when the function ends."""
     storage = AskedStorage("half-open")
     breaker = CircuitBreaker(reset_timeout=60, state_storage=storage)
     block = breaker.calling()
@@ -1410,7 +1427,7 @@ def test_a_trial_that_is_overtaken_by_hand_is_released_then(move):
 
 @pytest.mark.parametrize("event", ["state_change", "before_call"])
 def test_a_granted_trial_that_a_listener_interrupts_is_released(event, guard, fleet):
-    """Ctrl-C in a listener takes the admission back."""
+    """A KeyboardInterrupt in a listener takes the admission back."""
 
     class Interrupting:
         armed = True
@@ -1432,7 +1449,7 @@ def test_a_granted_trial_that_a_listener_interrupts_is_released(event, guard, fl
 
 
 def test_a_listener_that_moves_the_circuit_takes_the_grant_back(guard, fleet):
-    """The trial is over before it began: the circuit was opened again."""
+    """The listener opens the circuit again before the trial's function runs."""
 
     class Cautious:
         def state_change(self, cb, old_state, new_state):
@@ -1452,8 +1469,8 @@ def test_a_listener_that_moves_the_circuit_takes_the_grant_back(guard, fleet):
 def test_a_listener_that_is_added_while_a_claim_waits_hears_of_the_call(
     guard, fleet, recorder, move
 ):
-    """Nobody was there when it began, and the circuit has moved since; what it
-    has become by then is told, once."""
+    """The breaker had no listener when the call began, and the circuit has moved since.
+    The listener is told once what the call has become by then."""
 
     def meanwhile():
         if len(storage.claims) == 1:
@@ -1465,7 +1482,7 @@ def test_a_listener_that_is_added_while_a_claim_waits_hears_of_the_call(
     if move == "open":
         with pytest.raises(CircuitBreakerError):
             guard(breaker, int)
-        assert recorder.names == []  # which has no method for it
+        assert recorder.names == []  # a Recorder has no method for a rejection
     else:
         assert guard(breaker, int) == 0
         assert recorder.names[0] == "before_call"
@@ -1479,8 +1496,8 @@ def test_a_listener_that_is_added_while_a_claim_waits_hears_of_the_call(
 def test_the_gate_that_half_opens_during_a_claim_takes_the_place_from_it(
     fleet, clock, recorder
 ):
-    """The claim has taken a whole timeout: the circuit half-opens without it, and
-    the call claims anew, as one of that era."""
+    """The claim takes a whole timeout, so the gate half-opens the circuit meanwhile.
+    The call then claims a trial of the half-open era."""
 
     def gate():
         if len(storage.claims) == 1:
@@ -1501,8 +1518,9 @@ def test_the_gate_that_half_opens_during_a_claim_takes_the_place_from_it(
 
 @pytest.mark.parametrize("end", ["returns", "fails", "is refused"])
 def test_a_grant_passes_to_the_call_that_holds_the_place(clock, end, fail, boom):
-    """Who asked for it hung until another call took the place over. That one gives
-    the grant back, once, however it ends, even if it was granted nothing itself."""
+    """The call that asked took so long that another call has taken the place over. The
+    other call gives the grant back once, however it ends, even if the storage refused
+    it."""
     holds, go_on = threading.Event(), threading.Event()
 
     class Slow(AskedStorage):
@@ -1547,11 +1565,11 @@ def test_a_grant_passes_to_the_call_that_holds_the_place(clock, end, fail, boom)
         ("half-open", "open", ["half-open", "open"]),
     ],
 )
-def test_a_storage_that_others_write_while_a_claim_waits_is_followed(
+def test_a_storage_that_is_written_while_a_claim_waits_is_followed(
     guard, fleet, before, written, path, recorder
 ):
-    """The call becomes what it would be if it came now; a state that is the same
-    as before is no move."""
+    """The call is treated as if it came after the write. Writing the state that was
+    there before is no move."""
 
     def write():
         if len(storage.claims) == 1:
@@ -1574,7 +1592,7 @@ def test_a_storage_that_others_write_while_a_claim_waits_is_followed(
 
 
 def test_threads_that_meet_at_a_slow_claim_get_one_trial(fleet):
-    """One breaker is granted it, and everybody else is rejected."""
+    """One thread's call is granted the trial, and all other calls are rejected."""
     asked = threading.Barrier(3, timeout=10)
     done = threading.Barrier(12, timeout=10)
     ran = []
@@ -1609,7 +1627,7 @@ def test_threads_that_meet_at_a_slow_claim_get_one_trial(fleet):
 
 
 def test_tasks_that_meet_at_a_slow_claim_get_one_trial(fleet):
-    """While the answer is awaited the loop goes on."""
+    """The event loop goes on while a task awaits the answer."""
 
     async def main():
         answer, begun = asyncio.Event(), asyncio.Event()
@@ -1638,7 +1656,7 @@ def test_tasks_that_meet_at_a_slow_claim_get_one_trial(fleet):
 
 
 def test_a_task_cancelled_while_it_claims_gives_the_place_back(fleet):
-    """The function is not run, and the next task may try."""
+    """The function is not run, and the next task may be the trial."""
 
     async def main():
         answer = asyncio.Event()
@@ -1682,7 +1700,7 @@ def test_an_async_claim_does_not_block_a_sync_call(fleet):
 
 
 def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
-    """They differ by the one await."""
+    """A coroutine awaits claim_trial_async(), any other call asks claim_trial()."""
     asked = []
 
     class Both(PlainStorage):
@@ -1701,8 +1719,9 @@ def test_the_async_claim_is_asked_in_coroutines_and_the_other_elsewhere():
     assert asked == ["sync"] * sync + ["async"] * len(THROUGH_COROUTINES)
 
 
-def test_coroutines_that_claim_anew_await_that_claim_too():
-    """The circuit was half-opened again while the first answer was on its way."""
+def test_coroutines_that_claim_anew_await_the_second_claim():
+    """The circuit was half-opened again while the storage was answering the first
+    claim."""
 
     class Async(PlainStorage):
         claims = 0
@@ -1726,7 +1745,7 @@ def test_coroutines_that_claim_anew_await_that_claim_too():
 
 
 def test_the_default_storage_is_the_one_in_memory():
-    """Each breaker has one of its own, named 'memory'."""
+    """Each breaker has a storage of its own, named 'memory'."""
     first, second = CircuitBreaker(), CircuitBreaker()
     assert isinstance(first._state_storage, CircuitMemoryStorage)
     assert isinstance(first._state_storage, CircuitBreakerStorage)
@@ -1736,20 +1755,20 @@ def test_the_default_storage_is_the_one_in_memory():
 
 @pytest.mark.parametrize("name", ["closed", "open", "half-open"])
 def test_a_memory_storage_begins_in_the_state_that_it_is_given(name):
-    """With nothing counted."""
+    """Both counters of a new memory storage are 0."""
     storage = CircuitMemoryStorage(name)
     assert storage.state == name
     assert (storage.counter, storage.success_counter) == (0, 0)
 
 
 def test_a_memory_storage_refuses_an_unknown_state():
-    """It says which names there are."""
+    """The error says which names there are."""
     with pytest.raises(ValueError, match="'closed', 'open' or 'half-open', not 'ajar'"):
         CircuitMemoryStorage("ajar")
 
 
 def test_a_memory_storage_counts():
-    """Its methods can be called by hand."""
+    """The methods of the storage can be called by hand."""
     storage = CircuitMemoryStorage("closed")
     storage.increment_counter()
     storage.increment_counter()
@@ -1773,7 +1792,7 @@ COPIES["deepcopy"] = copy.deepcopy
 @pytest.mark.parametrize("how", COPIES)
 @freeze_time("2020-02-29 12:30:00")
 def test_a_memory_storage_pickles(how):
-    """The copy is in the same state, and open for as long."""
+    """The copy is in the same state, and has been open for as long."""
     storage = CircuitMemoryStorage("open")
     storage.opened_at = datetime(2020, 2, 29, 12, 29, 40, tzinfo=timezone.utc)
     storage.increment_counter()
@@ -1790,7 +1809,8 @@ def test_a_memory_storage_pickles(how):
 
 
 def test_a_memory_storage_unpickles_on_another_machine(clock):
-    """Whose monotonic clock says something else: the moment is what counts."""
+    """Another machine's monotonic clock differs, so the opening's date and time
+    decides."""
     storage = CircuitMemoryStorage("open")
     storage.opened_at = datetime.now(timezone.utc) - MINUTE
     pickled = pickle.dumps(storage)
@@ -1808,7 +1828,7 @@ def test_a_memory_storage_unpickles_on_another_machine(clock):
     ],
 )
 def test_the_private_names_of_a_memory_storage_are_its_values(private, public, value):
-    """Tests read them, write them, and patch them for a while."""
+    """Tests read these names, write them, and patch them for a while."""
     storage = CircuitMemoryStorage("closed")
     before = getattr(storage, public)
     assert getattr(storage, private) == before
@@ -1837,7 +1857,7 @@ def test_a_test_steers_the_circuit_by_the_private_names(fail):
 
 
 def test_a_subclass_of_the_memory_storage_overrides_by_the_private_names(fail, boom):
-    """Its properties read and write what the base keeps."""
+    """The subclass's properties read and write what the base class keeps."""
     log = []
 
     class Audited(CircuitMemoryStorage):
@@ -1868,7 +1888,7 @@ def test_a_subclass_of_the_memory_storage_overrides_by_the_private_names(fail, b
 
 
 def test_a_subclass_of_the_memory_storage_hears_of_every_opening():
-    """A property of its own for the moment is written to."""
+    """A subclass's own opened_at is written to."""
 
     class Noted(CircuitMemoryStorage):
         moments = ()
@@ -1891,7 +1911,8 @@ def test_a_subclass_of_the_memory_storage_hears_of_every_opening():
 
 @pytest.mark.parametrize("base", [CircuitBreakerStorage, CircuitClosedState])
 def test_a_subclass_may_have_other_bases_that_hear_of_their_subclasses(base):
-    """Generic is one, and one in the field may take options."""
+    """typing.Generic is such a base; another may take options in the class
+    statement."""
     options = []
 
     class Registry:
@@ -1907,7 +1928,7 @@ def test_a_subclass_may_have_other_bases_that_hear_of_their_subclasses(base):
 
 
 def test_a_subclass_of_the_memory_storage_extends_by_super(fail):
-    """Its methods are called for every failure, and no call passes them by."""
+    """Every success after a failure calls the subclass's reset_counter()."""
 
     class Noted(CircuitMemoryStorage):
         def __init__(self):

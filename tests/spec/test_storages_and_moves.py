@@ -23,7 +23,7 @@ from pybreaker import (
 
 
 class Row(CircuitBreakerStorage):
-    """A storage as it was written before there were moves. It remembers writes."""
+    """A storage as it was written before there were moves, which remembers writes."""
 
     def __init__(self, state="closed"):
         super().__init__("row")
@@ -74,7 +74,7 @@ class Told(Row):
 
 
 def test_a_storage_is_told_of_each_move_by_whom_and_why():
-    """State, reason, by whom, seconds, failed trials and the limit."""
+    """A move tells state, reason, origin, seconds, failed trials and the limit."""
     storage = Told()
     breaker = CircuitBreaker(fail_max=2, state_storage=storage)
     fail(breaker, 3)
@@ -106,7 +106,7 @@ def test_the_gate_of_a_state_makes_the_move_of_a_trial():
 
 
 def test_an_older_storage_writes_the_opening_and_then_the_state():
-    """What `move` does by default; the counters come before."""
+    """The base class's `move` does this; the counters are written before."""
     storage = Row()
     breaker = CircuitBreaker(state_storage=storage)
     breaker.open()
@@ -121,7 +121,7 @@ def test_an_older_storage_writes_the_opening_and_then_the_state():
 
 
 def test_a_memory_storage_has_its_counter_written_before_its_state(clock):
-    """With a window, too: what time has forgotten is gone when the state is open."""
+    """With a window, what time has forgotten is gone before the state is open."""
     counts = []
 
     class Watch(CircuitMemoryStorage):
@@ -140,7 +140,8 @@ def test_a_memory_storage_has_its_counter_written_before_its_state(clock):
 
 
 def test_over_an_older_storage_the_breaker_that_moved_knows_its_move():
-    """Length, reason and failed trials hold for that one, and for no other."""
+    """Length, reason and failed trials hold for the breaker that moved, and no
+    other."""
     storage = Row()
     storage.open_for = lambda: 1.0
     first, second = (CircuitBreaker(state_storage=storage) for _ in range(2))
@@ -204,7 +205,7 @@ def test_a_breaker_that_finds_the_storage_moved_asks_it_for_the_move(recorder):
 
 
 def test_a_move_to_another_state_than_the_present_one_is_not_believed():
-    """Something has moved the storage since, and did not say so."""
+    """Another program has written the state since."""
     storage = Knows("open", reason="elsewhere", seconds=100, failed_trials=2)
     storage._row["state"] = "half-open"
     breaker = CircuitBreaker(state_storage=storage)
@@ -212,7 +213,7 @@ def test_a_move_to_another_state_than_the_present_one_is_not_believed():
 
 
 def test_a_memory_storage_knows_the_move_that_brought_it_to_its_state():
-    """None before the first."""
+    """The storage knows no move before the first."""
     storage = CircuitMemoryStorage("closed")
     assert storage.last_move() is None
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
@@ -225,7 +226,8 @@ def test_a_memory_storage_knows_the_move_that_brought_it_to_its_state():
 
 
 def test_a_state_that_was_written_is_not_that_of_an_earlier_move():
-    """A test closes the circuit of a maintenance and opens it, by writing both."""
+    """A test ends a maintenance by writing the state, and opens the circuit
+    likewise."""
     breaker = CircuitBreaker()
     breaker.open(math.inf, "maintenance")
     breaker._state_storage.state = "closed"
@@ -236,7 +238,7 @@ def test_a_state_that_was_written_is_not_that_of_an_earlier_move():
 
 
 def test_an_opening_time_that_is_written_moves_the_opening_of_any_length():
-    """Tests let a timeout pass that way, one of `open(seconds)` too."""
+    """Tests write opened_at to let a timeout pass, that of `open(seconds)` too."""
     breaker = CircuitBreaker()
     breaker.open(3600)
     breaker._state_storage.opened_at = datetime(2001, 1, 1, tzinfo=pybreaker.UTC)
@@ -247,7 +249,7 @@ def test_an_opening_time_that_is_written_moves_the_opening_of_any_length():
 
 
 def test_only_an_opening_changes_the_moment_of_the_last_opening(clock):
-    """By a trial and by hand, the circuit half-opens and closes without a new one."""
+    """A trial or a hand half-opens and closes the circuit without a new moment."""
     breaker = CircuitBreaker(success_threshold=2)
     breaker.open(0)
     opened_at = breaker._state_storage.opened_at
@@ -261,8 +263,8 @@ def test_only_an_opening_changes_the_moment_of_the_last_opening(clock):
 
 
 @pytest.mark.parametrize("name", ["move", "last_move"])
-def test_a_storage_of_an_older_kind_needs_neither(name):
-    """The base class has both."""
+def test_a_storage_of_an_older_kind_needs_neither_move_nor_last_move(name):
+    """The base class has both methods."""
     assert callable(getattr(CircuitBreakerStorage, name))
     assert name not in vars(Row)
 
@@ -340,7 +342,8 @@ class Agreed:
 
 
 def rejection_beside_a_trial(breaker):
-    """The error of a call that is made while a trial runs, which is abandoned then."""
+    """The error of a call that is made while a trial runs. The trial is abandoned
+    then."""
     errors = []
 
     def trial():

@@ -12,7 +12,8 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
 
 def due(**settings):
-    """A breaker that two trials must close, and whose next call is the first."""
+    """A breaker that needs two successful trials, of which the next call is the
+    first."""
     breaker = CircuitBreaker(3, 0, success_threshold=2, **settings)
     fail(breaker, 3)
     assert (breaker.current_state, breaker.fail_counter) == ("open", 3)
@@ -25,7 +26,7 @@ def counts(breaker):
 
 @pytest.mark.parametrize("guard", guards.WAYS)
 def test_the_first_of_two_successful_trials_forgets_the_failures(guard):
-    """And the second closes the circuit."""
+    """The second trial closes the circuit."""
     breaker = due()
     guard(breaker, int)
     assert counts(breaker) == ("half-open", 0, 1)
@@ -35,7 +36,7 @@ def test_the_first_of_two_successful_trials_forgets_the_failures(guard):
 
 @pytest.mark.parametrize("guard", guards.WAYS)
 def test_a_trial_that_fails_after_one_that_succeeded_is_the_only_failure(guard):
-    """It counts as one more failure, from 0."""
+    """The failed trial adds one to a count of 0."""
     breaker = due()
     guard(breaker, int)
     with pytest.raises(CircuitBreakerError, match="Trial call failed"):
@@ -44,7 +45,7 @@ def test_a_trial_that_fails_after_one_that_succeeded_is_the_only_failure(guard):
 
 
 def test_a_trial_that_fails_first_is_one_failure_more():
-    """Nothing has been forgotten then."""
+    """No trial has succeeded, so the failures from before the opening stand."""
     breaker = due()
     fail(breaker)
     assert counts(breaker) == ("open", 4, 0)
@@ -60,7 +61,7 @@ def test_a_trial_with_an_excluded_exception_is_a_success_that_forgets():
 
 
 def test_an_abandoned_trial_forgets_nothing():
-    """It told nothing about the service."""
+    """An abandoned trial tells nothing about the service."""
     breaker = due()
 
     def interrupted():
@@ -72,7 +73,7 @@ def test_an_abandoned_trial_forgets_nothing():
 
 
 def test_calls_within_a_trial_forget_nothing():
-    """They decide nothing; the trial that they belong to does."""
+    """Calls within a trial decide nothing; the trial decides."""
     breaker, seen = due(), []
 
     def work():
@@ -85,7 +86,7 @@ def test_calls_within_a_trial_forget_nothing():
 
 
 def test_a_trial_that_has_lost_its_place_still_forgets(clock):
-    """It ends in the era that admitted it, so its outcome counts."""
+    """The trial ends in the era that admitted it, so its outcome counts."""
     breaker = due()
     breaker.reset_timeout = 60
     clock.advance(60)
@@ -112,7 +113,7 @@ def test_a_late_success_forgets_nothing():
 
 
 def test_a_success_handed_to_a_half_open_state_forgets_as_well():
-    """By state._handle_success, as services wrote for asyncio."""
+    """Services for asyncio hand successes over by state._handle_success()."""
     breaker = due()
     breaker.half_open()
     breaker.state._handle_success()
@@ -120,7 +121,7 @@ def test_a_success_handed_to_a_half_open_state_forgets_as_well():
 
 
 def test_listeners_hear_of_the_success_when_the_failures_are_forgotten(recorder):
-    """The counters are the new ones by then."""
+    """When the success is told, the counters are the new ones."""
     breaker, seen = due(), []
     recorder.success = lambda cb: seen.append(counts(cb))
     breaker.add_listener(recorder)
@@ -129,7 +130,7 @@ def test_listeners_hear_of_the_success_when_the_failures_are_forgotten(recorder)
 
 
 def test_a_health_page_shows_no_errors_while_the_service_recovers():
-    """It reports fail_counter as the present errors."""
+    """The page reports fail_counter as the present errors."""
     breaker = due(name="search")
 
     def health():

@@ -99,7 +99,7 @@ def elsewhere(func, *args):
 
 
 def is_locked(breaker):
-    """Whether the calling thread holds the breaker's lock: another can't have it."""
+    """Whether another thread would have to wait for the breaker's lock."""
 
     def can_be_taken():
         taken = lock_of(breaker).acquire(blocking=False)
@@ -120,7 +120,8 @@ def failures(breaker, number, fail):
 
 
 def test_counters_can_be_read(clock, fail):
-    """Failures in a row, and trials that succeeded."""
+    """`fail_counter` counts failures in a row, `success_counter` trials that
+    succeeded."""
     breaker = CircuitBreaker(3, 10, success_threshold=2)
     failures(breaker, 2, fail)
     assert (breaker.fail_counter, breaker.success_counter) == (2, 0)
@@ -134,7 +135,8 @@ def test_counters_can_be_read(clock, fail):
 
 @pytest.mark.parametrize("name", ["closed", "open", "half-open"])
 def test_the_state_can_be_read(name):
-    """As a name, and as an object whose name and str() are that."""
+    """`current_state` is the state's name; `state` is an object with that name and
+    str()."""
     breaker = CircuitBreaker()
     breaker.state = name
     assert breaker.current_state == name
@@ -144,7 +146,7 @@ def test_the_state_can_be_read(name):
 
 
 def test_a_state_says_of_what_kind_it_is():
-    """Its repr tells class and name."""
+    """The repr of a state tells its class and its name."""
     assert repr(CircuitBreaker().state) == "<CircuitClosedState closed>"
 
 
@@ -156,7 +158,7 @@ def test_listeners_and_exclusions_are_tuples(recorder):
 
 
 def test_listeners_that_were_put_into_the_private_list_are_read_as_a_tuple(recorder):
-    """Such code reaches for the private lists, which is no reason to hand them out."""
+    """`listeners` and `excluded_exceptions` are tuples, not the private lists."""
     breaker = CircuitBreaker()
     breaker._listeners.append(recorder)
     breaker._excluded_exceptions.append(KeyError)
@@ -182,7 +184,7 @@ def test_what_can_only_be_read_refuses_to_be_set(attribute):
 
 
 def test_everything_can_be_read_and_set_while_a_call_is_in_flight(boom):
-    """From another thread, without waiting for the call, effective at once."""
+    """Another thread reads and sets, without waiting for the call that is in flight."""
     breaker = CircuitBreaker(fail_max=5, reset_timeout=60, name="database")
     running, finish = threading.Event(), threading.Event()
     outcome = []
@@ -237,7 +239,8 @@ def test_everything_can_be_read_and_set_while_a_call_is_in_flight(boom):
 
 
 def test_retry_after_counts_down_while_open(clock):
-    """The seconds until a call may be admitted; 0.0 from then on, still open."""
+    """`retry_after` is the time until a call may be admitted, then 0.0 though still
+    open."""
     breaker = CircuitBreaker(reset_timeout=10)
     assert breaker.retry_after == 0.0
     breaker.open()
@@ -252,7 +255,8 @@ def test_retry_after_counts_down_while_open(clock):
 
 
 def test_retry_after_counts_down_while_a_trial_runs(clock):
-    """Until the trial would lose its place, and 0.0 where it has ended."""
+    """`retry_after` is the time until the trial loses its place, 0.0 once it has
+    ended."""
     breaker = CircuitBreaker(reset_timeout=10, success_threshold=2)
     breaker.half_open()
     assert breaker.retry_after == 0.0
@@ -269,7 +273,7 @@ def test_retry_after_counts_down_while_a_trial_runs(clock):
 
 
 def test_retry_after_counts_down_for_days(clock):
-    """Where the timeout is longer than the machine has been up."""
+    """The timeout may be longer than the machine has been up."""
     breaker = CircuitBreaker(reset_timeout=500_000)
     breaker.open()
     clock.advance(200_000)
@@ -281,7 +285,7 @@ def test_retry_after_counts_down_for_days(clock):
 
 
 def test_retry_after_can_be_infinite(clock):
-    """With reset_timeout=math.inf, for an open circuit as for a running trial."""
+    """With reset_timeout=math.inf the wait is infinite when open and during a trial."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     clock.advance(1e9)
@@ -293,7 +297,8 @@ def test_retry_after_can_be_infinite(clock):
 
 @pytest.mark.parametrize("name", ["closed", "half-open"])
 def test_retry_after_is_nought_where_a_call_may_come_now(name):
-    """Closed, or half-open with the place free."""
+    """`retry_after` is 0.0 in a closed circuit, and in a half-open one with the place
+    free."""
     breaker = CircuitBreaker()
     breaker.state = name
     assert breaker.retry_after == 0.0
@@ -322,7 +327,8 @@ def test_retry_after_keeps_what_it_promises(clock):
     ],
 )
 def test_an_operator_who_only_watches_moves_nothing(watch, recorder):
-    """A change in the storage is found, and told, by calls and by breaker.state."""
+    """Only calls and breaker.state find a change in the storage, and tell listeners of
+    it."""
     breaker = CircuitBreaker(listeners=[recorder])
     storage_of(breaker).state = "open"
     watch(breaker)
@@ -335,7 +341,7 @@ def test_an_operator_who_only_watches_moves_nothing(watch, recorder):
 
 
 def test_a_fail_counter_that_is_set_is_counted_from(fail, boom):
-    """The next failure is one more."""
+    """The next failure adds one to the count that was set."""
     breaker = CircuitBreaker(fail_max=5)
     breaker.fail_counter = 3
     with pytest.raises(boom):
@@ -346,7 +352,7 @@ def test_a_fail_counter_that_is_set_is_counted_from(fail, boom):
 
 
 def test_a_fail_counter_that_is_set_is_forgotten_by_a_success():
-    """As if it had been counted."""
+    """A success sets the count back to 0, whether the failures were counted or set."""
     breaker = CircuitBreaker(fail_max=5)
     breaker.fail_counter = 3
     breaker.call(int)
@@ -354,7 +360,7 @@ def test_a_fail_counter_that_is_set_is_forgotten_by_a_success():
 
 
 def test_setting_numbers_never_moves_the_circuit(clock, recorder):
-    """Nor does it tell anybody anything; only the next call draws conclusions."""
+    """Setting a number tells listeners nothing; the next call decides by the number."""
     breaker = CircuitBreaker(fail_max=5, reset_timeout=10, listeners=[recorder])
     breaker.fail_counter = 9
     breaker.fail_max = 1
@@ -373,8 +379,9 @@ def test_setting_numbers_never_moves_the_circuit(clock, recorder):
 
 @pytest.mark.parametrize(("fail_max", "count"), [(1, 4), (3, 3), (4, 4)])
 def test_with_fail_max_lowered_the_next_failure_opens(fail_max, count, fail, boom):
-    """Below the count, at it, or one above; not before that failure, which is
-    counted unless the count is at the limit already."""
+    """`fail_max` is lowered below the count, to the count, or to one above. The circuit
+    opens with the next failure, which is counted unless the count is at the limit
+    already."""
     breaker = CircuitBreaker(fail_max=10)
     failures(breaker, 3, fail)
     breaker.fail_max = fail_max
@@ -385,7 +392,7 @@ def test_with_fail_max_lowered_the_next_failure_opens(fail_max, count, fail, boo
     assert (breaker.current_state, breaker.fail_counter) == ("open", count)
 
 
-def test_a_high_limit_is_a_limit_too(fail):
+def test_a_count_that_reaches_a_high_limit_opens_the_circuit(fail):
     """Two numbers that are equal need not be the same object."""
     breaker = CircuitBreaker(fail_max=1000)
     breaker.fail_counter = int("1000")
@@ -406,7 +413,7 @@ def test_with_fail_max_lowered_a_success_still_forgets(fail, boom):
 
 
 def test_a_changed_reset_timeout_holds_for_an_open_circuit(clock):
-    """Shortened or made longer, it is measured from the opening."""
+    """A timeout that is made shorter or longer is measured from the opening."""
     breaker = CircuitBreaker(reset_timeout=100)
     breaker.open()
     clock.advance(20)
@@ -421,7 +428,8 @@ def test_a_changed_reset_timeout_holds_for_an_open_circuit(clock):
 
 @pytest.mark.parametrize("threshold", [1, 3, 4])
 def test_a_changed_success_threshold_holds_for_a_half_open_circuit(threshold):
-    """Below the successes so far, at them, or one above: the next one closes."""
+    """The threshold is set below the successes so far, to their number, or to one more:
+    the next successful trial closes the circuit."""
     breaker = CircuitBreaker(success_threshold=9)
     breaker.half_open()
     for _ in range(3):
@@ -438,7 +446,8 @@ def test_a_changed_success_threshold_holds_for_a_half_open_circuit(threshold):
     [("closed", "close"), ("open", "open"), ("half-open", "half_open")],
 )
 def test_setting_the_state_is_the_same_as_the_method(before, name, method, fail):
-    """From every state: the counters, the listeners and the timeout alike."""
+    """The setter does what the method does, from every state, to the counters, the
+    listeners and the timeout."""
     pictures = []
     for move in (
         lambda breaker: setattr(breaker, "state", name),
@@ -475,14 +484,14 @@ def test_setting_the_state_is_the_same_as_the_method(before, name, method, fail)
 
 @pytest.mark.parametrize("name", ["closed", "open", "half-open"])
 def test_a_state_may_be_set_by_a_name_that_was_typed(name):
-    """A console's text is equal to the constant and not the same object."""
+    """A name that was typed is equal to the constant and not the same object."""
     breaker = CircuitBreaker()
     breaker.state = "".join(list(name))
     assert breaker.current_state == name
 
 
 def test_setting_the_state_to_open_starts_the_timeout_again(clock):
-    """On a circuit that is open already too."""
+    """Setting the state of an open circuit to open starts its timeout again."""
     breaker = CircuitBreaker(reset_timeout=10)
     breaker.state = "open"
     clock.advance(9)
@@ -494,7 +503,8 @@ def test_setting_the_state_to_open_starts_the_timeout_again(clock):
 
 
 def test_a_counter_that_cannot_be_set_is_counted_up():
-    """reset_counter() once, then increment_counter() as often as needed."""
+    """The breaker calls reset_counter() once, then increment_counter() as often as
+    needed."""
     storage = OldStorage()
     breaker = CircuitBreaker(fail_max=5, state_storage=storage)
     breaker.fail_counter = 2
@@ -509,7 +519,8 @@ def test_a_counter_that_cannot_be_set_is_counted_up():
 
 
 def test_a_counter_that_cannot_be_set_goes_up_to_fail_max():
-    """And no further: the ValueError names both, and nothing changes."""
+    """A count above fail_max is refused: the ValueError names both, and nothing
+    changes."""
     storage = OldStorage()
     breaker = CircuitBreaker(fail_max=4, state_storage=storage)
     breaker.fail_counter = 4
@@ -534,7 +545,7 @@ def test_a_counter_that_can_be_set_has_no_such_limit():
     [(TypeError, "2"), (TypeError, None), (ValueError, -1), (ValueError, 1.5)],
 )
 def test_a_count_that_makes_no_sense_never_reaches_the_storage(kind, value):
-    """It is checked as on any storage, before anything is written."""
+    """The breaker checks the count before anything is written, as on any storage."""
     storage = OldStorage()
     breaker = CircuitBreaker(state_storage=storage)
     with pytest.raises(kind, match="fail_counter"):
@@ -543,7 +554,7 @@ def test_a_count_that_makes_no_sense_never_reaches_the_storage(kind, value):
 
 
 def test_a_count_that_was_counted_up_is_counted_from(fail):
-    """The next failure trips, and what is read is what the storage says."""
+    """The next failure trips, and the breaker reads the count from the storage."""
     breaker = CircuitBreaker(fail_max=3, state_storage=OldStorage())
     breaker.fail_counter = 2
     with pytest.raises(CircuitBreakerError):
@@ -553,8 +564,8 @@ def test_a_count_that_was_counted_up_is_counted_from(fail):
     assert 0 < breaker.retry_after <= 60
 
 
-def test_a_count_that_is_set_is_nobodys_failure():
-    """What hears of each failure by _inc_counter() does not hear of it."""
+def test_a_count_that_is_set_is_no_failure_of_a_call():
+    """A subclass's _inc_counter() is not called while a count is being set."""
 
     class Alarming(CircuitBreaker):
         def _inc_counter(self):
@@ -569,7 +580,8 @@ def test_a_count_that_is_set_is_nobodys_failure():
 
 
 def test_listeners_come_and_go(recorder):
-    """One at a time or several, told in the order in which they came."""
+    """Listeners are added and removed alone or together, and told in the order of
+    adding."""
     first, second, third = (CircuitBreakerListener() for _ in range(3))
     breaker = CircuitBreaker(listeners=[first])
     breaker.add_listener(second)
@@ -580,7 +592,8 @@ def test_listeners_come_and_go(recorder):
 
 
 def test_a_listener_hears_from_when_it_is_added_until_it_is_removed(recorder):
-    """What happens before and after is none of its business."""
+    """A listener is told nothing that happens before it is added or after it is
+    removed."""
     breaker = CircuitBreaker()
     breaker.call(int)
     breaker.add_listener(recorder)
@@ -592,14 +605,15 @@ def test_a_listener_hears_from_when_it_is_added_until_it_is_removed(recorder):
 
 
 def test_a_listener_that_is_added_during_a_call_hears_how_it_ends(recorder):
-    """Although the call began when nobody listened."""
+    """The breaker had no listener when the call began."""
     breaker = CircuitBreaker()
     breaker.call(lambda: breaker.add_listener(recorder))
     assert recorder.names == ["success"]
 
 
 def test_a_listener_that_was_added_twice_is_told_twice():
-    """And removed once, the first of the two."""
+    """Removing that listener once takes away the first of its two places in the
+    list."""
 
     class Counting(CircuitBreakerListener):
         heard = 0
@@ -618,7 +632,7 @@ def test_a_listener_that_was_added_twice_is_told_twice():
 
 
 def test_removing_a_listener_that_is_not_there_is_an_error(recorder):
-    """A ValueError that names it; the others stay."""
+    """The ValueError names the stranger, and the listeners of the breaker stay."""
     breaker = CircuitBreaker(listeners=[recorder])
     stranger = CircuitBreakerListener()
     with pytest.raises(ValueError, match="CircuitBreakerListener object"):
@@ -630,7 +644,8 @@ def test_removing_a_listener_that_is_not_there_is_an_error(recorder):
 
 
 def test_exclusions_come_and_go():
-    """One at a time or several, classes and predicates."""
+    """Exclusions, classes and predicates alike, are added and removed alone or
+    together."""
 
     def predicate(exc):
         return False
@@ -647,7 +662,7 @@ def test_exclusions_come_and_go():
 
 
 def test_removing_an_exclusion_that_is_not_there_is_an_error():
-    """A ValueError that names it, also where a base class of it is excluded."""
+    """The ValueError names the exclusion, also where a base class of it is excluded."""
     breaker = CircuitBreaker(exclude=[LookupError])
     with pytest.raises(ValueError, match="KeyError"):
         breaker.remove_excluded_exception(KeyError)
@@ -671,7 +686,7 @@ def test_an_exclusion_that_is_added_during_a_call_holds_for_it(fail, boom):
 
 
 def test_repr_tells_an_operator_everything(clock, fail):
-    """Name, state, how many failures of how many, the timeout: on one line."""
+    """The repr tells name, state, failures, fail_max and the timeout on one line."""
     breaker = CircuitBreaker(7, 45, name="database")
     failures(breaker, 3, fail)
     text = repr(breaker)
@@ -682,7 +697,7 @@ def test_repr_tells_an_operator_everything(clock, fail):
 
 
 def test_repr_tells_the_settings_that_change_when_a_circuit_opens_and_how_long():
-    """The longest timeout and the window, each only where it is set."""
+    """The repr tells the longest timeout and the window, each only where it is set."""
     parts = {
         "max_reset_timeout": "max_reset_timeout 90 s",
         "window_size": "window_size 50",
@@ -695,7 +710,7 @@ def test_repr_tells_the_settings_that_change_when_a_circuit_opens_and_how_long()
 
 
 def test_a_reason_is_one_line_of_bearable_length():
-    """Whatever the repr of an exception is: it is logged, and kept for an era."""
+    """A reason is logged and kept for an era, so a long repr of an exception is cut."""
 
     class Babbling(Exception):
         def __repr__(self):
@@ -714,7 +729,7 @@ def test_a_reason_is_one_line_of_bearable_length():
 
 
 def test_repr_tells_when_the_next_trial_is_due(clock):
-    """Of an open circuit, and not of a closed one."""
+    """The repr of an open circuit tells when, and that of a closed circuit does not."""
     breaker = CircuitBreaker(reset_timeout=45)
     assert "trial" not in repr(breaker)
     breaker.open()
@@ -725,8 +740,8 @@ def test_repr_tells_when_the_next_trial_is_due(clock):
     assert "next call is a trial" in repr(breaker)
 
 
-def test_repr_of_a_circuit_that_waits_for_somebody(clock):
-    """With an infinite timeout only a hand can help, and it says so."""
+def test_repr_of_a_circuit_that_waits_for_a_move_by_hand(clock):
+    """With an infinite timeout the repr says that the circuit is moved only by hand."""
     breaker = CircuitBreaker(math.inf, math.inf)
     breaker.open()
     assert "only by hand" in repr(breaker)
@@ -734,7 +749,8 @@ def test_repr_of_a_circuit_that_waits_for_somebody(clock):
 
 
 def test_repr_tells_how_far_a_recovery_is():
-    """Half-open: how many trials have succeeded, of how many."""
+    """The repr of a half-open circuit tells how many of how many trials have
+    succeeded."""
     breaker = CircuitBreaker(success_threshold=4)
     breaker.half_open()
     breaker.call(int)
@@ -743,7 +759,8 @@ def test_repr_tells_how_far_a_recovery_is():
 
 
 def test_repr_knows_a_state_by_its_name():
-    """Which a storage may have read from somewhere."""
+    """A storage may return a string that is equal to the constant and another
+    object."""
     breaker = CircuitBreaker()
     for name, told in (("closed", "trial"), ("half-open", "successes")):
         breaker.state = name
@@ -754,19 +771,19 @@ def test_repr_knows_a_state_by_its_name():
 
 
 def test_repr_of_a_breaker_without_a_name():
-    """It says that there is none."""
+    """The repr says that the breaker is unnamed."""
     assert "unnamed" in repr(CircuitBreaker())
 
 
 def test_repr_is_one_line_whatever_the_name():
-    """What breaks lines is shown escaped."""
+    """The repr shows characters that break lines escaped."""
     breaker = CircuitBreaker(name="db\n<CircuitBreaker 'other': closed>")
     assert len(repr(breaker).splitlines()) == 1
     assert repr(breaker).startswith(f"<CircuitBreaker {breaker.name!r}: closed")
 
 
 def test_repr_knows_subclasses():
-    """The class is the one that the breaker has."""
+    """The repr shows the breaker's own class."""
 
     class Special(CircuitBreaker):
         pass
@@ -778,7 +795,7 @@ def test_repr_knows_subclasses():
 
 
 def test_a_successful_call_is_told(recorder):
-    """before_call with the function and its arguments, then success."""
+    """Listeners hear before_call with the function and its arguments, then success."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.call(max, 1, 2, key=abs)
     assert recorder.events == [
@@ -788,7 +805,7 @@ def test_a_successful_call_is_told(recorder):
 
 
 def test_a_failed_call_is_told(recorder, boom):
-    """before_call, then failure with the very exception."""
+    """Listeners hear before_call, then failure with the very exception."""
     breaker = CircuitBreaker(listeners=[recorder])
     exc = boom()
     with pytest.raises(boom):
@@ -798,7 +815,7 @@ def test_a_failed_call_is_told(recorder, boom):
 
 
 def test_an_excluded_exception_is_told_as_a_success(recorder, fail, boom):
-    """As which it counts."""
+    """Listeners hear before_call, then success."""
     breaker = CircuitBreaker(exclude=[boom], listeners=[recorder])
     with pytest.raises(boom):
         breaker.call(fail)
@@ -806,7 +823,7 @@ def test_an_excluded_exception_is_told_as_a_success(recorder, fail, boom):
 
 
 def test_an_abandoned_call_is_told_to_begin_only(recorder):
-    """Neither success nor failure."""
+    """Listeners hear before_call, and neither success nor failure."""
     breaker = CircuitBreaker(listeners=[recorder])
     with pytest.raises(KeyboardInterrupt):
         breaker.call(raising(KeyboardInterrupt()))
@@ -824,7 +841,7 @@ class AbandonedCalls:
 
 
 def test_a_listener_may_hear_of_abandoned_calls(run):
-    """Once for each, under the lock, whichever way the call is guarded."""
+    """Listeners are told once for each call, under the lock, in each way to guard."""
     listener = AbandonedCalls()
     breaker = CircuitBreaker(1, name="db", ignore=[LookupError], listeners=[listener])
     for exc in (KeyboardInterrupt(), KeyError(), SystemExit()):
@@ -840,8 +857,8 @@ def test_a_listener_may_hear_of_abandoned_calls(run):
     assert len(listener.heard) == 3
 
 
-def test_abandoned_calls_that_are_late_are_told_and_a_trial_is_when_it_gives_up():
-    """The trial gives its place back when the listener has heard."""
+def test_abandoned_calls_are_told_late_ones_and_trials_included():
+    """The trial holds its place until the listener has been told."""
     waits = []
 
     class Listener(AbandonedCalls):
@@ -867,7 +884,7 @@ def test_abandoned_calls_that_are_late_are_told_and_a_trial_is_when_it_gives_up(
 
 
 def test_a_listener_that_raises_when_it_hears_of_an_abandoned_call_is_logged(caplog):
-    """And the caller gets what the function raised."""
+    """The caller gets what the function raised."""
 
     class Listener:
         def abandoned(self, cb):
@@ -880,7 +897,7 @@ def test_a_listener_that_raises_when_it_hears_of_an_abandoned_call_is_logged(cap
 
 
 def test_a_rejected_call_is_told_as_rejected_only():
-    """With the function that was not called and its arguments, once."""
+    """Listeners hear rejected, once, with the function that was not called."""
     heard = []
 
     class Listener(CircuitBreakerListener):
@@ -898,7 +915,8 @@ def test_a_rejected_call_is_told_as_rejected_only():
 
 
 def test_a_rejected_call_is_no_failure(recorder):
-    """It is counted nowhere and told neither as a failure nor as a success."""
+    """A rejection is not counted, and listeners are told of no failure and no
+    success."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.open()
     recorder.events.clear()
@@ -909,7 +927,7 @@ def test_a_rejected_call_is_no_failure(recorder):
 
 
 def test_the_life_of_a_circuit_in_order(clock, fail, recorder):
-    """failure before the state_change that it causes, success after."""
+    """A failure is told before the state_change that it causes, a success after it."""
     breaker = CircuitBreaker(2, 10, listeners=[recorder], success_threshold=2)
     failures(breaker, 2, fail)
     clock.advance(10)
@@ -941,7 +959,7 @@ def test_the_life_of_a_circuit_in_order(clock, fail, recorder):
 
 
 def test_listeners_are_told_one_event_after_the_other(fail):
-    """All of them hear of one event, in their order, before any hears the next."""
+    """All listeners hear of one event, in their order, before any hears the next."""
     heard = []
 
     class Listener(CircuitBreakerListener):
@@ -1043,7 +1061,7 @@ class Photographer(CircuitBreakerListener):
 
 
 def test_when_a_failure_is_told_it_is_counted_and_nothing_decided(clock, fail):
-    """The trip comes after."""
+    """The breaker decides on the trip after the failure has been told."""
     listener = Photographer()
     breaker = CircuitBreaker(1, 10, listeners=[listener])
     failures(breaker, 1, fail)
@@ -1097,7 +1115,7 @@ def test_when_a_half_opening_by_hand_is_told_it_is_complete(clock):
 
 
 def test_when_a_move_by_hand_is_told_a_trial_that_runs_has_lost_its_place():
-    """It is of an era that is over, so that nobody has to wait for it."""
+    """The trial belongs to an era that is over, so no call has to wait for it."""
     waits = []
     breaker = CircuitBreaker()
     breaker.half_open()
@@ -1138,7 +1156,8 @@ class Reasons(CircuitBreakerListener):
 
 
 def test_each_era_says_why_it_began(clock, fail, boom):
-    """What happened, or that somebody did it by hand; the state keeps it."""
+    """The reason tells what moved the circuit, and the state object keeps the
+    reason."""
     reasons = Reasons()
     breaker = CircuitBreaker(2, 60, listeners=[reasons])
     assert breaker.state.reason == "new"
@@ -1161,8 +1180,9 @@ def test_each_era_says_why_it_began(clock, fail, boom):
 
 
 @pytest.mark.parametrize("name", ["closed", "open", "half-open"])
-def test_an_era_that_somebody_began_says_so(name):
-    """By the method or by the setter, from whichever state."""
+def test_an_era_that_was_begun_by_hand_says_so(name):
+    """The reason is "by hand" for the method and for the setter, from whichever
+    state."""
     reasons = Reasons()
     breaker = CircuitBreaker(listeners=[reasons])
     breaker.state = name
@@ -1173,7 +1193,7 @@ def test_an_era_that_somebody_began_says_so(name):
 
 @pytest.mark.parametrize("name", ["open", "half-open"])
 def test_an_era_that_was_found_in_the_storage_says_so(name):
-    """Why somebody else began it cannot be known here."""
+    """This breaker cannot know why another program moved the circuit."""
     reasons = Reasons()
     breaker = CircuitBreaker(listeners=[reasons])
     storage_of(breaker).state = name
@@ -1182,7 +1202,7 @@ def test_an_era_that_was_found_in_the_storage_says_so(name):
 
 
 def test_a_trial_whose_half_opening_a_listener_repeats_has_its_place(clock):
-    """It is admitted once more, in the era that the listener has begun."""
+    """The trial is admitted once more, in the era that the listener has begun."""
     insisted = []
 
     class Insists(CircuitBreakerListener):
@@ -1207,7 +1227,7 @@ def test_a_trial_whose_half_opening_a_listener_repeats_has_its_place(clock):
 
 
 def test_an_era_that_the_gate_began_says_that_the_timeout_has_passed(clock):
-    """As one that a call began."""
+    """The gate gives the same reason as a call that half-opens the circuit."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(60)
@@ -1216,7 +1236,7 @@ def test_an_era_that_the_gate_began_says_that_the_timeout_has_passed(clock):
 
 
 def test_an_era_that_an_outcome_handed_over_began_says_what_it_was():
-    """By `on_failure` and `on_success`, as by a call."""
+    """`on_failure` and `on_success` give the same reasons as calls do."""
     breaker = CircuitBreaker(1)
     breaker.fail_counter = 1
     with pytest.raises(CircuitBreakerError):
@@ -1228,7 +1248,7 @@ def test_an_era_that_an_outcome_handed_over_began_says_what_it_was():
 
 
 def test_an_era_that_a_listener_began_is_by_hand(fail):
-    """It hears why the circuit opened; what it does about that is its own doing."""
+    """A listener that closes the circuit while a trip is told closes it by hand."""
     reasons = Reasons()
 
     class Closes(CircuitBreakerListener):
@@ -1242,11 +1262,11 @@ def test_an_era_that_a_listener_began_is_by_hand(fail):
     assert reasons.heard == ["a failure: Boom()", "by hand"]
 
 
-# The trip is decided after failure has been told.
+# The trip is decided after the failure has been told.
 
 
 def test_a_listener_that_forgives_prevents_the_trip(fail, boom, recorder):
-    """The count that it leaves is the one that is looked at."""
+    """The breaker decides on the trip by the count that the listener leaves."""
     forgive = Hook("failure", lambda cb: setattr(cb, "fail_counter", 0))
     breaker = CircuitBreaker(1, listeners=[forgive, recorder])
     with pytest.raises(boom):
@@ -1257,7 +1277,7 @@ def test_a_listener_that_forgives_prevents_the_trip(fail, boom, recorder):
 
 
 def test_a_listener_that_lowers_fail_max_brings_the_trip(fail):
-    """The limit that it leaves is the one that is looked at."""
+    """The breaker decides on the trip by the limit that the listener leaves."""
     strict = Hook("failure", lambda cb: setattr(cb, "fail_max", 1))
     breaker = CircuitBreaker(5, listeners=[strict])
     with pytest.raises(CircuitBreakerError):
@@ -1269,7 +1289,8 @@ def test_a_listener_that_lowers_fail_max_brings_the_trip(fail):
 def test_a_listener_that_moves_the_circuit_has_the_last_word(
     name, fail, boom, recorder
 ):
-    """In another era nothing is decided, and the function's exception comes out."""
+    """The listener has begun another era, so the failure of the era before decides
+    nothing, and the caller gets the function's exception."""
     move = Hook("failure", lambda cb: setattr(cb, "state", name))
     breaker = CircuitBreaker(1, listeners=[move, recorder])
     with pytest.raises(boom):
@@ -1279,7 +1300,7 @@ def test_a_listener_that_moves_the_circuit_has_the_last_word(
 
 
 def test_a_listener_that_ends_the_era_of_a_trial_has_the_last_word(fail, boom):
-    """The failed trial then opens nothing."""
+    """The failed trial of the era before opens nothing."""
     breaker = CircuitBreaker(1)
     breaker.half_open()
     breaker.add_listener(Hook("failure", lambda cb: cb.half_open()))
@@ -1293,7 +1314,8 @@ def test_a_listener_that_ends_the_era_of_a_trial_has_the_last_word(fail, boom):
 def test_a_call_whose_era_a_listener_ends_at_its_beginning_is_late(
     name, later, fail, boom
 ):
-    """It was admitted before that was told, so it changes nothing after that."""
+    """The call was admitted before the listener moved the circuit, so its outcome
+    belongs to the era before and changes nothing."""
     breaker = CircuitBreaker(1)
     breaker.state = name
     breaker.add_listener(Hook("before_call", lambda cb: setattr(cb, "state", later)))
@@ -1305,7 +1327,8 @@ def test_a_call_whose_era_a_listener_ends_at_its_beginning_is_late(
 
 @pytest.mark.parametrize("move", [CircuitBreaker.half_open, CircuitBreaker.close])
 def test_a_trial_that_a_listener_begins_goes_on_when_all_are_told(move, clock):
-    """The place was empty when the move was told, and is the listener's now."""
+    """A listener that is told of a move takes the place, and still holds it
+    afterwards."""
     trials = []
 
     def begin(cb):
@@ -1325,7 +1348,7 @@ def test_a_trial_that_a_listener_begins_goes_on_when_all_are_told(move, clock):
 
 @pytest.mark.parametrize("event", ["before_call", "failure", "success", "state_change"])
 def test_listeners_are_called_with_the_lock_held(event, clock, fail):
-    """So they are called one at a time."""
+    """The lock is held, so listeners are called one at a time."""
     locked = []
     hook = Hook(event, lambda cb: locked.append(is_locked(cb)))
     breaker = CircuitBreaker(2, listeners=[hook])
@@ -1335,7 +1358,8 @@ def test_listeners_are_called_with_the_lock_held(event, clock, fail):
 
 
 def test_a_rejection_is_told_with_the_lock_held():
-    """Though no lock was needed to decide on it."""
+    """The breaker takes the lock to tell a listener, though not to decide on a
+    rejection."""
     locked = []
     breaker = CircuitBreaker()
     breaker.open()
@@ -1348,7 +1372,7 @@ def test_a_rejection_is_told_with_the_lock_held():
 
 @pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.half_open])
 def test_a_listener_that_hears_of_a_rejection_does_not_change_it(move, clock):
-    """The error says why the call was rejected, and not how things are since."""
+    """The error says why the call was rejected, whatever a listener has done since."""
     breaker = CircuitBreaker(reset_timeout=60)
     breaker.open()
     clock.advance(20)
@@ -1362,7 +1386,7 @@ def test_a_listener_that_hears_of_a_rejection_does_not_change_it(move, clock):
 
 
 def test_a_guarded_call_does_not_run_under_the_lock(recorder):
-    """Listeners or no listeners."""
+    """The function runs without the lock, whether the breaker has listeners or none."""
     breaker = CircuitBreaker(listeners=[recorder])
     assert breaker.call(is_locked, breaker) is False
 
@@ -1377,7 +1401,8 @@ def test_only_a_guarded_call_by_a_listener_runs_under_the_lock():
 
 
 def test_what_a_listener_causes_is_told_at_once(fail, recorder):
-    """Before the listeners behind it hear of the event that made it act."""
+    """The next listener hears of the opening before the failure that brought it
+    about."""
     breaker = CircuitBreaker(
         5, listeners=[Hook("failure", lambda cb: cb.open()), recorder]
     )
@@ -1385,8 +1410,11 @@ def test_what_a_listener_causes_is_told_at_once(fail, recorder):
     assert recorder.names == ["before_call", "state_change", "failure"]
 
 
-def test_a_listener_that_takes_itself_off_the_list_leaves_the_next_its_news(recorder):
-    """Code in the field changes breaker._listeners in place, even while it is told."""
+def test_a_listener_that_takes_itself_off_the_list_hides_no_event_from_the_next(
+    recorder,
+):
+    """Code in the field changes breaker._listeners in place, even from within a
+    listener."""
     breaker = CircuitBreaker()
     once = Hook("success", lambda cb: cb._listeners.remove(once))
     breaker._listeners.extend([once, recorder])
@@ -1396,7 +1424,7 @@ def test_a_listener_that_takes_itself_off_the_list_leaves_the_next_its_news(reco
 
 
 def test_a_listener_that_is_taken_off_while_it_is_asked_hides_no_other(recorder):
-    """Whoever looks for somebody to tell goes through the listeners of one moment."""
+    """The breaker asks each listener that was in the list when the asking began."""
 
     class Leaves:
         @property
@@ -1410,8 +1438,11 @@ def test_a_listener_that_is_taken_off_while_it_is_asked_hides_no_other(recorder)
     assert recorder.names == ["before_call", "success"]
 
 
-def test_a_predicate_that_takes_itself_off_the_list_leaves_the_next_its_say(fail, boom):
-    """The same with breaker._excluded_exceptions."""
+def test_a_predicate_that_takes_itself_off_the_list_hides_no_exception_from_the_next(
+    fail, boom
+):
+    """Code in the field changes breaker._excluded_exceptions from within a
+    predicate."""
     breaker = CircuitBreaker(1)
     breaker._excluded_exceptions.append(
         lambda exc: breaker._excluded_exceptions.pop(0) and False
@@ -1424,7 +1455,7 @@ def test_a_predicate_that_takes_itself_off_the_list_leaves_the_next_its_say(fail
 
 
 def test_a_listener_hears_of_what_it_causes_itself(recorder):
-    """Nothing is kept from it while it is being told."""
+    """A listener that moves the circuit is told of that move."""
     heard = []
 
     class Closer(CircuitBreakerListener):
@@ -1442,7 +1473,7 @@ def test_a_listener_hears_of_what_it_causes_itself(recorder):
 
 
 def test_a_guarded_call_by_a_listener_is_guarded(recorder, fail):
-    """It is told and counted like any other, at once."""
+    """The call is told and counted at once, like any other."""
 
     def call(cb):
         with pytest.raises(CircuitBreakerError):
@@ -1458,7 +1489,7 @@ def test_a_guarded_call_by_a_listener_is_guarded(recorder, fail):
 
 
 def test_a_listener_may_read_and_set_everything(recorder):
-    """The breaker is there for it as for anybody else."""
+    """A listener may use all properties and methods of the breaker."""
 
     def use(cb):
         cb.fail_counter = 1
@@ -1479,8 +1510,9 @@ def test_a_listener_may_read_and_set_everything(recorder):
     assert recorder.names == ["success"]
 
 
-def test_a_listener_that_moves_the_circuit_at_the_trial_s_beginning(clock, recorder):
-    """It closed the circuit, so the call goes on as one in a closed circuit."""
+def test_a_listener_may_close_the_circuit_at_the_beginning_of_a_trial(clock, recorder):
+    """The listener closes the circuit, so the call goes on as one in a closed
+    circuit."""
     breaker = CircuitBreaker(1, 10)
     breaker.open()
     clock.advance(10)
@@ -1493,8 +1525,9 @@ def test_a_listener_that_moves_the_circuit_at_the_trial_s_beginning(clock, recor
     ]
 
 
-def test_a_listener_that_opens_the_circuit_at_the_trial_s_beginning(clock):
-    """It opened the circuit again, so the call is rejected and does not run."""
+def test_a_listener_may_open_the_circuit_at_the_beginning_of_a_trial(clock):
+    """The listener opens the circuit again, so the call is rejected and does not
+    run."""
     ran = []
     breaker = CircuitBreaker(1, 10)
     breaker.open()
@@ -1520,7 +1553,8 @@ def tracebacks(caplog):
 
 
 def run_through(breaker, clock, fail):
-    """A success, a trip, a recovery. Returns what the caller and an operator see."""
+    """Makes a success, a trip and a recovery. Returns what callers and operators
+    see."""
     seen = []
     for func in (int, fail, int, fail, fail, int):
         try:
@@ -1539,7 +1573,7 @@ def run_through(breaker, clock, fail):
 def test_an_exception_in_a_listener_changes_nothing(
     event, error, clock, fail, caplog, recorder
 ):
-    """Not the caller's result, not the state, not what the others hear."""
+    """The caller's result, the state and what other listeners hear stay the same."""
     caplog.set_level(logging.CRITICAL, logger="pybreaker")
     expected_recorder = type(recorder)()
     expected = run_through(
@@ -1557,7 +1591,7 @@ def test_an_exception_in_a_listener_changes_nothing(
 
 
 def test_an_exception_in_a_listener_is_logged_so_that_it_can_be_found(caplog):
-    """As an error with its traceback, naming the listener and the event."""
+    """The library logs an error with the traceback, the listener and the event."""
 
     class Unhappy(CircuitBreakerListener):
         def success(self, cb):
@@ -1597,8 +1631,10 @@ def test_a_listener_whose_method_cannot_be_had_changes_nothing(
     assert {type(exc) for exc in tracebacks(caplog)} == {RuntimeError}
 
 
-def test_an_exception_that_stops_a_listener_does_not_undo_it(fail, boom, caplog):
-    """What the listener did to the breaker before it broke stands."""
+def test_an_exception_in_a_listener_does_not_undo_what_the_listener_did(
+    fail, boom, caplog
+):
+    """What the listener did to the breaker before it raised stands."""
 
     def close_and_break(cb):
         cb.close()
@@ -1612,7 +1648,8 @@ def test_an_exception_that_stops_a_listener_does_not_undo_it(fail, boom, caplog)
 
 
 def test_a_predicate_that_raises_did_not_exclude(fail, caplog, boom):
-    """The failure counts, the caller gets it, and the predicate's is logged."""
+    """The failure counts and reaches the caller; the predicate's exception is
+    logged."""
     exc = RuntimeError("broken predicate")
     breaker = CircuitBreaker(2, exclude=[raising(exc)])
     with pytest.raises(boom):
@@ -1622,15 +1659,15 @@ def test_a_predicate_that_raises_did_not_exclude(fail, caplog, boom):
 
 
 def test_a_predicate_that_raises_is_logged_where_nothing_is_called(boom, caplog):
-    """Code may ask the breaker for its judgement, and then does nothing with it."""
+    """Code may call is_system_error() without making a guarded call."""
     exc = RuntimeError("broken predicate")
     breaker = CircuitBreaker(exclude=[raising(exc)])
     assert breaker.is_system_error(boom())
     assert tracebacks(caplog) == [exc]
 
 
-def test_a_predicate_that_raises_leaves_the_word_to_the_others(fail, boom, caplog):
-    """One behind it may still exclude."""
+def test_a_predicate_that_raises_leaves_the_decision_to_the_rest(fail, boom, caplog):
+    """A predicate or class behind the one that raised may still exclude."""
     breaker = CircuitBreaker(1, exclude=[raising(RuntimeError()), boom])
     with pytest.raises(boom):
         breaker.call(fail)
@@ -1654,7 +1691,7 @@ def test_an_answer_that_has_no_truth_did_not_exclude(fail, boom, caplog):
 
 
 def test_a_class_that_cannot_judge_did_not_exclude(fail, boom, caplog):
-    """Its metaclass may have an opinion on instances, and break over it."""
+    """A metaclass may define __instancecheck__, and raise there."""
 
     class Meta(type):
         def __instancecheck__(cls, instance):
@@ -1671,7 +1708,7 @@ def test_a_class_that_cannot_judge_did_not_exclude(fail, boom, caplog):
 
 
 class Plain(BaseException):
-    """Neither an Exception nor one of those that abandon a call."""
+    """A BaseException that is no Exception and does not abandon a call."""
 
 
 INTERRUPTIONS = [KeyboardInterrupt, SystemExit, Plain]
@@ -1689,13 +1726,13 @@ INTERRUPTIONS = [KeyboardInterrupt, SystemExit, Plain]
     ids=lambda way: way.__name__,
 )
 def run(request):
-    """Each way to guard: `run(breaker, func)`."""
+    """Each way to guard is a function `run(breaker, func)`."""
     return request.param
 
 
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 def test_an_interrupted_admission_is_taken_back(interruption, run, recorder):
-    """Closed: the function does not run, and nothing counts."""
+    """In a closed circuit the function does not run, and nothing is counted."""
     ran = []
     interrupt = Hook("before_call", raising(interruption()))
     breaker = CircuitBreaker(1, listeners=[interrupt, recorder])
@@ -1712,7 +1749,8 @@ def test_an_interrupted_admission_is_taken_back(interruption, run, recorder):
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 @pytest.mark.parametrize("event", ["before_call", "state_change"])
 def test_an_interrupted_trial_gives_its_place_back(event, interruption, run, clock):
-    """The function does not run; the half-opening stands; the next call may try."""
+    """The function does not run, the circuit stays half-open, the next call is a
+    trial."""
     ran = []
     breaker = CircuitBreaker(1, 10)
     breaker.open()
@@ -1732,7 +1770,7 @@ def test_an_interrupted_trial_gives_its_place_back(event, interruption, run, clo
 def test_an_interrupted_trial_of_a_half_open_circuit_gives_its_place_back(
     interruption, run, clock
 ):
-    """The same where the circuit was half-open before."""
+    """The circuit was half-open before the interrupted call."""
     breaker = CircuitBreaker(1, 10)
     breaker.half_open()
     breaker.add_listener(Hook("before_call", raising(interruption())))
@@ -1760,7 +1798,7 @@ def test_an_interruption_while_a_failure_is_told_reaches_the_caller(
 def test_an_interruption_while_a_success_is_told_reaches_the_caller(
     interruption, fail, boom
 ):
-    """The failures before it stay forgotten."""
+    """The failures before the success stay forgotten."""
     breaker = CircuitBreaker(5, listeners=[Hook("success", raising(interruption()))])
     with pytest.raises(boom):
         breaker.call(fail)
@@ -1773,7 +1811,7 @@ def test_an_interruption_while_a_success_is_told_reaches_the_caller(
 def test_an_interruption_while_a_trip_is_told_leaves_the_circuit_open(
     interruption, fail, clock
 ):
-    """What was decided stands, complete with its timeout."""
+    """The opening stands, complete with its timeout."""
     hook = Hook("state_change", raising(interruption()))
     breaker = CircuitBreaker(1, 10, listeners=[hook])
     with pytest.raises(interruption):
@@ -1789,7 +1827,8 @@ def test_an_interruption_while_a_trip_is_told_leaves_the_circuit_open(
 def test_an_interruption_at_the_end_of_a_trial_gives_the_place_back(
     event, interruption, fail, clock, run
 ):
-    """However far the conclusions had come."""
+    """Any event of a trial's end may be interrupted: the move, the failure or the
+    success."""
     breaker = CircuitBreaker(1, 10, success_threshold=2 if event == "success" else 1)
     breaker.half_open()
     breaker.add_listener(Hook(event, raising(interruption())))
@@ -1802,8 +1841,10 @@ def test_an_interruption_at_the_end_of_a_trial_gives_the_place_back(
 
 
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
-def test_an_interruption_keeps_the_news_from_those_behind(interruption, recorder):
-    """It goes straight to the caller; the listeners before it have heard."""
+def test_an_interruption_keeps_the_news_from_the_listeners_behind(
+    interruption, recorder
+):
+    """Only the listeners in front of the one that raised hear of the event."""
     first = type(recorder)()
     breaker = CircuitBreaker(
         listeners=[first, Hook("state_change", raising(interruption())), recorder]
@@ -1833,7 +1874,7 @@ def test_an_interruption_in_a_predicate_reaches_the_caller(
 
 
 def test_an_interruption_leaves_the_lock_free(fail):
-    """Other threads go on as before."""
+    """Another thread can take the lock afterwards."""
     hook = Hook("before_call", raising(KeyboardInterrupt()))
     breaker = CircuitBreaker(listeners=[hook])
     with pytest.raises(KeyboardInterrupt):
@@ -1900,7 +1941,8 @@ ERRORS = pytest.mark.parametrize(
 def test_the_error_tells_why_and_where_and_until_when(
     provoke, phrase, retry_after, clock, fail
 ):
-    """In the words that code in the field matches on, with the breaker's name."""
+    """The text has the phrase that code in the field looks for, and the breaker's
+    name."""
     breaker = CircuitBreaker(1, 10, name="database")
     with pytest.raises(CircuitBreakerError) as error:
         provoke(breaker, clock, fail)
@@ -1917,7 +1959,7 @@ def test_the_error_tells_why_and_where_and_until_when(
 
 @ERRORS
 def test_the_error_survives_pickling(provoke, phrase, retry_after, clock, fail):
-    """With message and retry_after; the breaker is left behind."""
+    """The message and retry_after survive; the breaker is left behind."""
     breaker = CircuitBreaker(1, 10, name="database")
     with pytest.raises(CircuitBreakerError) as error:
         provoke(breaker, clock, fail)
@@ -1932,7 +1974,7 @@ def test_the_error_survives_pickling(provoke, phrase, retry_after, clock, fail):
 
 
 def test_the_error_names_the_breaker_in_full():
-    """Whatever is in the name."""
+    """The text shows the whole name, whatever characters the name has."""
     name = "db: main\n(replica 2)"
     breaker = CircuitBreaker(name=name)
     breaker.open()
@@ -1951,7 +1993,7 @@ def test_a_breaker_without_a_name_is_told_as_one():
 
 
 def test_the_error_names_the_breaker_as_it_is_called_now():
-    """A name that was set in the meantime is the one."""
+    """The text shows the name that the breaker has when the text is read."""
     breaker = CircuitBreaker(name="before")
     breaker.open()
     breaker.name = "after"
@@ -1959,8 +2001,8 @@ def test_the_error_names_the_breaker_as_it_is_called_now():
         breaker.call(int)
 
 
-def test_the_error_of_a_circuit_that_waits_for_somebody():
-    """It says that only a hand helps, and retry_after is math.inf."""
+def test_the_error_of_a_circuit_that_waits_for_a_move_by_hand():
+    """The error says that only a hand helps, and retry_after is math.inf."""
     breaker = CircuitBreaker(reset_timeout=math.inf)
     breaker.open()
     with pytest.raises(CircuitBreakerError, match="only by hand") as error:
@@ -1969,7 +2011,7 @@ def test_the_error_of_a_circuit_that_waits_for_somebody():
 
 
 def test_the_error_of_a_trip_tells_the_wait_that_a_listener_has_left(fail):
-    """It closed the circuit that had opened, so a call may come at once."""
+    """The listener closes the circuit that has opened, so a call may come at once."""
     breaker = CircuitBreaker(fail_max=1)
     breaker.add_listener(Hook("state_change", CircuitBreaker.close))
     with pytest.raises(CircuitBreakerError) as tripped:
@@ -1987,7 +2029,7 @@ def test_an_error_that_asks_for_no_wait_speaks_of_none(fail):
 
 @pytest.mark.parametrize("args", [(), ("message",), ("message", 5), (None,)])
 def test_the_error_takes_any_arguments(args):
-    """Like any exception, and carries its defaults."""
+    """The error takes what any exception takes, and carries its defaults."""
     error = CircuitBreakerError(*args)
     assert isinstance(error, Exception)
     assert error.args == args
@@ -2004,8 +2046,8 @@ class WithDetails(CircuitBreakerError):
     """An error of the user's own, which lives at module level for pickle."""
 
 
-def test_what_others_have_put_on_the_error_survives_pickling():
-    """Notes, and what a framework keeps there under a name of its own."""
+def test_what_other_code_has_put_on_the_error_survives_pickling():
+    """Notes survive, and so does an attribute that a framework keeps on the error."""
     error = CircuitBreakerError("message")
     error.__notes__ = ["while the customer was updated"]
     error._request_id = 7
@@ -2015,7 +2057,7 @@ def test_what_others_have_put_on_the_error_survives_pickling():
 
 
 def test_a_subclass_of_the_error_keeps_what_it_carries():
-    """Attributes of its own survive pickling and copying as its class does."""
+    """The class and its own attributes survive pickling and copying."""
     error = WithDetails("message")
     error.details = {"host": "db1"}
     error.attempts = 2

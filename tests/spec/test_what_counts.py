@@ -82,7 +82,7 @@ CASES = [
 @pytest.mark.parametrize("settings, expected", CASES, ids=name_of)
 @pytest.mark.parametrize("later", [False, True], ids=["made so", "set so"])
 def test_an_exception_is_judged_in_this_order(settings, expected, later):
-    """`ignore`, then `exclude`, then `include`; else a failure."""
+    """`ignore` decides first, then `exclude`, then `include`, else it is a failure."""
     if later:
         breaker = CircuitBreaker()
         for name, value in settings.items():
@@ -111,7 +111,7 @@ def test_every_way_to_guard_judges_alike(way, settings, expected):
 
 @guards.every_way
 def test_an_ignored_exception_counts_nothing_in_a_closed_circuit(way):
-    """It forgets no failure, and adds none."""
+    """An ignored exception forgets no failure, and adds none."""
     breaker = CircuitBreaker(ignore=[KeyError])
     fail(breaker, 2)
     with pytest.raises(KeyError):
@@ -120,7 +120,7 @@ def test_an_ignored_exception_counts_nothing_in_a_closed_circuit(way):
 
 
 def test_an_exception_that_is_not_included_forgets_failures():
-    """It is a success like any other."""
+    """Such an exception is a success like any other."""
     breaker = CircuitBreaker(include=[ConnectionError])
     with pytest.raises(ConnectionError):
         breaker.call(raising(ConnectionError()))
@@ -143,8 +143,8 @@ def test_no_predicate_is_asked_about_the_abandoned_kinds(exc, setting):
     assert asked == []
 
 
-def test_a_plain_base_exception_is_judged_as_others_are():
-    """It is none of the abandoned kinds."""
+def test_a_plain_base_exception_is_judged_like_an_exception():
+    """Such an exception does not abandon the call."""
 
     class Strange(BaseException):
         pass
@@ -155,7 +155,7 @@ def test_a_plain_base_exception_is_judged_as_others_are():
 
 
 def test_each_predicate_is_asked_in_turn_and_only_as_far_as_needed():
-    """One of `exclude` that matches leaves those of `include` unasked."""
+    """A match in `exclude` leaves the predicates of `include` unasked."""
     asked = []
 
     def saying(name, answer):
@@ -183,7 +183,7 @@ def test_each_predicate_is_asked_in_turn_and_only_as_far_as_needed():
     [("ignore", "failure"), ("exclude", "failure"), ("include", "success")],
 )
 def test_a_predicate_that_raises_is_logged_and_did_not_match(setting, expected, caplog):
-    """With its traceback; the caller gets the function's own exception."""
+    """The log has the traceback, and the caller gets the function's own exception."""
 
     def broken(exc):
         raise ZeroDivisionError
@@ -212,7 +212,7 @@ def test_a_predicate_that_takes_itself_out_of_the_list_hides_no_other():
 
 @pytest.mark.parametrize("setting", ["ignore", "exclude", "include"])
 def test_predicates_are_asked_without_the_lock(setting):
-    """Another thread that holds it does not keep them from answering."""
+    """The predicates answer while another thread holds the lock."""
     asked = threading.Event()
 
     def predicate(exc):
@@ -237,7 +237,7 @@ def test_predicates_are_asked_without_the_lock(setting):
 
 
 def test_a_predicate_may_use_the_breaker():
-    """It asks for the state, and changes the settings by which it is asked."""
+    """The predicate reads the state, and changes the very settings that asked it."""
 
     def predicate(exc):
         breaker.exclude = []
@@ -280,7 +280,7 @@ def test_what_holds_for_the_outcome_is_what_holds_when_the_call_ends(setting):
 
 @pytest.mark.parametrize("setting", ["exclude", "include", "ignore"])
 def test_the_settings_are_tuples_and_take_any_iterable_or_none(setting):
-    """An iterator is read once; None is none."""
+    """An iterator is read once; None stands for no kinds."""
 
     def predicate(exc):
         return True
@@ -345,7 +345,7 @@ def test_what_is_no_iterable_of_kinds_is_refused(setting, value):
 
 @pytest.mark.parametrize("setting", ["exclude", "include", "ignore"])
 def test_one_bare_class_is_told_how_to_write_it(setting):
-    """In brackets."""
+    """The error says to write the class in brackets."""
     with pytest.raises(TypeError, match=rf"write {setting}=\[KeyError\]"):
         CircuitBreaker(**{setting: KeyError})
 
@@ -354,7 +354,7 @@ def test_one_bare_class_is_told_how_to_write_it(setting):
 
 
 def test_is_system_error_answers_for_exclude_and_include():
-    """Not for `ignore`."""
+    """is_system_error() does not ask `ignore`."""
     breaker = CircuitBreaker(exclude=[KeyError], include=[LookupError, OSError])
     assert not breaker.is_system_error(KeyError())
     assert breaker.is_system_error(IndexError())
@@ -366,7 +366,7 @@ def test_is_system_error_answers_for_exclude_and_include():
 
 @guards.every_way
 def test_a_subclass_that_judges_itself_is_asked_where_nothing_is_set(way):
-    """Its `is_system_error` alone says what is a failure."""
+    """The subclass's `is_system_error` alone says what is a failure."""
 
     class Judges(CircuitBreaker):
         def is_system_error(self, exception):
@@ -377,7 +377,8 @@ def test_a_subclass_that_judges_itself_is_asked_where_nothing_is_set(way):
 
 
 def test_a_subclass_that_judges_itself_is_asked_after_ignore():
-    """Its `is_system_error` stands in the place of `exclude` and `include`."""
+    """The subclass's `is_system_error` stands in the place of `exclude` and
+    `include`."""
     asked = []
 
     class Judges(CircuitBreaker):
@@ -398,7 +399,7 @@ def test_a_subclass_that_judges_itself_is_asked_after_ignore():
 
 
 class BackportedGroup(BaseException):
-    """As the package exceptiongroup has it, for Pythons without groups."""
+    """A group as the package exceptiongroup has it, for Pythons without groups."""
 
     def __init__(self, message, exceptions):
         super().__init__(message)
@@ -440,7 +441,8 @@ WITH_INCLUDE = {**SETTINGS, "include": [ConnectionError, ZeroDivisionError, OSEr
     ids=name_of,
 )
 def test_a_group_is_judged_leaf_by_leaf(group, settings, leaves, expected):
-    """A failure if any leaf is one, else a success if any is one, else abandoned."""
+    """A group is a failure if any leaf is one, else a success if any leaf is one, else
+    abandoned."""
     breaker = CircuitBreaker(**settings)
     assert outcome(breaker, group(*leaves)) == expected
     assert outcome(breaker, group(group(*leaves))) == expected
@@ -453,7 +455,7 @@ def has_message(exc):
 
 
 def test_what_matches_a_group_decides_for_all_of_it(group):
-    """For a group inside a group likewise, and of `include` nobody asks a group."""
+    """A group inside a group decides likewise; `include` is asked about no group."""
     breaker = CircuitBreaker(ignore=[has_message])
     assert outcome(breaker, group(ValueError())) == "abandoned"
     breaker = CircuitBreaker(exclude=[has_message])
@@ -473,7 +475,7 @@ def test_what_matches_a_group_decides_for_all_of_it(group):
 
 
 def test_include_is_asked_about_leaves(group):
-    """One that matches groups only makes no failure."""
+    """A predicate of `include` that matches only groups makes no failure."""
     asked = []
 
     def asked_about(exc):
@@ -487,7 +489,7 @@ def test_include_is_asked_about_leaves(group):
 
 
 def test_no_predicate_is_asked_about_an_abandoned_leaf(group):
-    """It is abandoned whatever the settings say."""
+    """The leaf is abandoned, whatever the settings say."""
     asked = []
     breaker = CircuitBreaker(exclude=[lambda exc: asked.append(exc)], include=[OSError])
     leaf, interrupt = OSError(), KeyboardInterrupt()
@@ -497,7 +499,7 @@ def test_no_predicate_is_asked_about_an_abandoned_leaf(group):
 
 
 def test_a_subclass_that_judges_itself_is_asked_once_about_a_group(group):
-    """About what was raised, not about leaves."""
+    """The subclass is asked about what was raised, and not about leaves."""
     asked = []
 
     class Judges(CircuitBreaker):

@@ -58,7 +58,7 @@ LAZY = {
 
 @every(predicate=LAZY)
 def test_a_predicate_whose_answer_is_always_true_is_refused(predicate):
-    """What it returns is a coroutine or a generator, which is true whatever it says."""
+    """The predicate would return a coroutine or a generator, which is always true."""
     with pytest.raises(TypeError) as refused:
         CircuitBreaker(exclude=[KeyError, predicate])
     assert "exclude" in str(refused.value)
@@ -66,7 +66,7 @@ def test_a_predicate_whose_answer_is_always_true_is_refused(predicate):
 
 
 @every(predicate=LAZY)
-def test_a_predicate_that_is_added_or_set_is_checked_alike(predicate):
+def test_a_predicate_that_is_added_or_set_is_checked_like_the_argument(predicate):
     """A refusal changes nothing."""
     breaker = CircuitBreaker(exclude=[KeyError])
     with pytest.raises(TypeError):
@@ -95,7 +95,8 @@ async def hears(self, cb, *args, **kwargs):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_listener_with_a_method_that_must_be_awaited_is_refused(event):
-    """The method would be called, and what it does would never happen."""
+    """The breaker would call the method, and what the method does would never
+    happen."""
     listener = type("Listener", (CircuitBreakerListener,), {event: hears})()
     with pytest.raises(TypeError) as refused:
         CircuitBreaker(listeners=[listener])
@@ -104,8 +105,8 @@ def test_a_listener_with_a_method_that_must_be_awaited_is_refused(event):
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_a_listener_that_is_added_is_checked_alike(event):
-    """A refusal adds none of those that were given."""
+def test_a_listener_that_is_added_is_checked_like_the_argument(event):
+    """A refusal adds none of the listeners that were given."""
     listener = type("Listener", (), {event: hears})()
     breaker, other = CircuitBreaker(), CircuitBreakerListener()
     with pytest.raises(TypeError, match=event):
@@ -116,7 +117,7 @@ def test_a_listener_that_is_added_is_checked_alike(event):
 
 
 def test_an_asynchronous_method_beside_a_good_one_is_refused_as_well():
-    """One of five is enough for the listener to miss something."""
+    """With one asynchronous method of five the listener would miss something."""
 
     class Reporter(CircuitBreakerListener):
         def state_change(self, cb, old_state, new_state):
@@ -130,7 +131,7 @@ def test_an_asynchronous_method_beside_a_good_one_is_refused_as_well():
 
 
 def test_a_mock_of_an_asynchronous_listener_is_refused_and_an_ordinary_one_taken():
-    """Suites use either."""
+    """Suites use mocks of both kinds."""
     with pytest.raises(TypeError, match="listeners"):
         CircuitBreaker(listeners=[mock.AsyncMock()])
     listener = mock.Mock()
@@ -139,7 +140,7 @@ def test_a_mock_of_an_asynchronous_listener_is_refused_and_an_ordinary_one_taken
 
 
 def test_other_methods_of_a_listener_may_be_coroutine_functions():
-    """The breaker never calls them."""
+    """The breaker never calls such methods."""
 
     class Reporter(CircuitBreakerListener):
         heard = 0
@@ -211,7 +212,7 @@ def test_what_only_has_the_name_of_a_listeners_method_is_not_told(event, caplog)
 
 
 def test_exclude_can_be_read_as_a_tuple_and_replaced():
-    """By any iterable, which is read once, and at once effective."""
+    """Any iterable replaces the setting, is read once, and holds at once."""
     breaker = CircuitBreaker(exclude=[KeyError])
     assert breaker.exclude == breaker.excluded_exceptions == (KeyError,)
     breaker.exclude = (cls for cls in (OSError, Boom))
@@ -227,7 +228,7 @@ def test_exclude_can_be_read_as_a_tuple_and_replaced():
 
 @pytest.mark.parametrize("value", [KeyError, 5, [object()], "KeyError", [None]])
 def test_exclude_refuses_what_the_argument_refuses(value):
-    """And stays as it was."""
+    """The setting stays as it was."""
     breaker = CircuitBreaker(exclude=[KeyError])
     with pytest.raises(TypeError, match="exclude"):
         breaker.exclude = value
@@ -244,7 +245,7 @@ def test_an_exclusion_that_is_added_is_in_exclude():
 
 
 def test_throw_new_error_on_trip_can_be_read_and_set():
-    """What holds when the failure opens the circuit is what its caller gets."""
+    """The setting that holds when the failure opens the circuit decides."""
     breaker = CircuitBreaker(fail_max=1)
     assert breaker.throw_new_error_on_trip is True
     breaker.throw_new_error_on_trip = False
@@ -259,7 +260,7 @@ def test_throw_new_error_on_trip_can_be_read_and_set():
 
 @pytest.mark.parametrize("value", ["no", None, 1, 0, []])
 def test_throw_new_error_on_trip_refuses_what_the_argument_refuses(value):
-    """And stays as it was."""
+    """The setting stays as it was."""
     breaker = CircuitBreaker()
     with pytest.raises(TypeError, match="throw_new_error_on_trip"):
         breaker.throw_new_error_on_trip = value

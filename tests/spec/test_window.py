@@ -44,7 +44,7 @@ def test_without_a_window_a_success_forgets_all_failures():
 
 
 def test_without_a_window_time_forgets_nothing(clock):
-    """Failures in a row are in a row whenever they were."""
+    """Failures with no success in between are in a row, however far apart in time."""
     breaker = CircuitBreaker(fail_max=3)
     fail(breaker, 2)
     clock.advance(1e6)
@@ -71,7 +71,7 @@ def test_in_a_window_of_calls_a_success_forgets_no_failure_by_itself(way):
 
 @guards.every_way
 def test_excluded_exceptions_count_as_calls(way):
-    """They are successes, and push failures out of the window."""
+    """Excluded exceptions are successes, and push failures out of the window."""
     breaker = CircuitBreaker(fail_max=2, window_size=2, exclude=[KeyError])
     fail(breaker)
     for count in (1, 0):
@@ -81,7 +81,7 @@ def test_excluded_exceptions_count_as_calls(way):
 
 
 def test_a_failure_pushes_an_older_one_out_of_the_window():
-    """The failure that would be the third is one of only two in the last four."""
+    """The third failure is one of only two failures in the last four calls."""
     breaker = CircuitBreaker(fail_max=3, window_size=4)
     fail(breaker, 2)
     succeed(breaker, 3)
@@ -92,7 +92,8 @@ def test_a_failure_pushes_an_older_one_out_of_the_window():
 
 
 def test_half_of_fifty_calls_open_the_circuit():
-    """25 failures in 49 calls, every second one, are enough, and 24 are not."""
+    """25 failures in 49 calls, every second call, are enough, and 24 failures are
+    not."""
     breaker = CircuitBreaker(fail_max=25, window_size=50)
     for _ in range(24):
         fail(breaker)
@@ -102,8 +103,8 @@ def test_half_of_fifty_calls_open_the_circuit():
     assert breaker.current_state == "open"
 
 
-def test_one_failure_in_three_does_not():
-    """However many calls there are, fewer than half of the last fifty failed."""
+def test_one_failure_in_three_does_not_open_the_circuit():
+    """Fewer than half of the last fifty calls fail, however many calls there are."""
     breaker = CircuitBreaker(fail_max=25, window_size=50)
     for _ in range(200):
         fail(breaker)
@@ -123,7 +124,8 @@ def test_a_window_without_end_forgets_only_when_the_circuit_closes():
 
 
 def test_a_window_of_one_call_remembers_the_last_one():
-    """One success forgets the failure before it, if that did not open."""
+    """One success forgets the failure before it, unless that failure opened the
+    circuit."""
     breaker = CircuitBreaker(fail_max=1, window_size=1)
     breaker.fail_counter = 1
     succeed(breaker)
@@ -134,7 +136,7 @@ def test_a_window_of_one_call_remembers_the_last_one():
 
 
 def test_a_failure_is_forgotten_so_many_seconds_after_it_was_counted(clock):
-    """It stands until then, and not at that moment."""
+    """The failure is remembered until that moment, and forgotten then."""
     breaker = CircuitBreaker(fail_max=9, window_seconds=30)
     fail(breaker)
     clock.advance(10)
@@ -165,7 +167,7 @@ def test_the_newest_failures_stand_where_other_code_has_lowered_the_count(clock,
 
 
 def test_what_time_has_forgotten_opens_nothing(clock):
-    """Three failures, of which two are within the time."""
+    """There are three failures, and only two of them are recent enough to count."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=30)
     fail(breaker)
     clock.advance(20)
@@ -187,7 +189,7 @@ def test_a_window_of_time_alone_is_still_in_a_row(clock):
 
 
 def test_with_both_windows_a_failure_is_forgotten_by_whichever_comes_first(clock):
-    """By four calls, or after thirty seconds."""
+    """Four calls forget the failure, or thirty seconds."""
     breaker = CircuitBreaker(fail_max=3, window_size=4, window_seconds=30)
     fail(breaker)
     clock.advance(20)
@@ -215,7 +217,7 @@ def test_a_clock_that_goes_back_is_another_clock(clock, seconds):
 
 
 def test_abandoned_calls_are_not_counted():
-    """They push no failure out of the window."""
+    """Abandoned calls push no failure out of the window."""
     breaker = CircuitBreaker(fail_max=2, window_size=2)
     fail(breaker)
     for _ in range(5):
@@ -225,7 +227,7 @@ def test_abandoned_calls_are_not_counted():
 
 
 def test_ignored_exceptions_are_not_counted():
-    """A call that one abandons pushes no failure out of the window."""
+    """A call that raises an ignored exception pushes no failure out of the window."""
     breaker = CircuitBreaker(fail_max=2, window_size=2, ignore=[KeyError])
     fail(breaker)
     for _ in range(5):
@@ -236,7 +238,7 @@ def test_ignored_exceptions_are_not_counted():
 
 
 def test_late_calls_are_not_counted():
-    """Calls of an earlier closed era push no failure of this one out."""
+    """Calls of an earlier closed era push no failure of the present one out."""
     breaker = CircuitBreaker(fail_max=2, window_size=2)
 
     def late():
@@ -244,7 +246,7 @@ def test_late_calls_are_not_counted():
         fail(breaker)
 
     breaker.call(late)
-    breaker.call(breaker.call, int)  # a call inside a call is one of its own
+    breaker.call(breaker.call, int)  # two calls, one inside the other
     assert breaker.fail_counter == 0
 
     def late_after_two_more():
@@ -276,7 +278,8 @@ def test_calls_are_counted_in_the_order_in_which_they_are_settled():
     "window", [{"window_size": 4}, {"window_seconds": 30}], ids=str
 )
 def test_closing_forgets_everything(window):
-    """By hand and by a trial; a closed circuit that is closed, too."""
+    """This holds for closing by hand, by a trial, and of a circuit that is closed
+    already."""
     breaker = CircuitBreaker(fail_max=3, reset_timeout=0, **window)
     fail(breaker, 2)
     breaker.close()
@@ -307,8 +310,8 @@ def test_each_closed_era_has_its_window(clock):
 
 
 def test_a_state_that_is_driven_by_hand_takes_nothing_from_the_era_after_it(clock):
-    """A failure that the old state remembers is too old by now, and leaves alone what
-    the new state has counted."""
+    """A failure that only the old state remembers is forgotten with time, and the
+    failures of the new state are not."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=60)
     old = breaker.state
     fail(breaker)
@@ -334,7 +337,7 @@ def test_in_another_state_time_forgets_nothing(clock, move):
 
 
 def test_what_was_forgotten_before_the_opening_does_not_come_back(clock):
-    """The count that stands in the open state is the one that was read before."""
+    """The count in the open state is the one that was read before the opening."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=30)
     fail(breaker)
     clock.advance(20)
@@ -346,7 +349,7 @@ def test_what_was_forgotten_before_the_opening_does_not_come_back(clock):
 
 
 def test_a_trip_leaves_the_count_that_opened_the_circuit(clock):
-    """Time that passes afterwards forgets nothing of it."""
+    """Time that passes after the trip forgets none of its failures."""
     breaker = CircuitBreaker(fail_max=3, window_size=5, window_seconds=30)
     fail(breaker, 3)
     clock.advance(1000)
@@ -369,7 +372,7 @@ def test_the_trip_is_decided_on_what_is_true_after_the_failure_was_told(clock):
 
 
 def test_a_count_that_is_set_is_so_many_failures_counted_just_now(clock):
-    """They are forgotten after as many calls, and as many seconds, as others."""
+    """Such failures are forgotten after as many calls and seconds as any."""
     breaker = CircuitBreaker(fail_max=3, window_size=4, window_seconds=30)
     fail(breaker)
     clock.advance(20)
@@ -385,7 +388,7 @@ def test_a_count_that_is_set_is_so_many_failures_counted_just_now(clock):
 
 
 def test_with_a_window_the_count_can_be_set_to_at_most_fail_max():
-    """Another is refused with both numbers, and changes nothing."""
+    """A higher count is refused with both numbers, and changes nothing."""
     breaker = CircuitBreaker(fail_max=3, window_size=5)
     fail(breaker)
     with pytest.raises(ValueError, match="fail_counter .*fail_max, 3.* 4"):
@@ -396,7 +399,7 @@ def test_with_a_window_the_count_can_be_set_to_at_most_fail_max():
 
 
 def test_setting_the_count_to_zero_forgets_all():
-    """The next failure is the first."""
+    """The next failure after that is the first."""
     breaker = CircuitBreaker(fail_max=3, window_size=5)
     fail(breaker, 2)
     breaker.fail_counter = 0
@@ -406,8 +409,8 @@ def test_setting_the_count_to_zero_forgets_all():
 
 @pytest.mark.parametrize("listener", [False, True])
 def test_only_a_failure_opens_the_circuit(listener):
-    """A count that is set to the limit does not, nor does a success at it, whether
-    that takes the lock to tell a listener or not."""
+    """Setting the count to the limit does not open the circuit. Neither does a success
+    at that count, whether a listener is told of the success or not."""
 
     class Hears:
         def success(self, cb):
@@ -423,7 +426,7 @@ def test_only_a_failure_opens_the_circuit(listener):
     assert breaker.current_state == "open"
 
 
-def test_a_failure_that_was_counted_by_hand_is_forgotten_as_others_are():
+def test_a_failure_that_was_counted_by_hand_is_forgotten_like_any_other():
     """Code in the field counts through `_inc_counter()` and `on_failure()`."""
     breaker = CircuitBreaker(fail_max=3, window_size=4)
     with breaker._lock:
@@ -435,7 +438,7 @@ def test_a_failure_that_was_counted_by_hand_is_forgotten_as_others_are():
 
 
 def test_a_failure_that_was_counted_by_hand_is_forgotten_after_its_time(clock):
-    """Also where the first call comes long afterwards."""
+    """The first call may come long afterwards."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=30)
     with breaker._lock:
         breaker._inc_counter()
@@ -448,7 +451,7 @@ def test_a_failure_that_was_counted_by_hand_is_forgotten_after_its_time(clock):
 
 
 def test_a_window_of_time_that_is_switched_on_takes_the_count_as_of_now(clock):
-    """The failures have as much time before them as new ones."""
+    """The failures are forgotten as late as if they were counted just now."""
     breaker = CircuitBreaker(fail_max=5)
     fail(breaker, 2)
     clock.advance(1000)
@@ -475,7 +478,7 @@ def test_a_window_of_calls_that_is_switched_on_takes_the_count_as_of_now():
 
 @pytest.mark.parametrize("state", ["open", "half-open"])
 def test_a_window_can_be_switched_on_in_any_state(state):
-    """It holds in the next closed era."""
+    """The window holds in the closed era that follows."""
     breaker = CircuitBreaker(fail_max=2)
     breaker.state = state
     breaker.window_size = 2
@@ -488,7 +491,8 @@ def test_a_window_can_be_switched_on_in_any_state(state):
 
 
 def test_a_count_at_the_limit_that_time_has_forgotten_leaves_room(clock):
-    """The count was set to the limit. The next failure, after that, is the first."""
+    """The count was set to the limit, and time has forgotten it. The next failure is
+    the first."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=10)
     breaker.fail_counter = 3
     clock.advance(10)
@@ -497,7 +501,7 @@ def test_a_count_at_the_limit_that_time_has_forgotten_leaves_room(clock):
 
 
 def test_a_window_can_be_switched_on_while_a_call_is_late():
-    """The call returns what the function returned."""
+    """The late call returns what the function returned."""
     breaker = CircuitBreaker(fail_max=2)
 
     def slow():
@@ -509,7 +513,7 @@ def test_a_window_can_be_switched_on_while_a_call_is_late():
 
 
 def test_a_window_that_is_switched_off_leaves_failures_in_a_row():
-    """What is remembered stays, and the next success forgets it."""
+    """The failures that are remembered stay, and the next success forgets them."""
     breaker = CircuitBreaker(fail_max=4, window_size=10)
     fail(breaker)
     succeed(breaker)
@@ -522,7 +526,7 @@ def test_a_window_that_is_switched_off_leaves_failures_in_a_row():
 
 @pytest.mark.parametrize("seconds", [None, 1000], ids=["off", "longer"])
 def test_a_longer_time_brings_no_failure_back(clock, seconds):
-    """What was forgotten is forgotten."""
+    """A failure that was forgotten stays forgotten."""
     breaker = CircuitBreaker(fail_max=5, window_seconds=30)
     fail(breaker)
     clock.advance(20)
@@ -534,7 +538,7 @@ def test_a_longer_time_brings_no_failure_back(clock, seconds):
 
 
 def test_a_larger_window_brings_no_failure_back():
-    """What was forgotten is forgotten."""
+    """A failure that was forgotten stays forgotten."""
     breaker = CircuitBreaker(fail_max=2, window_size=2)
     fail(breaker)
     succeed(breaker, 2)
@@ -543,7 +547,7 @@ def test_a_larger_window_brings_no_failure_back():
 
 
 def test_a_narrower_window_forgets_at_once():
-    """What is no longer among so many calls is forgotten, and nothing else."""
+    """A failure that is no longer among so many calls is forgotten, and no other."""
     breaker = CircuitBreaker(fail_max=3, window_size=10)
     fail(breaker)
     succeed(breaker, 3)
@@ -561,7 +565,7 @@ def test_a_narrower_window_forgets_at_once():
 
 
 def test_a_shorter_time_forgets_at_once(clock):
-    """Of a failure twenty seconds ago, and one ten seconds ago."""
+    """One failure is twenty seconds old, and the other ten."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=60)
     fail(breaker)
     clock.advance(10)
@@ -576,7 +580,7 @@ def test_a_shorter_time_forgets_at_once(clock):
 
 
 def test_a_narrower_window_opens_nothing():
-    """Nor does a limit that is lowered to the count."""
+    """A limit that is lowered to the count opens nothing either."""
     breaker = CircuitBreaker(fail_max=5, window_size=10)
     fail(breaker, 3)
     breaker.fail_max = 3
@@ -650,15 +654,16 @@ STEPS = st.one_of(
 
 class HearsFailures:
     def failure(self, cb, exc):
-        """Hear of a failure, so that the breaker takes the longer way to count it."""
+        """The breaker has a listener to tell of failures, and so takes the longer way
+        to count."""
 
 
 @pytest.mark.parametrize("listeners", [(), (HearsFailures(),)], ids=["quiet", "heard"])
 @settings(deadline=None)  # a busy machine is not a fault
 @given(steps=st.lists(STEPS, max_size=40))
 def test_a_window_remembers_what_the_specification_says(listeners, steps):
-    """Whatever happens, the count is that of the naive window after each step, whether
-    a listener hears of failures or not."""
+    """After each random step the count is that of the naive window, whether a listener
+    hears of failures or not."""
     clock = Clock()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(pybreaker, "time", clock)
@@ -714,7 +719,7 @@ def refused(match, set_it):
 
 
 def test_a_limit_above_the_window_is_refused_by_whichever_comes_second():
-    """The error names both, and nothing has changed."""
+    """The error names both settings, and neither has changed."""
     both = "fail_max.*window_size.*fail_max 6, window_size 5"
     refused(both, lambda: CircuitBreaker(fail_max=6, window_size=5))
     breaker = CircuitBreaker(fail_max=5, window_size=5)
@@ -754,8 +759,8 @@ def test_nothing_infinite_is_remembered_without_a_time():
     ],
 )
 def test_setters_of_what_must_go_together_take_turns(parameter, value):
-    """Else thread A checks `fail_max` and thread B `window_size`, both find no fault,
-    and then both write."""
+    """Otherwise thread A checks `fail_max` while thread B checks `window_size`, both
+    find no fault, and then both write."""
     breaker = CircuitBreaker(window_size=9, max_reset_timeout=99)
     assert locks_taken(breaker, setattr, breaker, parameter, value) >= 1
     assert getattr(breaker, parameter) == value
@@ -782,14 +787,15 @@ def test_what_is_no_window_is_refused(parameter, kind):
 
 
 def test_a_window_may_be_a_float_of_whole_value():
-    """As other whole numbers may; seconds may be a fraction."""
+    """The window takes such a float as other whole numbers do; seconds may be a
+    fraction."""
     breaker = CircuitBreaker(window_size=7.0, window_seconds=0.5)
     assert (breaker.window_size, breaker.window_seconds) == (7, 0.5)
     assert isinstance(breaker.window_size, int)
 
 
 def test_the_settings_of_the_window_are_by_name_only():
-    """The ninth position is none."""
+    """There is no ninth positional argument."""
     with pytest.raises(TypeError):
         CircuitBreaker(5, 60, None, None, None, None, True, 1, 50)
 
@@ -833,7 +839,7 @@ class Other(pybreaker.CircuitBreakerStorage):
 @pytest.mark.parametrize("parameter", ["window_size", "window_seconds"])
 @pytest.mark.parametrize("kind", [CountsItself, HasOwnCounter, ResetsItself, Other])
 def test_a_window_needs_a_storage_that_counts_in_memory(kind, parameter):
-    """Another is named in the error; a setter changes nothing."""
+    """The error names the class of any other storage; a setter changes nothing."""
     storage = kind("closed")
     with pytest.raises(
         ValueError, match=f"{parameter}.*CircuitMemoryStorage"
@@ -849,7 +855,7 @@ def test_a_window_needs_a_storage_that_counts_in_memory(kind, parameter):
 
 
 def test_a_subclass_that_overrides_nothing_of_the_counting_will_do():
-    """The memory storage's subclass counts in the window."""
+    """A subclass of the memory storage counts in the window."""
     breaker = CircuitBreaker(state_storage=OnlyNamed("closed"), window_size=5)
     fail(breaker)
     succeed(breaker, 4)
@@ -859,7 +865,8 @@ def test_a_subclass_that_overrides_nothing_of_the_counting_will_do():
 
 
 def test_over_a_shared_memory_storage_each_breaker_settles_by_its_own_window():
-    """The narrower window forgets, the other does not."""
+    """A success through the narrow breaker forgets failures, and one through the wide
+    breaker does not."""
     storage = CircuitMemoryStorage("closed")
     narrow = CircuitBreaker(fail_max=4, window_size=4, state_storage=storage)
     wide = CircuitBreaker(fail_max=4, window_size=40, state_storage=storage)
@@ -871,7 +878,8 @@ def test_over_a_shared_memory_storage_each_breaker_settles_by_its_own_window():
 
 
 def test_over_a_shared_memory_storage_a_success_in_a_row_forgets_all():
-    """The breaker without a window forgets the other's failures."""
+    """A success through the breaker without a window forgets the other breaker's
+    failures."""
     storage = CircuitMemoryStorage("closed")
     windowed = CircuitBreaker(fail_max=4, window_size=40, state_storage=storage)
     plain = CircuitBreaker(fail_max=4, state_storage=storage)
@@ -881,9 +889,9 @@ def test_over_a_shared_memory_storage_a_success_in_a_row_forgets_all():
     assert (windowed.current_state, windowed.fail_counter) == ("closed", 3)
 
 
-def test_a_failure_after_others_were_reset_is_remembered_as_long_as_any():
-    """The breaker without a window has forgotten the failure before. The new one is
-    among the last four calls until four more have ended."""
+def test_a_failure_after_a_reset_is_remembered_as_long_as_any():
+    """A success through the breaker without a window has forgotten the failure before.
+    The new failure is among the last four calls until four more have ended."""
     storage = CircuitMemoryStorage("closed")
     windowed = CircuitBreaker(fail_max=3, window_size=4, state_storage=storage)
     plain = CircuitBreaker(fail_max=3, state_storage=storage)
@@ -898,7 +906,8 @@ def test_a_failure_after_others_were_reset_is_remembered_as_long_as_any():
 
 
 def test_failures_that_were_reset_are_not_taken_off_again_with_time(clock):
-    """The breaker without a window has forgotten them; their time is up later."""
+    """A success through the breaker without a window has forgotten the failures before
+    their time is up."""
     storage = CircuitMemoryStorage("closed")
     windowed = CircuitBreaker(fail_max=3, window_seconds=10, state_storage=storage)
     plain = CircuitBreaker(fail_max=3, state_storage=storage)
@@ -909,7 +918,8 @@ def test_failures_that_were_reset_are_not_taken_off_again_with_time(clock):
 
 
 def test_a_breaker_that_finds_an_opening_leaves_its_count(clock):
-    """It writes nothing into the storage, whatever its own window forgets."""
+    """A breaker that finds an opening writes nothing into the storage, whatever its
+    window forgets."""
     storage = CircuitMemoryStorage("closed")
     short = CircuitBreaker(fail_max=3, window_seconds=10, state_storage=storage)
     long = CircuitBreaker(fail_max=3, window_seconds=100, state_storage=storage)
@@ -922,7 +932,7 @@ def test_a_breaker_that_finds_an_opening_leaves_its_count(clock):
 
 
 def test_failures_of_a_circuit_that_was_found_closed_are_forgotten_with_time(clock):
-    """They are as old as the look that found them, or older."""
+    """The failures are taken to be as old as the look that found the circuit closed."""
     storage = CircuitMemoryStorage("closed")
     breaker = CircuitBreaker(window_seconds=10, state_storage=storage)
     fail(breaker, 2)
@@ -980,7 +990,7 @@ def test_no_lock_is_taken_while_no_failure_is_remembered(way, window):
 
 @guards.every_way
 def test_a_success_takes_the_lock_only_where_a_failure_is_forgotten(way):
-    """Of four successes after a failure, the fourth."""
+    """Of four successes after a failure, only the fourth takes the lock."""
     breaker = CircuitBreaker(fail_max=3, window_size=4)
     fail(breaker)
     for _ in range(3):
@@ -992,7 +1002,8 @@ def test_a_success_takes_the_lock_only_where_a_failure_is_forgotten(way):
 
 @guards.every_way
 def test_a_listener_hears_of_each_success_whether_that_forgets_a_failure_or_not(way):
-    """Of four successes after a failure, of which the last forgets that failure."""
+    """Of four successes after a failure, the last forgets that failure; all are
+    told."""
     heard = []
 
     class Hears:
@@ -1007,7 +1018,8 @@ def test_a_listener_hears_of_each_success_whether_that_forgets_a_failure_or_not(
 
 
 def test_a_listener_that_comes_during_a_call_hears_of_its_success():
-    """The call was admitted when nobody listened, and forgets no failure."""
+    """The breaker had no listener when the call began, and the call forgets no
+    failure."""
     heard = []
 
     class Hears:
@@ -1022,7 +1034,8 @@ def test_a_listener_that_comes_during_a_call_hears_of_its_success():
 
 @pytest.mark.parametrize("seconds", [None, 30])
 def test_reading_the_count_takes_no_lock(clock, seconds):
-    """Another thread holds it, and what time has forgotten is left out."""
+    """Another thread holds the lock; what time has forgotten is left out of the
+    count."""
     breaker = CircuitBreaker(window_size=10, window_seconds=seconds)
     fail(breaker, 2)
     read = type(breaker).fail_counter.fget
@@ -1032,8 +1045,8 @@ def test_reading_the_count_takes_no_lock(clock, seconds):
 
 
 def read_interrupted(breaker, number, meanwhile):
-    """The count, where `meanwhile` is called before the line with that number of the
-    reading; and whether there is a line with that number."""
+    """Returns the count, and whether the reading has a line of that number. `meanwhile`
+    is called before that line."""
     lines, before = itertools.count(), sys.gettrace()
 
     def trace(frame, event, arg):
@@ -1054,7 +1067,7 @@ def test_the_count_is_right_whichever_call_ends_while_it_is_read(
     clock, meanwhile, counts
 ):
     """Time has forgotten two failures. Between any two lines of the reading a call
-    ends, which forgets them too: they are neither counted nor taken off twice."""
+    ends, which forgets the same two: they are neither counted nor taken off twice."""
     for number in itertools.count():
         breaker = CircuitBreaker(fail_max=3, window_seconds=10)
         fail(breaker, 2)
@@ -1138,7 +1151,7 @@ def test_calls_of_many_threads_keep_to_the_limit():
 
 
 def tolerant(run):
-    """The same, where a rejection ends the work without harm."""
+    """Ends the work of `run` without harm where a call is rejected."""
 
     def work():
         try:
@@ -1150,7 +1163,8 @@ def tolerant(run):
 
 
 def test_a_window_may_be_changed_while_calls_settle():
-    """No call raises what the function did not, and afterwards the window is whole."""
+    """No call raises what its function did not raise, and the window is whole
+    afterwards."""
     breaker = CircuitBreaker(fail_max=5, window_size=50)
     stop = threading.Event()
 
@@ -1207,8 +1221,8 @@ def narrow(breaker):
 def test_no_setter_and_no_move_forgets_where_another_breaker_has_moved_the_circuit(
     clock, act, state
 ):
-    """The breaker has not looked yet, and would have forgotten the two failures if the
-    circuit were closed still."""
+    """This breaker has not looked at the storage yet. If the circuit were still closed,
+    the change would forget the two failures."""
     windowed = two_failures_before_another_breaker_moves(state, clock)
     act(windowed)
     assert windowed.fail_counter == 2
@@ -1216,7 +1230,7 @@ def test_no_setter_and_no_move_forgets_where_another_breaker_has_moved_the_circu
 
 @pytest.mark.parametrize("state", ["open", "half-open"])
 def test_time_forgets_nothing_in_a_circuit_that_another_breaker_has_moved(clock, state):
-    """Nor before this breaker has looked at the storage that the two share."""
+    """This holds before this breaker has looked at the storage that the two share."""
     windowed = two_failures_before_another_breaker_moves(state, clock)
     assert windowed.current_state == state
     assert windowed.fail_counter == windowed.snapshot()["fail_counter"] == 2
