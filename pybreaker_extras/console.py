@@ -1,9 +1,9 @@
-"""An operator's console: the breakers of a running process, seen and steered.
+"""An operator's console: shows and controls the breakers of a running process.
 
     python -m pybreaker_extras.console
 
-shows a demo on http://127.0.0.1:8300/ : a page for a person, and the same as JSON
-for scripts:
+This command serves a demo at http://127.0.0.1:8300/ : a page for people, and JSON for
+scripts:
 
     curl http://127.0.0.1:8300/breakers
     curl http://127.0.0.1:8300/breakers/weather
@@ -12,24 +12,25 @@ for scripts:
     curl -X POST http://127.0.0.1:8300/breakers/weather/half_open
     curl -X POST -d '{"reason": "disks are in"}' http://127.0.0.1:8300/breakers/weather/close
 
-A PATCH is done as a whole or not at all. In JSON, null stands for `math.inf` where a
-setting cannot be off, and for "off" elsewhere, where ``"inf"`` stands for `math.inf`;
-null seconds hold a circuit open until it is released. Quote a name as in any URL,
-"a/b" as "a%2Fb"; for "..", curl wants --path-as-is.
+A PATCH sets all of its values or none. In JSON, null stands for `math.inf` in
+`fail_max` and `reset_timeout`, and switches other settings off, where ``"inf"`` stands
+for `math.inf`. With ``"seconds": null`` the circuit stays open until an operator moves
+the circuit. A URL quotes the name of the breaker: "a/b" is "a%2Fb"; for a breaker named
+"..", curl needs --path-as-is.
 
-In a program of your own, the console listens on a port of its own:
+A program can serve the console on a separate port:
 
     threading.Thread(target=serve(Console()).serve_forever, daemon=True).start()
 
-or stands beside your site, as it is a WSGI application:
+or mount the console, a WSGI application, beside another WSGI application:
 
     application = Console(hosts=["www.example.com"]).mount(application, "/ops")
 
-The console asks for no password unless it is given `authorize`: every client that
-reaches it may press the buttons. So it listens on the loopback address unless told
-otherwise, answers only to the host names that it was given, and lets no page of
-another site change anything. Every change is logged on the logger
-"pybreaker_extras.console", at level WARNING, with who asked for it.
+Without `authorize` the console asks for no password: every client that reaches the
+console may change breakers. So `serve` listens on the loopback address by default, the
+console refuses requests to host names that are not in `hosts`, and refuses changes that
+a page of another site asks for. The console logs every change, with the name of the
+operator, on the logger "pybreaker_extras.console" at level WARNING.
 """
 
 from __future__ import annotations
@@ -77,10 +78,11 @@ __all__ = ("Console", "Server", "blot_out_passwords", "main", "serve")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOVES = ("open", "half_open", "close")
-# A pair that limits each other is set in whatever order works; the counter comes last,
-# as fail_max limits it.
+# The settings of each of these two groups limit each other, so a change sets them in
+# an order that their setters accept (_order_of).
 LIMITS = ("window_seconds", "window_size", "fail_max")
 TIMEOUTS = ("max_reset_timeout", "reset_timeout")
+# A change sets fail_counter last, because fail_max limits fail_counter.
 SETTINGS = (
     "fail_max",
     "window_size",
@@ -92,55 +94,62 @@ SETTINGS = (
     "fail_counter",
 )
 MAY_BE_OFF = ("window_size", "window_seconds", "max_reset_timeout")
-TRANSITIONS = 20  # that are remembered of each breaker one by one
-HAND_MOVES = 10  # by hand, that an outage's story tells one by one
-OUTAGES = 5  # that are over and still remembered
-NEWS = 256  # changes whose outcome is remembered for the page that asked
-ROWS = 300  # on a page; the filter finds the others
-REFRESH = 2  # seconds between two looks of the page
-PATIENCE = 10  # seconds that a client has to ask and to take the answer
-LOOK = 0.25  # seconds that one page waits for breakers that are busy
-LEAST_LOOK = 0.005  # that a page waits for a breaker that was not busy when seen last
-MORE_LOOKS = 0.5  # seconds that all these least looks of a page may take together
-WAIT = 1.0  # seconds that a change waits for a breaker that is busy
-CRUMBS = 0.1  # seconds between two readings from a client that sends little at a time
-MAX_HEAD = 32 * 1024  # bytes of a request before its body,
-MAX_BODY = 16 * 1024  # and of the body,
-MAX_FORM = 1024 * 1024  # or of a page that is sent back: the page may have `ROWS` rows
-MAX_TEXT = 300  # characters of a reason, as the library has it
-CONNECTIONS = 32  # at a time
-BACKLOG = 128  # connections that the system keeps waiting
-HURRY = 1.0  # seconds that a connection has to ask while others wait
-BURST = 32  # connections that ask for nothing and are let in at once,
-IDLE_A_SECOND = 16  # and after that
-UNREAD = 1024 * 1024  # bytes sent in vain that count as one more such connection
-PAUSE = 0.5  # seconds, when the system cannot give another connection
-FIND = 1.0  # seconds between two searches for new breakers
-ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # of a button that asks before it does anything
-MINUTES = "30"  # that a hold lasts unless the operator types another number
+TRANSITIONS = 20  # how many transitions of a breaker the console remembers
+HAND_MOVES = 10  # how many moves by hand the console remembers of an outage
+OUTAGES = 5  # how many past outages of a breaker the console remembers
+OUTCOMES = 256  # how many outcomes of changes the console remembers for the page
+ROWS = 300  # how many breakers a page shows; the filter finds the others
+REFRESH = 2  # seconds after which the page asks the process again
+CONNECTION_TIMEOUT = 10  # seconds for a client to send a request and read the answer
+PAGE_WAIT = 0.25  # seconds that a page waits for all busy breakers together
+# After these seconds a page still waits LEAST_WAIT seconds for each breaker that was
+# not busy on the page before, up to EXTRA_WAIT seconds in all.
+LEAST_WAIT = 0.005
+EXTRA_WAIT = 0.5
+WAIT = 1.0  # seconds that a change waits for a busy breaker
+SMALL_READ_PAUSE = (
+    0.1  # seconds between two readings from a client that sends little at a time
+)
+MAX_HEAD = 32 * 1024  # bytes of the head of a request
+MAX_BODY = 16 * 1024  # bytes of the body of a request from a script
+MAX_FORM = 1024 * 1024  # bytes of the form of the page, which may have ROWS rows
+MAX_TEXT = 300  # characters of a reason; the library has the same limit
+CONNECTIONS = 32  # how many connections the server serves at a time
+BACKLOG = 128  # how many more connections the operating system lets wait
+CROWDED_TIMEOUT = 1.0  # seconds for a client to send a request while other clients wait
+# An idle connection is one that brings no whole request.
+IDLE_BURST = 32  # how many idle connections the server accepts in a row
+IDLE_A_SECOND = 16  # how many idle connections a second the server accepts afterwards
+WASTED_BYTES = 1024 * 1024  # unread bytes that count as one idle connection
+ACCEPT_PAUSE = 0.5  # seconds until the server tries again after accept() has failed
+SEARCH_INTERVAL = 1.0  # seconds between two searches for new breakers
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # marks a button that asks a question first
+DEFAULT_MINUTES = "30"  # how long a hold lasts if the operator types no other number
 
 logger = logging.getLogger("pybreaker_extras.console")
 
 
-# What is known of a breaker.
+# What the console knows of a breaker.
 
 
 class Outage(NamedTuple):
-    """The story of one outage. It has the same size however long the outage lasts."""
+    """The story of one outage. The size of the story is limited, however long the
+    outage lasts."""
 
     since: datetime
-    reason: str  # of the first opening, with the first error
+    reason: str  # why the circuit opened first
     failed_trials: int = 0
-    first_trial: datetime | None = None  # that failed
-    last_trial: datetime | None = None
+    first_trial: datetime | None = None  # when the first trial failed
+    last_trial: datetime | None = None  # when the last trial failed
     last_error: str = ""
-    moves: tuple[tuple[datetime, str, str], ...] = ()  # by hand: when, where to, why
-    forgotten_moves: int = 0  # that came before these
-    until: datetime | None = None
-    ending: str = ""
+    moves: tuple[tuple[datetime, str, str], ...] = ()  # by hand: time, state, reason
+    forgotten_moves: int = 0  # how many earlier moves by hand are left out of `moves`
+    until: datetime | None = None  # None: the outage goes on
+    ending: str = ""  # why the circuit closed
 
     def follow(self, now: datetime, old: str, new: str, reason: str) -> Outage:
-        """The story with one more transition in it."""
+        """The story after one more transition of the circuit, from the state `old` to
+        the state `new`."""
         if new == pybreaker.STATE_CLOSED:
             return self._replace(until=now, ending=reason)
         if reason.startswith("the trial failed") and new == pybreaker.STATE_OPEN:
@@ -152,7 +161,8 @@ class Outage(NamedTuple):
             )
         if reason == "the timeout has passed":
             return self
-        if self == Outage(self.since, reason):  # a look has told the story so far
+        # A picture (_update_outage) has begun the story with this transition already.
+        if self == Outage(self.since, reason):
             return self
         moves = (*self.moves, (now, new, reason))
         too_many = max(0, len(moves) - HAND_MOVES)
@@ -161,32 +171,36 @@ class Outage(NamedTuple):
         )
 
     def for_json(self) -> dict[str, Any]:
-        told = self._asdict()
-        told["moves"] = [
+        story = self._asdict()
+        story["moves"] = [
             {"at": _iso(at), "to": to, "reason": reason}
             for at, to, reason in self.moves
         ]
         for name in ("since", "until", "first_trial", "last_trial"):
-            told[name] = _iso(told[name])
-        return told
+            story[name] = _iso(story[name])
+        return story
 
 
 class Busy(Exception):
-    """Another thread holds the breaker's lock for long, or the breaker is gone."""
+    """Another thread has held the breaker's lock for too long, or the breaker no
+    longer exists."""
 
 
-class _Spare(pybreaker.CircuitBreaker):
-    """A breaker that guards nothing: its setters tell at no risk what they refuse."""
+class _ScratchBreaker(pybreaker.CircuitBreaker):
+    """A breaker that guards nothing. The console tries settings on a scratch breaker to
+    learn, without a risk, which settings the setters refuse."""
 
 
 class Watch:
-    """What the console knows of a breaker, and keeps without keeping the breaker alive.
+    """What the console knows of one breaker. The watch does not keep the breaker alive.
 
-    It is a listener of transitions alone, so calls of a closed circuit need no lock
-    for it. Each look at the breaker waits for no lock longer than it was told to.
+    The watch listens to the breaker's transitions alone, so calls of a closed circuit
+    take no lock because of the watch. `redact` gives what may be shown of a text; None:
+    the whole text.
     """
 
-    only_watches = True  # so that a breaker of CircuitBreakers can go
+    # CircuitBreakers may drop a breaker although the watch listens to the breaker.
+    only_watches = True
 
     def __init__(
         self,
@@ -198,15 +212,16 @@ class Watch:
         self._reference = weakref.ref(breaker)
         self._redact = partial(_redacted, redact)
         self._listens = False
-        self.since = _now()
-        self.transitions: tuple[dict[str, str], ...] = ()  # the newest is the first
-        self.moved = 0  # how often
-        self.outage: Outage | None = None
-        self.outages: tuple[Outage, ...] = ()  # that are over; the newest is the first
+        self.watched_since = _now()
+        self.transitions: tuple[dict[str, str], ...] = ()  # the newest first
+        self.transition_count = 0
+        self.outage: Outage | None = None  # the present outage
+        self.outages: tuple[Outage, ...] = ()  # the past outages, the newest first
+        # The last change of each setting: value, operator, time, reason.
         self.set_by: dict[str, tuple[Any, str, datetime, str]] = {}
-        self._last: dict[str, Any] | None = None  # the last picture
+        self._last_picture: dict[str, Any] | None = None
         self._busy_since: datetime | None = None
-        self._looker: threading.Thread | None = None
+        self._picture_thread: threading.Thread | None = None
 
     @property
     def breaker(self) -> pybreaker.CircuitBreaker | None:
@@ -218,12 +233,12 @@ class Watch:
         return None if breaker is None else breaker.name
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        """Remember a transition. The breaker's lock is held."""
+        """Remember a transition. The breaker calls this method with its lock held."""
         now, old, new = _now(), old_state.name, new_state.name
         reason = self._redact(new_state.reason)[: 2 * MAX_TEXT]
         transition = {"at": _iso(now), "from": old, "to": new, "reason": reason}
         self.transitions = (transition, *self.transitions)[:TRANSITIONS]
-        self.moved += 1
+        self.transition_count += 1
         if self.outage is not None:
             outage = self.outage.follow(now, old, new, reason)
             self.outage = None if outage.until else outage
@@ -234,7 +249,8 @@ class Watch:
 
     @contextlib.contextmanager
     def holding(self, patience: float) -> Iterator[pybreaker.CircuitBreaker]:
-        """The breaker with its lock held, unless that takes longer than this."""
+        """A context manager that gives the breaker and holds the breaker's lock. Raises
+        `Busy` if the lock is not free within `patience` seconds."""
         breaker = self.breaker
         if breaker is None:
             raise Busy("the breaker is no longer there")
@@ -247,10 +263,11 @@ class Watch:
         finally:
             breaker._lock.release()
 
-    # Looking.
+    # Watching.
 
     def listen(self) -> None:
-        """Listen to the breaker, unless its lock is held: then there is a next time."""
+        """Listen to the breaker from now on. Does nothing if the breaker's lock is
+        held: the thread of the console calls `listen` again soon."""
         if not self._listens:
             with contextlib.suppress(Busy), self.holding(0.0) as breaker:
                 self._listen_to(breaker)
@@ -261,64 +278,68 @@ class Watch:
             self._listens = True
 
     def picture(self, deadline: float) -> dict[str, Any]:
-        """All there is to show, as a dict for `json.dumps`. It is that of an earlier
-        moment, and says so, where the breaker is busy beyond the deadline."""
+        """The state, the settings and the story of the breaker, as a dict for
+        `json.dumps`. If the breaker is busy until `deadline`, a time of
+        `time.monotonic`, the dict is the last picture, and ``busy`` is true."""
         breaker = self.breaker
-        if self._busy_since is not None:  # the time is for the other breakers
+        if self._busy_since is not None:  # the page keeps its time for other breakers
             deadline = 0.0
         if breaker is None or _may_be_read(breaker):
-            self._take(deadline)
-        else:  # a storage of the user's own may hang, or wait for a network
-            if self._looker is None or not self._looker.is_alive():
-                self._looker = threading.Thread(
-                    target=self._take, args=(deadline,), daemon=True
+            self._take_picture(deadline)
+        else:  # this storage may hang or wait for a network, so a thread reads it
+            if self._picture_thread is None or not self._picture_thread.is_alive():
+                self._picture_thread = threading.Thread(
+                    target=self._take_picture, args=(deadline,), daemon=True
                 )
-                self._looker.start()
-            self._looker.join(max(0.0, deadline - time.monotonic()))
-            if self._looker.is_alive():
+                self._picture_thread.start()
+            self._picture_thread.join(max(0.0, deadline - time.monotonic()))
+            if self._picture_thread.is_alive():
                 self._busy_since = self._busy_since or _now()
-        picture = self._last or {"name": self.name, "as_of": _iso(self.since)}
+        picture = self._last_picture or {
+            "name": self.name,
+            "as_of": _iso(self.watched_since),
+        }
         busy_since = self._busy_since
         return {
             "id": self.ident,
             **picture,
             "busy": busy_since is not None,
             "busy_since": _iso(busy_since),
-            "watched_since": _iso(self.since),
+            "watched_since": _iso(self.watched_since),
             "outage": self.outage.for_json() if self.outage else None,
             "outages": [outage.for_json() for outage in self.outages],
             "transitions": list(self.transitions),
         }
 
-    def _take(self, deadline: float) -> None:
-        """Look at the breaker, and keep what is seen."""
+    def _take_picture(self, deadline: float) -> None:
+        """Read the breaker into `_last_picture`, or note that the breaker is busy."""
         try:
             left = deadline - time.monotonic()
-            least = min(LEAST_LOOK, left + MORE_LOOKS)
+            least = min(LEAST_WAIT, left + EXTRA_WAIT)
             patience = max(left, least if self._busy_since is None else 0.0)
             with self.holding(patience) as breaker:
                 self._listen_to(breaker)
                 try:
                     picture = breaker.snapshot()
-                    self._begin_with(picture, breaker)
+                    self._update_outage(picture, breaker)
                     held = _held_for(breaker, picture["state"])
-                    # Once the time of a hold has passed, the next call is the trial.
+                    # When the time of a hold has passed, the next call is the trial,
+                    # and the circuit counts as held no longer.
                     picture["held"] = held is not None and picture["retry_after"] != 0
                     picture["reason"] = self._redact(picture["reason"])
-                except (
-                    Exception
-                ) as exc:  # a storage is out of reach, the others are not
+                except Exception as exc:  # such as a storage that is out of reach
                     error = self._redact(repr(exc))[:MAX_TEXT]
                     picture = {"name": breaker.name, "error": error}
         except Busy:
             self._busy_since = self._busy_since or _now()
         else:
-            self._last = {**picture, "as_of": _iso(_now())}
+            self._last_picture = {**picture, "as_of": _iso(_now())}
             self._busy_since = None
 
-    def _begin_with(self, picture: dict[str, Any], breaker: Any) -> None:
-        """Begin the story of an outage that the watch has not seen beginning, and end
-        one whose end only the storage has seen."""
+    def _update_outage(self, picture: dict[str, Any], breaker: Any) -> None:
+        """Begin or end the story of an outage if the picture shows a state of which no
+        transition has told the watch: the outage began before the console was made, or
+        another process moved the circuit in a shared storage."""
         if picture["state"] == pybreaker.STATE_CLOSED:
             if self.outage is not None:
                 ended = self.outage._replace(until=_now(), ending=picture["reason"])
@@ -328,28 +349,38 @@ class Watch:
             since = datetime.fromisoformat(opened_at) if opened_at else _now()
             self.outage = Outage(since, self._redact(picture["reason"]))
 
-    # Steering.
+    # Changing.
 
     def move(
-        self, move: str, who: str, reason: str | None, seconds: float | None, match: str
+        self,
+        move: str,
+        operator: str,
+        reason: str | None,
+        seconds: float | None,
+        if_match: str,
     ) -> str:
-        """Open, half-open or close the circuit. Returns the state that it was in."""
-        text = f"by hand, from {who}"
+        """Call the breaker's method `move`: "open", "half_open" or "close". Returns the
+        state before the move.
+
+        Raises `Refusal` if the breaker refuses an argument, or if the header If-Match,
+        `if_match`, does not match the breaker; `Busy` if the breaker is busy.
+        """
+        text = f"by hand, from {operator}"
         options: dict[str, Any] = {"reason": f"{text}: {reason}" if reason else text}
         if seconds is not None:
             options["seconds"] = seconds
         with self.holding(WAIT) as breaker:
-            self._check_tag(breaker, match)
+            self._check_tag(breaker, if_match)
             before = breaker.current_state
             method = getattr(breaker, move)
             try:
                 inspect.signature(method).bind(**options)
-            except TypeError:  # a subclass has one of its own, in the older manner
+            except TypeError:  # a subclass overrides the method without parameters
                 if seconds is not None:
                     raise Refusal(
                         422,
                         f"the {move}() of this breaker's class takes no seconds",
-                        details={"errors": {"seconds": "this breaker takes none"}},
+                        details={"errors": {"seconds": "this breaker takes no time"}},
                     ) from None
                 options = {}
             try:
@@ -362,22 +393,28 @@ class Watch:
     def change(
         self,
         values: dict[str, Any],
-        who: str,
-        was: dict[str, str] | None = None,
-        match: str = "",
+        operator: str,
+        seen: dict[str, str] | None = None,
+        if_match: str = "",
         reason: str = "",
     ) -> Change:
-        """Set all these settings or none."""
+        """Set all settings in `values` or none. `seen` has the texts of the settings on
+        the page that the operator saw: a setting that has changed since then is a
+        notice, and nothing is set.
+
+        Raises `Refusal` if the header If-Match, `if_match`, does not match the breaker,
+        and `Busy` if the breaker is busy.
+        """
         done = Change({}, {}, {})
         with self.holding(WAIT) as breaker:
-            self._check_tag(breaker, match)
+            self._check_tag(breaker, if_match)
             done.before.update(_settings_of(breaker, values))
             for name, before in done.before.items():
-                now = _shown(name, before)
-                # The count moves by itself, so another one is no colleague's.
-                if was and name != "fail_counter" and was.get(name, now) != now:
+                now = _setting_text(name, before)
+                # Calls change fail_counter, so a difference tells of no colleague.
+                if seen and name != "fail_counter" and seen.get(name, now) != now:
                     done.notices[name] = (
-                        f"meanwhile {now}, {self._setter(name, before)}"
+                        f"meanwhile {now}, {self._set_by_text(name, before)}"
                     )
             paired = _settings_of(breaker, (*LIMITS, *TIMEOUTS))
             done.errors.update(_errors_of(values, paired))
@@ -387,66 +424,71 @@ class Watch:
             if not done.errors:
                 for name in values:
                     value = getattr(breaker, name)
-                    self.set_by[name] = (value, who, _now(), reason)
+                    self.set_by[name] = (value, operator, _now(), reason)
         return done
 
     def _set_all(
         self, breaker: Any, values: dict[str, Any], paired: Any, done: Change
     ) -> None:
-        """Set them one by one, or set back what was set. The lock is held, so no call
-        counts by half of them."""
-        were: list[str] = []
+        """Set the settings one by one. If a setter refuses its value, set the earlier
+        settings back. The breaker's lock is held, so no call sees some settings new and
+        others old."""
+        done_names: list[str] = []
         for name in _order_of(values, paired):
             try:
                 setattr(breaker, name, values[name])
             except Exception as exc:
-                for earlier in reversed(were):
+                for earlier in reversed(done_names):
                     setattr(breaker, earlier, done.before[earlier])
                 if not isinstance(exc, (TypeError, ValueError)):
                     raise
-                # Such as a storage with a limit of its own.
+                # A scratch breaker took the value, but this breaker does not, such as
+                # for a limit of its storage.
                 done.errors[name] = str(exc)
                 return
-            were.append(name)
+            done_names.append(name)
 
-    def _setter(self, name: str, value: Any) -> str:
-        """Who has set a setting to the value that it has."""
+    def _set_by_text(self, name: str, value: Any) -> str:
+        """Says whether the program or which operator set the setting to `value`."""
         by = self.set_by.get(name)
         if by is None or by[0] != value:
             return "set by the program"
         return f"set by {by[1]} at {_clock(by[2])}"
 
     def tag(self, picture: dict[str, Any]) -> str:
-        """An entity tag: another one when a setting or the state is another one. The
-        counters, which every call may move, are left out."""
-        told = [picture.get(name) for name in SETTINGS if name != "fail_counter"]
-        told += [self.ident, picture.get("state"), self.moved]
-        digest = hashlib.sha256(json.dumps(told).encode("utf-8", "replace"))
+        """The entity tag of the breaker. Every change of a setting and every transition
+        changes the tag. Calls, which change the counters, do not."""
+        parts = [picture.get(name) for name in SETTINGS if name != "fail_counter"]
+        parts += [self.ident, picture.get("state"), self.transition_count]
+        digest = hashlib.sha256(json.dumps(parts).encode("utf-8", "replace"))
         return f'"{digest.hexdigest()[:20]}"'
 
-    def _check_tag(self, breaker: Any, match: str) -> None:
-        """Refuse a change that was decided on something else than what is so now."""
-        if not match or match.strip() == "*":
+    def _check_tag(self, breaker: Any, if_match: str) -> None:
+        """Raise `Refusal` unless the header If-Match, `if_match`, is empty or names the
+        breaker's present entity tag."""
+        if not if_match or if_match.strip() == "*":
             return
-        if self.tag(breaker.snapshot()) not in re.split(r"\s*,\s*", match.strip()):
+        if self.tag(breaker.snapshot()) not in re.split(r"\s*,\s*", if_match.strip()):
             raise Refusal(412, "the breaker has changed meanwhile: look at it again")
 
 
 class Change(NamedTuple):
-    """What came of changing settings; each by the setting's name."""
+    """The outcome of a change of settings. The keys are the names of settings. If there
+    is an error or a notice, no setting was changed."""
 
-    before: dict[str, Any]
-    errors: dict[str, str]
-    notices: dict[str, str]  # of settings that a colleague has changed meanwhile
+    before: dict[str, Any]  # the values before the change
+    errors: dict[str, str]  # why the library refuses a value
+    notices: dict[str, str]  # that a colleague or the program has changed the setting
 
 
 def _may_be_read(breaker: Any) -> bool:
-    """Whether the breaker's storage says that it may be read at any time."""
+    """Whether the breaker's storage promises that reads return at once."""
     return bool(vars(type(breaker._state_storage)).get("_is_plain", False))
 
 
 def _held_for(breaker: Any, state: str) -> float | None:
-    """The length of an opening that has one of its own, which is a hold."""
+    """For how many seconds an operator holds the circuit open; None: an operator does
+    not hold the circuit open."""
     if state != pybreaker.STATE_OPEN:
         return None
     move = breaker._state_storage.last_move()
@@ -459,11 +501,12 @@ def _settings_of(breaker: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _errors_of(values: dict[str, Any], paired: dict[str, Any]) -> dict[str, str]:
-    """What the library has to say against these settings, in its words."""
+    """The library's error for each setting in `values` that the library refuses.
+    `paired` has the breaker's present values of the settings that limit each other."""
     errors = {}
     for name, value in values.items():
-        # Settings that no other setting can be in the way of.
-        spare = _Spare(fail_max=1, reset_timeout=0)
+        # With these settings of the scratch breaker, no limit refuses the value.
+        spare = _ScratchBreaker(fail_max=1, reset_timeout=0)
         try:
             setattr(spare, name, value)
         except (TypeError, ValueError) as exc:
@@ -471,7 +514,7 @@ def _errors_of(values: dict[str, Any], paired: dict[str, Any]) -> dict[str, str]
     for pair in () if errors else (LIMITS, TIMEOUTS):
         wanted = {name: values.get(name, paired[name]) for name in pair}
         try:
-            _Spare(**wanted)
+            _ScratchBreaker(**wanted)
         except (TypeError, ValueError) as exc:
             changed = [name for name in pair if name in values]
             errors.update((name, str(exc)) for name in changed if name in str(exc))
@@ -479,12 +522,13 @@ def _errors_of(values: dict[str, Any], paired: dict[str, Any]) -> dict[str, str]
 
 
 def _order_of(values: dict[str, Any], paired: dict[str, Any]) -> list[str]:
-    """An order in which all setters accept these settings."""
+    """An order in which the setters of a breaker that has the settings `paired` accept
+    the settings in `values`."""
     order = []
     for pair in (LIMITS, TIMEOUTS):
         changed = [name for name in pair if name in values]
         for attempt in itertools.permutations(changed):
-            spare = _Spare(**{name: paired[name] for name in pair})
+            spare = _ScratchBreaker(**{name: paired[name] for name in pair})
             try:
                 for name in attempt:
                     setattr(spare, name, values[name])
@@ -496,11 +540,11 @@ def _order_of(values: dict[str, Any], paired: dict[str, Any]) -> list[str]:
     return order + [name for name in SETTINGS if name in values and name not in order]
 
 
-# What is answered.
+# Answers.
 
 
 class Refusal(Exception):
-    """A request that is not granted. It has changed nothing."""
+    """The console refuses the request, and has changed nothing."""
 
     def __init__(
         self,
@@ -516,9 +560,9 @@ class Refusal(Exception):
         self.body = {"error": message, **(details or {})}
 
 
-# An apostrophe may be part of a name and of a password, and may stand after a URL.
+# An apostrophe may be part of a user name or password, and may follow a URL.
 _URL_PASSWORD = re.compile(r"(://[^\s/:\"]*:)[^\s\"<>]*@")
-# The end of a text that was cut where a password may have been.
+# The library cuts long texts, perhaps within a password: then no "@" follows.
 _CUT_PASSWORD = re.compile(r"(://[^\s/:\"]*:)(?!\d{1,5}(?:[/?#)']|$))[^\s\"<>@]+$")
 _QUERY_PASSWORD = re.compile(
     r"([?&;#](?:\w*(?:pass(?:word|wd|phrase)?|pwd|secret|token|api_?key))=)[^&;\s'\"<>]+",
@@ -527,7 +571,8 @@ _QUERY_PASSWORD = re.compile(
 
 
 def _redacted(redact: Callable[[str], str] | None, text: str) -> str:
-    """What may be shown of a text."""
+    """What `redact` returns for the text, or a note that `redact` has failed. None
+    returns the text itself."""
     if redact is None:
         return text
     try:
@@ -538,29 +583,33 @@ def _redacted(redact: Callable[[str], str] | None, text: str) -> str:
 
 
 def blot_out_passwords(text: str) -> str:
-    """The text with three asterisks in the place of passwords in URLs."""
+    """Returns the text with three asterisks in place of each password in a URL."""
     text = _URL_PASSWORD.sub(r"\1***@", text)
     text = _CUT_PASSWORD.sub(r"\1***", text)
     return _QUERY_PASSWORD.sub(r"\1***", text)
 
 
 class Console:
-    """A WSGI application that shows breakers and lets an operator steer them.
+    """A WSGI application that shows breakers, moves their circuits and changes their
+    settings.
 
-    `breakers` is an iterable, which is looked through for each answer if it can be;
-    None: all breakers of the process, new ones as they appear. The console keeps
-    none of them alive; what it was given does.
+    `breakers` is an iterable of the breakers to show. The console goes through a list
+    anew for each answer, so the list may change; an iterator is read once. By default
+    the console shows all breakers of the process, and keeps none of them alive.
 
-    `hosts` are the names under which it may be reached: what the address bar of a
-    browser shows, without the port. Requests to any other are refused, because a
-    name that a stranger owns can be made to lead here (DNS rebinding).
+    `hosts` are the host names by which browsers and scripts reach the console, without
+    the port. The console refuses requests to other host names, because an attacker can
+    make a name of the attacker's own lead to the console (DNS rebinding).
 
-    `service` is what pages call the program. With `read_only` nothing can be changed.
-    `authorize` is a function of the WSGI environment that says whether a request is
-    granted. `trusted_proxies` are the addresses of proxies (``"unix"``: whatever
-    connects to a Unix socket) whose X-Forwarded-For says who asked. `redact` is a
-    function that is given each text of an exception and returns what may be shown;
-    None: all of it.
+    `service` is the name of the program on the page. A console that is `read_only`
+    changes nothing. `authorize` is a function that gets the WSGI environment of a
+    request and says whether the console answers the request. `trusted_proxies` are the
+    addresses of proxies whose X-Forwarded-For header names the operator; ``"unix"``
+    stands for every client of a Unix socket. `redact` is a function that gets each
+    reason and each text of an exception and returns what the console may show; None:
+    the console shows the whole text.
+
+    Raises `TypeError` if an argument is of the wrong kind.
     """
 
     def __init__(
@@ -575,16 +624,16 @@ class Console:
         redact: Callable[[str], str] | None = blot_out_passwords,
     ) -> None:
         self._breakers = _checked_breakers(breakers)
-        self._hosts = frozenset(each.lower() for each in _names("hosts", hosts))
+        self._hosts = frozenset(each.lower() for each in _checked_names("hosts", hosts))
         if service is not None and not isinstance(service, str):
             raise TypeError(f"service must be a string or None, not {service!r}")
         if not isinstance(read_only, bool):
             raise TypeError(f"read_only must be True or False, not {read_only!r}")
-        self._service = service or _program()
+        self._service = service or _program_name()
         self._read_only = read_only
         self._authorize = _checked_function("authorize", authorize)
-        self._proxies = frozenset(_names("trusted_proxies", trusted_proxies))
-        self._redacts = _checked_function("redact", redact)
+        self._proxies = frozenset(_checked_names("trusted_proxies", trusted_proxies))
+        self._redact = _checked_function("redact", redact)
         self._watches: dict[int, Watch] = {}  # by the identity of the breaker
         self._numbers = itertools.count(1)
         self._begin_process()
@@ -592,7 +641,8 @@ class Console:
         _watchers[self] = _Watcher(self)
 
     def add(self, breaker: pybreaker.CircuitBreaker) -> None:
-        """Show one more breaker, beside those that the console was given."""
+        """Show one more breaker, beside those in `breakers`. Raises `TypeError` if
+        `breaker` is not a breaker, or if the console shows all breakers."""
         _check_breaker(breaker)
         given = self._breakers
         if given is None:
@@ -600,33 +650,35 @@ class Console:
         self._breakers = (*given, breaker)
 
     def mount(self, application: Application, path: str) -> Application:
-        """A WSGI application that is the console at `path`, such as "/ops", and
-        `application` elsewhere."""
+        """Returns a WSGI application that serves the console at `path`, such as "/ops",
+        and the WSGI application `application` at all other paths. Raises `ValueError`
+        unless `path` begins with a slash and ends without a slash."""
         if not (isinstance(path, str) and re.fullmatch(r"(/[^/]+)+", path)):
             raise ValueError(f"path must be like '/ops', not {path!r}")
-        prefix = path.encode().decode("latin-1")  # as WSGI has it
+        # WSGI passes the bytes of a path as Latin-1 characters.
+        prefix = path.encode().decode("latin-1")
 
         def mounted(environ: Environ, start_response: Any) -> Iterable[bytes]:
-            asked = environ.get("PATH_INFO", "")
-            if asked != prefix and not asked.startswith(f"{prefix}/"):
+            requested = environ.get("PATH_INFO", "")
+            if requested != prefix and not requested.startswith(f"{prefix}/"):
                 return application(environ, start_response)
             here = {
                 **environ,
                 "SCRIPT_NAME": environ.get("SCRIPT_NAME", "") + prefix,
-                "PATH_INFO": asked[len(prefix) :],
+                "PATH_INFO": requested[len(prefix) :],
             }
             return self(here, start_response)
 
         return mounted
 
-    # What there is to show.
+    # Which breakers the console shows.
 
     def watches(self) -> dict[str, Watch]:
-        """The watches by what URLs call them: the breaker's name. Breakers without
-        a name, or with the same, are told apart by a number."""
+        """The watches of all breakers that the console shows. The keys are the names of
+        the breakers in URLs: a number follows a name that an earlier breaker has."""
         watches = self._all_watches()
         names = [watch.name or "unnamed" for watch in watches]
-        # A number makes no name that another breaker has of its own.
+        # A name with a number must not be the name of another breaker.
         taken = set(names)
         found: dict[str, Watch] = {}
         for name, watch in zip(names, watches):
@@ -639,15 +691,15 @@ class Console:
 
     def _all_watches(self) -> list[Watch]:
         breakers = self._present()
-        with self._growing:
+        with self._watches_lock:
             watches = []
             for breaker in breakers:
                 watch = self._watches.get(id(breaker))
                 if watch is None or watch.breaker is not breaker:
-                    watch = Watch(breaker, str(next(self._numbers)), self._redacts)
+                    watch = Watch(breaker, str(next(self._numbers)), self._redact)
                     self._watches[id(breaker)] = watch
                 watches.append(watch)
-            if len(self._watches) > len(watches):  # of breakers that are gone
+            if len(self._watches) > len(watches):  # some breakers no longer exist
                 self._watches = {id(b): w for b, w in zip(breakers, watches)}
         return watches
 
@@ -656,21 +708,26 @@ class Console:
             everything: Iterable[Any] = pybreaker.breakers()
         else:
             everything = _as_tuple(self._breakers)
-        unique = {id(each): each for each in everything if not isinstance(each, _Spare)}
+        unique = {
+            id(each): each
+            for each in everything
+            if not isinstance(each, _ScratchBreaker)
+        }
         return list(unique.values())
 
     def listen(self) -> None:
-        """Find new breakers, and listen to those that are not listened to yet."""
+        """Find new breakers and listen to them."""
         for watch in self._all_watches():
             watch.listen()
 
     def _begin_process(self) -> None:
-        # Tells this process from its forks and from the one before a restart.
+        # A page carries the token, which says which process made the page.
         self._token = secrets.token_hex(8)
-        self._growing = threading.Lock()
-        # What was done, with the breaker, by a digest of what asked for it.
-        self._news: OrderedDict[str, tuple[str, str]] = OrderedDict()
-        self._news_lock = threading.Lock()
+        self._watches_lock = threading.Lock()
+        # The outcomes of changes, as the ident of the breaker and a sentence. The keys
+        # are digests of the requests for the changes.
+        self._outcomes: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        self._outcomes_lock = threading.Lock()
 
     # Answering.
 
@@ -700,14 +757,16 @@ class Console:
             ("Content-Type", f"{kind}; charset=utf-8"),
             ("Content-Length", str(len(content))),
         ]
-        if path == "/status":  # whatever the answer was this time
+        if path == "/status":  # the frame goes on asking after a refusal or an error
             headers.append(("Refresh", str(REFRESH)))
         start_response(f"{status} {http.HTTPStatus(status).phrase}", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
 
     def _answer(self, environ: Environ) -> Answer:
         self._check_host(environ)
-        if self._authorize is not None and not _answered(self._authorize(environ)):
+        if self._authorize is not None and not _checked_answer(
+            self._authorize(environ)
+        ):
             raise Refusal(403, "you are not authorized to use this console")
         handlers = self._handlers(environ)
         if not handlers:
@@ -725,7 +784,7 @@ class Console:
         if self._read_only:
             raise Refusal(403, "this console is read-only")
         is_page = environ.get("PATH_INFO", "") in ("", "/")
-        body = _read(environ, MAX_FORM if is_page else MAX_BODY)
+        body = _read_body(environ, MAX_FORM if is_page else MAX_BODY)
         answer = handlers[method](environ, body)
         return answer
 
@@ -736,12 +795,13 @@ class Console:
             raise Refusal(
                 403,
                 "this console does not answer to that host name; "
-                "its program names them: Console(hosts=[...])",
+                "its program has to allow the name: Console(hosts=[...])",
             )
 
     def _check_origin(self, environ: Environ) -> None:
-        """Refuse what a page of another site sends. Browsers say from where a change
-        is asked for; other clients do not, and are not led here by strange pages."""
+        """Raise `Refusal` if a page of another site sent the request. Browsers name the
+        site in a header. A client that sends no such header is not a browser, so no
+        page of another site made the client send the request."""
         site = environ.get("HTTP_SEC_FETCH_SITE", "same-origin")
         origin = environ.get("HTTP_ORIGIN") or environ.get("HTTP_REFERER")
         try:
@@ -750,20 +810,22 @@ class Console:
             same = False
         if not same or site not in ("same-origin", "none"):
             logger.warning(
-                "%s: refused, sent by a page of %r", self._who(environ), origin
+                "%s: refused, sent by a page of %r", self._operator(environ), origin
             )
             raise Refusal(403, "a page of another site cannot change anything here")
 
-    def _who(self, environ: Environ) -> str:
-        """Who asks: a user whom the server knows, or else an address."""
+    def _operator(self, environ: Environ) -> str:
+        """The name of the operator who sent the request: the user whom the server or
+        proxy has authenticated, or else an address."""
         user = environ.get("REMOTE_USER")
         if user:
             return "".join(c if c.isprintable() else "?" for c in str(user)[:100])
-        # Most servers tell no address of a client that connects to a Unix socket.
+        # Most servers give no address for a client of a Unix socket.
         unix = "unix" if "unix" in self._proxies else "unknown"
         address = environ.get("REMOTE_ADDR") or unix
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
-        # Each proxy has appended whom it was asked by; the first is only claimed.
+        # Each proxy appends the address of its client. A trusted proxy's own entry can
+        # be believed; the entries before may be made up by the client.
         while address in self._proxies and forwarded:
             try:
                 address = str(ipaddress.ip_address(forwarded.pop().strip()))
@@ -772,9 +834,9 @@ class Console:
         return str(address)
 
     def _handlers(self, environ: Environ) -> dict[str, Any]:
-        """What can be done to what the URL names: functions by HTTP method."""
+        """The functions that answer requests to the URL. The keys are HTTP methods."""
         try:
-            # WSGI hands out the bytes of the URL as if they were Latin-1.
+            # WSGI passes the bytes of a path as Latin-1 characters.
             path = environ.get("PATH_INFO", "").encode("latin-1")
             path = path.decode("utf-8", "surrogatepass")
         except UnicodeError:
@@ -789,7 +851,7 @@ class Console:
             return {"GET": self._get_all}
         if not path.startswith("/breakers/"):
             return {}
-        # A name may hold slashes, so it is looked up as it is.
+        # A name may hold slashes, so the path is not split at slashes.
         watches, key, handlers = self.watches(), path[len("/breakers/") :], {}
         if key in watches:
             handlers["GET"] = partial(self._get_one, key, watches[key])
@@ -799,13 +861,13 @@ class Console:
             handlers["POST"] = partial(self._post_move, key, watches[key], move)
         return handlers
 
-    # For scripts.
+    # Answers for scripts.
 
     def _picture(
         self, environ: Environ, key: str, watch: Watch, deadline: float | None = None
     ) -> dict[str, Any]:
         if deadline is None:
-            deadline = time.monotonic() + LOOK
+            deadline = time.monotonic() + PAGE_WAIT
         url = f"{_root(environ)}/breakers/{_quoted(key)}"
         return {"url": url, **watch.picture(deadline)}
 
@@ -814,7 +876,7 @@ class Console:
         return 200, [("ETag", watch.tag(picture))], picture
 
     def _get_all(self, environ: Environ) -> Answer:
-        deadline, watches = time.monotonic() + LOOK, self.watches()
+        deadline, watches = time.monotonic() + PAGE_WAIT, self.watches()
         matches = _filter_of(_fields(environ.get("QUERY_STRING", "")))
         pictures = (
             (key, self._picture(environ, key, watch, deadline))
@@ -833,7 +895,9 @@ class Console:
         if not isinstance(given, dict) or set(given) - set(known):
             raise Refusal(422, f"{move} takes an object with any of {', '.join(known)}")
         seconds, reason = given.get("seconds"), given.get("reason")
-        if "seconds" in given and seconds is None:  # until the circuit is released
+        if (
+            "seconds" in given and seconds is None
+        ):  # until an operator moves the circuit
             seconds = math.inf
         if reason is not None and not isinstance(reason, str):
             message = f"reason must be a string, not {reason!r}"
@@ -852,7 +916,7 @@ class Console:
             raise Refusal(
                 422, f"{unknown[0]!r} cannot be set, only {', '.join(SETTINGS)}"
             )
-        # As the answer to a GET has them.
+        # JSON has no infinity; answers to GET write infinity in these two ways, too.
         values = {
             name: math.inf
             if (value == "inf" if name in MAY_BE_OFF else value is None)
@@ -861,45 +925,47 @@ class Console:
         }
         done = self._change(environ, key, watch, values)
         if done.errors:
-            told = "; ".join(dict.fromkeys(done.errors.values()))
-            raise Refusal(422, told, details={"errors": done.errors})
+            message = "; ".join(dict.fromkeys(done.errors.values()))
+            raise Refusal(422, message, details={"errors": done.errors})
         return self._tagged(environ, key, watch)
 
-    # For people.
+    # Answers for people.
 
     def _page(self, environ: Environ, form: _Form, status: int = 200) -> Answer:
         return status, [], _Page(self, environ, form).whole()
 
     def _get_page(self, environ: Environ) -> Answer:
-        return self._page(environ, _Form.asked(environ))
+        return self._page(environ, _Form.from_query(environ))
 
     def _get_live(self, environ: Environ) -> Answer:
-        return 200, [], _Page(self, environ, _Form.asked(environ)).live()
+        return 200, [], _Page(self, environ, _Form.from_query(environ)).live()
 
     def _get_status(self, environ: Environ) -> Answer:
-        return 200, [], _Page(self, environ, _Form.asked(environ)).glance()
+        return 200, [], _Page(self, environ, _Form.from_query(environ)).glance()
 
     def _post_form(self, environ: Environ, body: bytes) -> Answer:
         watches = {watch.ident: (key, watch) for key, watch in self.watches().items()}
-        # Breakers that the page has may be gone, as all are after a restart.
-        form = _Form.sent(_fields(body, 20 + 20 * ROWS))
+        # The page may have more rows than there are breakers now, such as after a
+        # restart, so the limit is that of the largest page.
+        form = _Form.from_body(_fields(body, 20 + 20 * ROWS))
         if form.token != self._token:
-            form = form.carried_to({key: i for i, (key, _) in watches.items()})
+            form = form.carried_over({key: i for i, (key, _) in watches.items()})
             return self._page(environ, form, 409)
         form.drop_gone(watches)
-        # What a browser that reloads the page sends again is the very same.
-        form.did = hashlib.sha256(body).hexdigest()[:20]
-        news = self._news.get(form.did)
+        # A browser that reloads the page sends an identical body.
+        form.change_id = hashlib.sha256(body).hexdigest()[:20]
+        news = self._outcomes.get(form.change_id)
         if news is not None:
             form.say(f"This was done already: {news[1]}")
             return self._page(environ, form)
         return self._press(environ, form, watches)
 
     def _press(self, environ: Environ, form: _Form, watches: Any) -> Answer:
-        """Do what the button says that was pressed."""
+        """Do what the pressed button says, and answer with the page or a redirect.
+        `watches` has the key and the watch of each breaker, by ident."""
         do, _, argument = form.do.partition(".")
-        if do == "enter":  # the key, in some field
-            changed = [ident for ident in form.typed if form.settings_of(ident)]
+        if do == "enter":  # the operator pressed the Enter key in a field
+            changed = [ident for ident in form.typed if form.typed_settings(ident)]
             if form.filter_changed():
                 do = "filter"
             elif len(changed) == 1:
@@ -908,7 +974,7 @@ class Console:
                 form.say("Nothing was done yet: press the button that says what to do.")
                 return self._page(environ, form)
         if do in ("filter", "reload"):
-            form.unfolded = argument  # of a question that was answered with no
+            form.unfolded = argument  # the breaker about which the operator said no
             if form.typed or form.lost or argument:
                 return self._page(environ, form)
             return 303, [("Location", f"{_root(environ)}/{form.query()}")], ""
@@ -921,7 +987,7 @@ class Console:
         key, watch = watches[ident]
         form.unfolded = ident
         try:
-            told = BUTTONS[do](self, environ, form, key, watch, exact)
+            outcome = BUTTONS[do](self, environ, form, key, watch, exact)
         except Busy as exc:
             form.say(f"Nothing was changed: {exc}.")
             return self._page(environ, form, 503)
@@ -932,36 +998,41 @@ class Console:
             }
             form.say(f"Nothing was changed: {exc}")
             return self._page(environ, form, exc.status)
-        except Exception as exc:  # such as a storage out of reach
+        except Exception as exc:  # such as a storage that is out of reach
             logger.exception("a button failed")
-            error = _redacted(self._redacts, repr(exc))[:MAX_TEXT]
+            error = _redacted(self._redact, repr(exc))[:MAX_TEXT]
             form.say(f"The button failed, see how {key} is now: {error}")
             return self._page(environ, form, 500)
-        if told is None:  # there is a question, an error or a notice
+        if outcome is None:  # the page shows a question, an error or a notice
             status = 422 if form.errors else 409 if form.notices else 200
             return self._page(environ, form, status)
-        with self._news_lock:
-            self._news[form.did] = ident, told
-            while len(self._news) > NEWS:
-                self._news.popitem(last=False)
-        if form.typed or form.lost:  # elsewhere, and not to be lost
-            form.say(told, done=True)
+        with self._outcomes_lock:
+            self._outcomes[form.change_id] = ident, outcome
+            while len(self._outcomes) > OUTCOMES:
+                self._outcomes.popitem(last=False)
+        if form.typed or form.lost:  # a redirect would lose what was typed elsewhere
+            form.say(outcome, done=True)
             return self._page(environ, form)
-        # See other: so that reloading the page does not ask for it again.
-        place = f"{form.query(did=form.did)}#b-{ident}"
+        # After a redirect (See Other), a reload of the page does not ask for the change
+        # again.
+        place = f"{form.query(did=form.change_id)}#b-{ident}"
         return 303, [("Location", f"{_root(environ)}/{place}")], ""
+
+    # The functions of the buttons. Each returns a sentence that says what was done, or
+    # None if the page has to show a question, an error or a notice. `exact` is what the
+    # button says beside its name and the breaker.
 
     def _press_set(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
     ) -> str | None:
         ident = watch.ident
-        texts = form.settings_of(ident)
+        texts = form.typed_settings(ident)
         if not texts:
             form.say(f"Nothing was changed: no setting of {key} was typed over.")
             return None
         values = {name: _typed_value(name, text) for name, text in texts.items()}
         reason = form.typed[ident].get("why", "")
-        done = self._change(environ, key, watch, values, form.was(ident), reason)
+        done = self._change(environ, key, watch, values, form.seen_texts(ident), reason)
         if done.errors:
             form.errors[ident] = done.errors
             return None
@@ -969,17 +1040,19 @@ class Console:
             form.notices[ident] = done.notices
             return None
         form.forget(ident, *values, "why")
-        told = ", ".join(
-            f"{name} = {_shown(name, value)} (was {_shown(name, done.before[name])})"
+        changes = ", ".join(
+            f"{name} = {_setting_text(name, value)} "
+            f"(was {_setting_text(name, done.before[name])})"
             for name, value in values.items()
         )
-        return f"{key}: {told}."
+        return f"{key}: {changes}."
 
     def _press_hold(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
     ) -> str | None:
-        """Ask, as all calls will be refused."""
-        typed = form.typed.get(watch.ident, {}).get("minutes", MINUTES)
+        """Ask the operator first, because a circuit that is held open rejects all
+        calls."""
+        typed = form.typed.get(watch.ident, {}).get("minutes", DEFAULT_MINUTES)
         seconds = _seconds_of(typed)
         if seconds is None:
             form.errors[watch.ident] = {
@@ -1006,9 +1079,10 @@ class Console:
         move: str,
         is_sure: bool = False,
     ) -> str | None:
-        """Ask first where that changes what calls may do for the worse: closing lets
-        all through to a service that may be ill, half-opening refuses calls."""
-        picture = watch.picture(time.monotonic() + LOOK)
+        """Move the circuit. Unless `is_sure`, ask the operator first about closing an
+        open circuit, which lets all calls through to a service that may still fail, and
+        about half-opening a closed circuit, which rejects calls."""
+        picture = watch.picture(time.monotonic() + PAGE_WAIT)
         is_closed = picture.get("state") == pybreaker.STATE_CLOSED
         if not is_sure and is_closed == (move == "half_open"):
             form.question = f"{move.replace('_', '-')}-yes.{watch.ident}"
@@ -1025,15 +1099,16 @@ class Console:
         except ValueError:
             raise Refusal(422, "there is no such button") from None
         self._move(environ, key, watch, "open", form.reason(watch.ident), seconds)
-        # A number that was typed beside the question is for another hold, and is kept.
-        typed = form.typed.get(watch.ident, {}).get("minutes", MINUTES)
+        # The operator may have typed another number of minutes beside the question.
+        # That number is not used now, so the page keeps it.
+        typed = form.typed.get(watch.ident, {}).get("minutes", DEFAULT_MINUTES)
         is_used = _seconds_of(typed) == exact
         form.forget(watch.ident, "why", *(["minutes"] if is_used else []))
         breaker = watch.breaker
         effect = _effect(breaker is not None and breaker.dry_run)
         return f"{key} is held open {_until(seconds)}: {effect}."
 
-    # Both change things here, and leave a trace.
+    # Only these two methods change breakers. Both log each change.
 
     def _move(
         self,
@@ -1044,12 +1119,12 @@ class Console:
         reason: str | None = None,
         seconds: float | None = None,
     ) -> None:
-        who, match = self._who(environ), environ.get("HTTP_IF_MATCH", "")
-        before = watch.move(move, who, reason, seconds, match)
+        operator, if_match = self._operator(environ), environ.get("HTTP_IF_MATCH", "")
+        before = watch.move(move, operator, reason, seconds, if_match)
         length = "" if seconds is None else f" for {seconds} s"
         because = f", because {reason!r}" if reason else ""
         logger.warning(
-            "%s: %r: %s%s, was %s%s", who, key, move, length, before, because
+            "%s: %r: %s%s, was %s%s", operator, key, move, length, before, because
         )
 
     def _change(
@@ -1058,17 +1133,17 @@ class Console:
         key: str,
         watch: Watch,
         values: dict[str, Any],
-        was: dict[str, str] | None = None,
+        seen: dict[str, str] | None = None,
         reason: str = "",
     ) -> Change:
-        who, match = self._who(environ), environ.get("HTTP_IF_MATCH", "")
+        operator, if_match = self._operator(environ), environ.get("HTTP_IF_MATCH", "")
         values = {name: values[name] for name in SETTINGS if name in values}
-        done = watch.change(values, who, was, match, reason)
+        done = watch.change(values, operator, seen, if_match, reason)
         because = f", because {reason!r}" if reason else ""
         for name in () if done.errors or done.notices else values:
             value, before = values[name], done.before[name]
             logger.warning(
-                "%s: %r: %s = %r, was %r%s", who, key, name, value, before, because
+                "%s: %r: %s = %r, was %r%s", operator, key, name, value, before, because
             )
         return done
 
@@ -1089,7 +1164,7 @@ MOVED = {
 }
 
 
-# Checking what a console is given.
+# Checks of the arguments of a console.
 
 
 def _checked_breakers(breakers: Any) -> Any:
@@ -1100,7 +1175,7 @@ def _checked_breakers(breakers: Any) -> Any:
     if isinstance(breakers, dict):  # such as CircuitBreakers
         breakers = breakers.values()
     try:
-        if iter(breakers) is breakers:  # can be gone through only once
+        if iter(breakers) is breakers:  # an iterator can be read only once
             breakers = tuple(breakers)
     except TypeError:
         raise TypeError(
@@ -1117,14 +1192,14 @@ def _check_breaker(breaker: Any) -> None:
 
 
 def _as_tuple(iterable: Any) -> tuple[Any, ...]:
-    """All of it at one moment, though other threads may be adding to it."""
+    """The items of the iterable, to which other threads may be adding items."""
     for _ in range(100):
-        with contextlib.suppress(RuntimeError):  # it has grown meanwhile
+        with contextlib.suppress(RuntimeError):  # another thread has added an item
             return tuple(iterable)
     return tuple(iterable)
 
 
-def _names(parameter: str, names: Any) -> list[str]:
+def _checked_names(parameter: str, names: Any) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"{parameter} must be an iterable of names: [{names!r}]")
     found = []
@@ -1139,7 +1214,7 @@ def _checked_function(parameter: str, function: Any) -> Any:
     if function is not None and not callable(function):
         raise TypeError(f"{parameter} must be a function or None, not {function!r}")
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        type(function).__call__  # of an object
+        type(function).__call__  # the function may be an object with this method
     ):
         raise TypeError(
             f"{parameter} must be a plain function, as nothing would await what "
@@ -1148,9 +1223,9 @@ def _checked_function(parameter: str, function: Any) -> Any:
     return function
 
 
-def _answered(answer: object) -> object:
-    """What `authorize` has answered, unless that would have to be awaited: an object
-    that nothing awaits is true, and would grant every request."""
+def _checked_answer(answer: object) -> object:
+    """Returns what `authorize` returned. Raises `TypeError` for an awaitable object,
+    which is true, and would grant every request."""
     if not inspect.isawaitable(answer):
         return answer
     if inspect.iscoroutine(answer):
@@ -1161,8 +1236,8 @@ def _answered(answer: object) -> object:
     )
 
 
-def _program() -> str:
-    """What the program was started as."""
+def _program_name() -> str:
+    """The name of the program: a module for ``python -m``, or else a file."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     if spec is not None and spec.name:
@@ -1170,10 +1245,11 @@ def _program() -> str:
     return os.path.basename(sys.argv[0] if sys.argv else "") or "python"
 
 
-# Reading requests.
+# Reading requests. These functions raise Refusal for what they cannot read.
 
 
-def _read(environ: Environ, limit: int) -> bytes:
+def _read_body(environ: Environ, limit: int) -> bytes:
+    """The body of the request, of at most `limit` bytes."""
     if "HTTP_TRANSFER_ENCODING" in environ:
         raise Refusal(411, "the length of the body must be in Content-Length")
     length = environ.get("CONTENT_LENGTH") or "0"
@@ -1183,7 +1259,7 @@ def _read(environ: Environ, limit: int) -> bytes:
         raise Refusal(413, f"the body must not be longer than {limit} bytes")
     try:
         body: bytes = environ["wsgi.input"].read(int(length))
-    except OSError:  # such as the server's timeout
+    except OSError:  # such as a timeout
         raise Refusal(400, "the body could not be read") from None
     if len(body) < int(length):
         raise Refusal(400, "the body is shorter than Content-Length says")
@@ -1196,15 +1272,15 @@ def _json(body: bytes) -> Any:
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(values := dict(pairs)) < len(pairs):
-            raise ValueError("a name is there twice")
+            raise ValueError("a name appears twice")
         return values
 
     try:
         return json.loads(
             body.decode(),
             parse_constant=refuse,
-            parse_int=partial(_parsed, int),
-            parse_float=partial(_parsed, float),
+            parse_int=partial(_parsed_number, int),
+            parse_float=partial(_parsed_number, float),
             object_pairs_hook=members,
         )
     except (ValueError, RecursionError) as exc:
@@ -1212,20 +1288,20 @@ def _json(body: bytes) -> Any:
 
 
 def _fields(form: bytes | str, limit: int = 20) -> dict[str, str]:
-    """The fields of a form, or of a query, by name."""
+    """The texts of the fields of a form or a query, by name."""
     try:
         text = form if isinstance(form, str) else form.decode("ascii")
         pairs = parse_qsl(text, keep_blank_values=True, max_num_fields=limit)
     except ValueError:
         raise Refusal(400, "the fields cannot be read") from None
     if len(fields := dict(pairs)) < len(pairs):
-        raise Refusal(400, "a field is there twice")
+        raise Refusal(400, "a field appears twice")
     return fields
 
 
 def _typed_value(name: str, text: str) -> Any:
-    """What was typed into the field of a setting; as it is, for the setter to refuse,
-    where it means nothing."""
+    """The value of a setting that the operator typed as `text`. Returns a text without
+    a meaning as it is: the setter refuses the text."""
     text = text.strip()
     if name in MAY_BE_OFF and text in ("", "off"):
         return None
@@ -1235,25 +1311,26 @@ def _typed_value(name: str, text: str) -> Any:
 
 
 def _number(text: str) -> Any:
-    """What was typed as a number, or as it is."""
+    """The number that the text stands for, or the text if it stands for no number."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
-            return _parsed(kind, text)
+            return _parsed_number(kind, text)
     return text
 
 
 def _seconds_of(minutes: str) -> str | None:
-    """The length of a hold, as the button that is sure has it. None: the text is no
-    length."""
+    """The seconds of a hold, as a text for the button that confirms the hold; None if
+    `minutes` is not a number above 0."""
     number = _number(minutes)
     if isinstance(number, str) or not 0 < number < 1e9:
         return None
     return f"{number * 60:.15g}"
 
 
-def _parsed(kind: Any, text: str) -> Any:
-    """The number, unless it is too large: a float would become infinite, and an int
-    of some thousand digits can be counted up until it cannot be shown any more."""
+def _parsed_number(kind: Any, text: str) -> Any:
+    """The number that the text stands for. Raises `ValueError` for a number that is too
+    large: a float would become infinite, and Python refuses to print an int of more
+    than some thousand digits, so the page could not show a counter of that size."""
     number = kind(text)
     if len(text) > 1000 or (number in (math.inf, -math.inf) and re.search(r"\d", text)):
         raise ValueError(f"{text[:20]} is too large a number")
@@ -1261,12 +1338,12 @@ def _parsed(kind: Any, text: str) -> Any:
 
 
 def _root(environ: Environ) -> str:
-    """The path under which the console is mounted."""
+    """The path at which the console is mounted, quoted for a URL."""
     return quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1").rstrip("/")
 
 
 def _quoted(key: str) -> str:
-    # Such a key survives URLs and forms, whatever is in the breaker's name.
+    """The key quoted for a URL. A name may hold any characters, also surrogates."""
     return quote(key, safe="", errors="surrogatepass")
 
 
@@ -1274,7 +1351,9 @@ STATES = ("", "open", "half-open", "busy", "unknown", "closed")
 
 
 def _filter_of(fields: dict[str, str]) -> Callable[[str, dict[str, Any]], bool]:
-    """Whether a breaker is among those that were asked for."""
+    """A function that takes the key and the picture of a breaker and says whether the
+    fields ``q`` and ``state`` of the page or the query ask for the breaker. Raises
+    `Refusal` for a state that does not exist."""
     words, state = fields.get("q", "").casefold(), fields.get("state", "")
     if state not in STATES:
         raise Refusal(422, f"state must be one of {', '.join(STATES[1:])}")
@@ -1284,57 +1363,60 @@ def _filter_of(fields: dict[str, str]) -> Callable[[str, dict[str, Any]], bool]:
 
 
 class _Form:
-    """The form that the whole page is, so that no button throws away what was typed
-    beside another one.
+    """What the operator typed into the page and pressed, and what the next page is to
+    say about it. The whole page is one HTML form, so that a button for one breaker
+    does not throw away what the operator typed for another breaker.
 
-    `typed` has what was typed over, by breaker and field; `errors` and `notices` what
-    is to be said of a field; `question` the button that is to be pressed again.
+    `typed` has the texts of the fields that the operator has changed, by ident of the
+    breaker and name of the field. `errors` and `notices` have messages for fields, by
+    ident and name. `do` is the button that was pressed, and `question` the button that
+    confirms the question of the next page; such as "set.5" or "yes.5.60".
     """
 
     def __init__(self, fields: dict[str, str]) -> None:
         self.q, self.state = fields.get("q", "").strip(), fields.get("state", "")
-        self.did = fields.get("did", "")
+        self.change_id = fields.get("did", "")
         self.do = fields.get("do", "")
         self.token = fields.get("page", "").partition(".")[0]
         self.typed: dict[str, dict[str, str]] = {}
         self.errors: dict[str, dict[str, str]] = {}
         self.notices: dict[str, dict[str, str]] = {}
         self.question = ""
-        self.unfolded = ""
+        self.unfolded = ""  # the ident of the breaker that the page shows unfolded
         self.message = ""
-        self.lost = ""  # what was typed for breakers that are gone
-        self.is_done = False
+        self.lost = ""  # says what was typed for breakers that no longer exist
+        self.is_done = False  # whether the message tells of a change
         self._fields = fields
 
     @classmethod
-    def asked(cls, environ: Environ) -> _Form:
-        """From the query of a page that is asked for."""
+    def from_query(cls, environ: Environ) -> _Form:
+        """The form of a request for the page, whose query has the filter."""
         form = cls(_fields(environ.get("QUERY_STRING", "")))
         _filter_of({"state": form.state})
         return form
 
     @classmethod
-    def sent(cls, fields: dict[str, str]) -> _Form:
-        """From the body of a page that was sent back."""
+    def from_body(cls, fields: dict[str, str]) -> _Form:
+        """The form of a page that the browser has sent back. `fields` is its body."""
         form = cls(fields)
         _filter_of({"state": form.state})
         for name, text in fields.items():
             ident, _, field = name.partition(".")
             if not field or field in ("was", "name"):
                 continue
-            before = {"why": "", "minutes": MINUTES, **form.was(ident)}
+            before = {"why": "", "minutes": DEFAULT_MINUTES, **form.seen_texts(ident)}
             known = field in before or field in SETTINGS
             if known and text.strip() != before.get(field):
                 form.typed.setdefault(ident, {})[field] = text
         return form
 
-    def was(self, ident: str) -> dict[str, str]:
-        """What stood in the fields of the settings."""
+    def seen_texts(self, ident: str) -> dict[str, str]:
+        """The texts of the settings of a breaker on the page that the operator saw."""
         texts = self._fields.get(f"{ident}.was", "").split("|")
         return dict(zip(SETTINGS, texts)) if len(texts) == len(SETTINGS) else {}
 
-    def settings_of(self, ident: str) -> dict[str, str]:
-        """The settings that were typed over."""
+    def typed_settings(self, ident: str) -> dict[str, str]:
+        """The texts of the settings of a breaker that the operator has changed."""
         typed = self.typed.get(ident, {})
         return {name: typed[name] for name in SETTINGS if name in typed}
 
@@ -1342,15 +1424,17 @@ class _Form:
         return self.typed.get(ident, {}).get("why") or None
 
     def forget(self, ident: str, *names: str) -> None:
-        """Drop what has been used."""
+        """Drop what the operator typed into these fields of a breaker."""
         typed = self.typed.get(ident, {})
         for name in names:
             typed.pop(name, None)
         if not typed:
             self.typed.pop(ident, None)
 
-    def carried_to(self, idents: dict[str, str]) -> _Form:
-        """The same for the breakers of the same name in another process."""
+    def carried_over(self, idents: dict[str, str]) -> _Form:
+        """A form for this process, made from a form of another process. Texts that were
+        typed for a breaker go to the breaker of this process that has the same name.
+        `idents` has the idents of the breakers by name."""
         form = _Form({"q": self.q, "state": self.state})
         message = (
             "This page was made by another process: the program has been restarted, "
@@ -1368,13 +1452,14 @@ class _Form:
         return form
 
     def drop_gone(self, present: Iterable[str]) -> None:
-        """Tell what was typed for breakers that are gone."""
+        """Drop what was typed for breakers that no longer exist. The page tells what
+        was dropped. `present` has the idents of the breakers that exist."""
         for ident in self.typed.keys() - present:
             self._lose(self._fields.get(f"{ident}.name", ""), self.typed.pop(ident))
 
     def _lose(self, name: str, typed: dict[str, str]) -> None:
-        told = ", ".join(f"{field} = {text}" for field, text in typed.items())
-        self.lost += f" For {name!r}, which is no longer there, was typed: {told}."
+        texts = ", ".join(f"{field} = {text}" for field, text in typed.items())
+        self.lost += f" For {name!r}, which is no longer there, was typed: {texts}."
 
     def filter_changed(self) -> bool:
         return f"{self.q} {self.state}" != self._fields.get("shown", "")
@@ -1383,22 +1468,22 @@ class _Form:
         self.message, self.is_done = message, done
 
     def query(self, **more: str) -> str:
-        """The query of the page that shows the same breakers."""
+        """The query of a URL that shows the page with this filter."""
         fields = {"q": self.q, "state": self.state, **more}
         text = urlencode({k: v for k, v in fields.items() if v}, errors="replace")
         return f"?{text}" if text else ""
 
 
-# Writing pages. Whatever comes from outside goes through escape().
+# Writing pages. escape() makes every text that may hold HTML harmless.
 
 
 class _Page:
-    """A look at all breakers at one moment, written as HTML."""
+    """The state of all breakers at one moment, and methods that write it as HTML."""
 
     def __init__(self, console: Console, environ: Environ, form: _Form) -> None:
-        deadline = time.monotonic() + LOOK
+        deadline = time.monotonic() + PAGE_WAIT
         self._console, self._form = console, form
-        self._root, self._who = _root(environ), console._who(environ)
+        self._root = _root(environ)
         self._now = _now()
         everything = [
             _Row(key, watch, watch.picture(deadline))
@@ -1409,7 +1494,7 @@ class _Page:
         for row in everything:
             self._counts[row.state] += 1
         matches = _filter_of({"q": form.q, "state": form.state})
-        news = console._news.get(form.did)
+        news = console._outcomes.get(form.change_id)
         if news is not None and not form.message:
             form.unfolded = news[0]
             form.say(news[1], done=True)
@@ -1419,16 +1504,16 @@ class _Page:
             for row in everything
             if matches(row.key, row.picture) or self._is_in_use(row)
         ]
-        # If there are more than ROWS, the rows on which the operator works are shown.
+        # A page of ROWS rows must have room for the rows on which the operator works.
         shown = sorted(self._matching, key=self._is_in_use, reverse=True)[:ROWS]
         self._rows = sorted(shown, key=_Row.rank)
 
     def _is_in_use(self, row: _Row) -> bool:
-        """Whether the row was typed into, or its button was pressed."""
+        """Whether the operator typed into the row or pressed one of its buttons."""
         return row.ident in self._form.typed or row.ident == self._form.unfolded
 
     def whole(self) -> str:
-        """The page itself."""
+        """The whole page."""
         form, root = self._form, escape(self._root)
         rows = "".join(self._row(row) for row in self._rows)
         token = self._console._token
@@ -1437,7 +1522,7 @@ class _Page:
 <p id="dead" role="alert"></p></header><main>
 {self._news()}{self._no_script()}"""
         filters = self._filters()
-        # One form, so that no button throws away what was typed beside another one.
+        # One form holds all rows, so no button throws away what was typed elsewhere.
         if self._console._read_only:
             body += f"""<form method="get" action="{root}/">{filters}</form>
 <p>This console is read-only.</p><div id="rows">{rows}</div>"""
@@ -1453,7 +1538,8 @@ class _Page:
         return _document(self._title(), f"{body}</main>", attributes, SCRIPT)
 
     def live(self) -> str:
-        """What the script puts into the page: all of it but the forms."""
+        """The page without its forms. The script copies the news from there into the
+        page that the browser shows."""
         rows = "".join(self._row(row, has_form=False) for row in self._rows)
         token = self._console._token
         return (
@@ -1464,7 +1550,8 @@ class _Page:
         )
 
     def glance(self) -> str:
-        """What a browser without scripts shows in a frame: what is wrong."""
+        """A summary and the breakers that are not closed. A browser without scripts
+        shows this short page in a frame."""
         wrong = [row for row in self._rows if row.state != pybreaker.STATE_CLOSED]
         items = "".join(f"<li>{self._headline(row)}</li>" for row in wrong)
         return _document(
@@ -1475,20 +1562,20 @@ class _Page:
         )
 
     def _news(self) -> str:
-        """What was done, or why nothing was."""
+        """A message that says what was done, or why nothing was done."""
         kind = "done" if self._form.is_done else "said"
         text = escape(self._form.message + self._form.lost)
         return f'<p id="news" role="status" class="{kind}">{text}</p>'
 
     def _no_script(self) -> str:
-        # The outer frame comes from the page itself, so it can load the inner one
-        # again though the process is gone.
+        # The page itself holds the outer frame, so the outer frame goes on loading the
+        # inner frame when the process no longer answers.
         inner = f"{self._root}/status{self._form.query()}"
         frame = (
             f'<!doctype html><html lang="en"><meta http-equiv="refresh" '
-            f'content="{REFRESH}"><title>What is wrong now</title><p>In the frame '
-            f"below is what is so now. If it shows no time, the process does not "
-            f"answer; it is asked every {REFRESH} seconds.</p>"
+            f'content="{REFRESH}"><title>What is wrong now</title><p>The frame below '
+            f"shows what is wrong now. If the frame shows no time, the process does "
+            f"not answer; the page tries again every {REFRESH} seconds.</p>"
             f'<iframe title="what is wrong now" width="100%" height="150" '
             f'src="{escape(inner)}"></iframe>'
         )
@@ -1546,20 +1633,22 @@ class _Page:
     def _row(self, row: _Row, has_form: bool = True) -> str:
         form = self._form
         unfolded = self._is_in_use(row)
-        # The page that comes back shows the row whose button was pressed.
-        said = form.errors or form.notices or form.question
-        has_focus = row.ident == form.unfolded and not said
+        # The focus is on the row whose button was pressed, unless a field with a
+        # message or a question takes the focus.
+        has_message = form.errors or form.notices or form.question
+        has_focus = row.ident == form.unfolded and not has_message
         forms = ""
         if has_form and not self._console._read_only:
             forms = f'<div class="forms">{self._forms(row)}</div>'
+        texts = escape(row.joined_texts())
         return f"""
-<details id="b-{row.ident}" class="{row.looks()}" data-was="{escape(row.was())}"\
+<details id="b-{row.ident}" class="{row.css_class()}" data-was="{texts}"\
 {" open" if unfolded else ""}>
 <summary{" autofocus" if has_focus else ""}>{self._headline(row)}</summary>
 <div class="story">{self._story(row)}</div>{forms}</details>"""
 
     def _headline(self, row: _Row) -> str:
-        mark, word = row.word()
+        mark, word = row.badge()
         name = escape(row.key)
         return (
             f'<span class="badge"><span aria-hidden="true">{mark}</span> {word}</span> '
@@ -1568,38 +1657,39 @@ class _Page:
         )
 
     def _story(self, row: _Row) -> str:
-        """What is so, and how it came to that."""
+        """What the breaker's state means, its outages, and its changed settings."""
         picture, now, watch = row.picture, self._now, row.watch
-        parts = [f"<p><b>{escape(row.means(now))}</b></p>"]
+        parts = [f"<p><b>{escape(row.meaning(now))}</b></p>"]
         if "error" in picture:
             parts.append(f"<p>Its state cannot be read: {escape(picture['error'])}</p>")
         outage = watch.outage
         if outage is not None:
-            parts.append(_told(outage, now))
+            parts.append(_outage_html(outage, now))
         elif watch.outages:
-            parts.append(_told(watch.outages[0], now))
+            parts.append(_outage_html(watch.outages[0], now))
         if len(watch.outages) > (outage is None):
             earlier = "".join(
-                f"<li>{escape(_briefly(each, now))}</li>"
+                f"<li>{escape(_outage_line(each, now))}</li>"
                 for each in watch.outages[outage is None :]
             )
             parts.append(f"<p>Before that:</p><ul>{earlier}</ul>")
         if outage is None and not watch.outages:
             parts.append(
-                f"<p>No outage was seen since {_clock(watch.since, now)}, when the "
-                f"console began to watch it.</p>"
+                f"<p>No outage was seen since {_clock(watch.watched_since, now)}, when "
+                f"the console began to watch it.</p>"
             )
         by = {name: watch.set_by[name] for name in SETTINGS if name in watch.set_by}
-        for name, (value, who, at, reason) in by.items():
-            told = f"{name} = {_shown(name, value)} was set by {who} at "
-            told += f"{_clock(at, now)}" + (f": {reason}." if reason else ".")
-            parts.append(f"<p>{escape(told)}</p>")
+        for name, (value, operator, at, reason) in by.items():
+            change = f"{name} = {_setting_text(name, value)} was set by {operator} at "
+            change += f"{_clock(at, now)}" + (f": {reason}." if reason else ".")
+            parts.append(f"<p>{escape(change)}</p>")
         as_of = datetime.fromisoformat(picture["as_of"])
         parts.append(f'<p class="as-of">As of {_clock(as_of, now)}.</p>')
         return "".join(parts)
 
     def _forms(self, row: _Row) -> str:
-        """Buttons and fields. Each has a name that tells the breaker."""
+        """The buttons and fields of a row. Each has a label that names the breaker, for
+        screen readers."""
         ident, form = row.ident, self._form
         typed = form.typed.get(ident, {})
         errors, notices = form.errors.get(ident, {}), form.notices.get(ident, {})
@@ -1625,28 +1715,33 @@ class _Page:
         settings = "".join(
             self._field(row, setting, typed, errors, notices) for setting in SETTINGS
         )
-        why, minutes = escape(typed.get("why", "")), typed.get("minutes", MINUTES)
-        why_is = _described(ident, "reason", errors, notices, f"{ident}-why-hint")
-        why_is += _mark_of("why", typed)
-        minutes_are = _described(ident, "minutes", errors, notices)
-        minutes_are += _mark_of("minutes", typed)
+        why, minutes = (
+            escape(typed.get("why", "")),
+            typed.get("minutes", DEFAULT_MINUTES),
+        )
+        why_is = _field_attributes(
+            ident, "reason", errors, notices, f"{ident}-why-hint"
+        )
+        why_is += _typed_mark("why", typed)
+        minutes_are = _field_attributes(ident, "minutes", errors, notices)
+        minutes_are += _typed_mark("minutes", typed)
         return f"""{self._question(row)}
-<input type="hidden" name="{ident}.was" value="{escape(row.was())}">
+<input type="hidden" name="{ident}.was" value="{escape(row.joined_texts())}">
 <input type="hidden" name="{ident}.name" value="{escape(row.key)}">
 <fieldset><legend>Move the circuit{of}</legend>
 <p><label for="{ident}-why">Because{of}</label> <input id="{ident}-why" class="why"
  name="{ident}.why" maxlength="{MAX_TEXT}" value="{why}" {why_is}>
 <small id="{ident}-why-hint">shown with what you do, and logged</small></p>
-{_said(ident, "reason", errors, notices)}
+{_message_html(ident, "reason", errors, notices)}
 <p><label>Hold open{of} for <input class="few" name="{ident}.minutes"
  inputmode="decimal" value="{escape(minutes)}" {minutes_are}> minutes</label>
-{press["hold"]}</p>{_said(ident, "minutes", errors, notices)}
+{press["hold"]}</p>{_message_html(ident, "minutes", errors, notices)}
 <p>{press["hold-on"]}</p><p>{press["half-open"]}</p><p>{press["close"]}</p></fieldset>
 <fieldset><legend>Settings{of}</legend><div class="fields">{settings}</div>
 <p>{press["set"]}</p></fieldset>"""
 
     def _question(self, row: _Row) -> str:
-        """What is asked once before a button does what hurts."""
+        """The question that the operator must confirm before the circuit is moved."""
         do, _, argument = self._form.question.partition(".")
         ident, _, exact = argument.partition(".")
         if not do or ident != row.ident:
@@ -1666,8 +1761,8 @@ class _Page:
             if row.picture.get("dry_run"):
                 what += f"Meanwhile {_effect(True)}."
             else:
-                what += "Its calls are refused but for one at a time, until that "
-                what += "succeeds."
+                what += "Its calls are refused, except one trial at a time, until the "
+                what += "trials succeed."
             yes = f"Yes, half-open {name}"
         sure = f'name="do" value="{escape(self._form.question)}" autofocus'
         return f"""<div class="question" role="group" aria-label="Are you sure?">
@@ -1677,13 +1772,13 @@ class _Page:
     def _field(
         self, row: _Row, name: str, typed: Any, errors: Any, notices: Any
     ) -> str:
-        """A setting with its present value, or with what was typed and what is to be
-        said of it."""
+        """The field of a setting, with the present value or the text that the operator
+        typed, and with its error or notice."""
         ident, now = row.ident, row.texts()[name]
         field = f"{ident}-{name}"
         value = escape(typed.get(name, now))
-        described = _described(ident, name, errors, notices, f"{field}-hint")
-        described += _mark_of(name, typed)
+        described = _field_attributes(ident, name, errors, notices, f"{field}-hint")
+        described += _typed_mark(name, typed)
         if name == "dry_run":
             options = "".join(
                 f"<option{' selected' if each == value else ''}>{each}</option>"
@@ -1700,11 +1795,11 @@ class _Page:
         return f"""<p><label for="{field}">{name}<span class="unseen"> of \
 {escape(row.key)}</span></label> {control}
 <small id="{field}-hint">{HINTS[name]}{unsaved}</small>
-{_said(ident, name, errors, notices)}</p>"""
+{_message_html(ident, name, errors, notices)}</p>"""
 
 
 class _Row:
-    """A breaker as the list shows it."""
+    """The texts of one breaker in the list."""
 
     def __init__(self, key: str, watch: Watch, picture: dict[str, Any]) -> None:
         self.key, self.watch, self.picture = key, watch, picture
@@ -1713,12 +1808,12 @@ class _Row:
         self.held = bool(picture.get("held"))
 
     def rank(self) -> tuple[Any, ...]:
-        """The worst is the first."""
+        """The sort key that puts the worst breaker first."""
         count = self.picture.get("fail_counter", 0)
         return STATES.index(self.state), self.held, -count, self.key.casefold()
 
-    def word(self) -> tuple[str, str]:
-        """A mark and a word for the state, which need no colour."""
+    def badge(self) -> tuple[str, str]:
+        """A mark and a word for the state, so that no reader has to see colors."""
         mark, word = {
             "busy": ("\N{HOURGLASS}\N{VARIATION SELECTOR-15}", "BUSY"),
             "open": ("\N{BLACK SQUARE}", "HELD OPEN" if self.held else "OPEN"),
@@ -1728,7 +1823,7 @@ class _Row:
         }[self.state]
         return mark, f"{word} (dry run)" if self.picture.get("dry_run") else word
 
-    def looks(self) -> str:
+    def css_class(self) -> str:
         count, limit = self.picture.get("fail_counter", 0), self.picture.get("fail_max")
         near = self.state == "closed" and limit and count and count >= limit / 2
         return f"{self.state}{' near' if near else ''}"
@@ -1737,7 +1832,7 @@ class _Row:
         wait = self.picture["retry_after"]
         return "" if wait is None else human(wait)
 
-    def means(self, now: datetime) -> str:
+    def meaning(self, now: datetime) -> str:
         """What the state means to callers, in a sentence."""
         picture = self.picture
         if picture["busy"]:
@@ -1781,7 +1876,7 @@ class _Row:
         return f"{self.picture['fail_counter']} of {limit} failures"
 
     def brief(self, now: datetime) -> str:
-        """The rest of the line."""
+        """What the line of the breaker says after the breaker's name."""
         if self.picture["busy"]:
             as_of = datetime.fromisoformat(self.picture["as_of"])
             seen = self.picture.get("state", "unknown")
@@ -1816,27 +1911,29 @@ class _Row:
         return " \N{MIDDLE DOT} ".join(parts)
 
     def texts(self) -> dict[str, str]:
-        """What stands in the fields of the settings."""
+        """The texts in the fields of the settings; empty if the console has not been
+        able to read the breaker yet."""
         infinite = ("fail_max", "reset_timeout")
         values = {
             name: math.inf if value is None and name in infinite else value
             for name, value in ((each, self.picture.get(each)) for each in SETTINGS)
         }
-        if "fail_max" not in self.picture:  # it could not be looked at yet
+        if "fail_max" not in self.picture:
             return dict.fromkeys(SETTINGS, "")
-        return {name: _shown(name, value) for name, value in values.items()}
+        return {name: _setting_text(name, value) for name, value in values.items()}
 
-    def was(self) -> str:
+    def joined_texts(self) -> str:
+        """The texts of the settings as one text, as `_Form.seen_texts` reads it."""
         return "|".join(self.texts().values())
 
 
 def _state_of(picture: dict[str, Any]) -> str:
-    """The state by which a breaker is counted and found."""
+    """The state under which the summary counts the breaker and the filter finds it."""
     return "busy" if picture["busy"] else str(picture.get("state", "unknown"))
 
 
-def _told(outage: Outage, now: datetime) -> str:
-    """An outage as one story, in HTML."""
+def _outage_html(outage: Outage, now: datetime) -> str:
+    """The story of an outage as an HTML list."""
     since, until = outage.since, outage.until
     length = human(((until or now) - since).total_seconds())
     if until is None:
@@ -1867,14 +1964,17 @@ def _trials(number: int) -> str:
     return "1 trial has failed" if number == 1 else f"{number} trials have failed"
 
 
-def _briefly(outage: Outage, now: datetime) -> str:
+def _outage_line(outage: Outage, now: datetime) -> str:
     assert outage.until
     length = human((outage.until - outage.since).total_seconds())
     return f"{_clock(outage.since, now)}, for {length}: {outage.reason}"
 
 
-def _described(ident: str, name: str, errors: Any, notices: Any, hint: str = "") -> str:
-    """The attributes that tie a field to what is said of it."""
+def _field_attributes(
+    ident: str, name: str, errors: Any, notices: Any, hint: str = ""
+) -> str:
+    """The HTML attributes of a field that tie its error, notice and hint to the field
+    for screen readers."""
     if name in errors:
         return (
             f'aria-invalid="true" autofocus '
@@ -1885,18 +1985,19 @@ def _described(ident: str, name: str, errors: Any, notices: Any, hint: str = "")
     return f'aria-describedby="{hint}"' if hint else ""
 
 
-def _mark_of(name: str, typed: Any) -> str:
-    """What tells the script of a text that was typed, and is not to be renewed."""
+def _typed_mark(name: str, typed: Any) -> str:
+    """The HTML attribute of a field with a text that the operator typed, which the
+    script must not replace."""
     return " data-typed" if name in typed else ""
 
 
-def _said(ident: str, name: str, errors: Any, notices: Any) -> str:
+def _message_html(ident: str, name: str, errors: Any, notices: Any) -> str:
     if name in errors:
         return f'<strong id="{ident}-{name}-said">{escape(errors[name])}</strong>'
     if name in notices:
         return (
             f'<em id="{ident}-{name}-said">{escape(notices[name])}. Nothing was saved; '
-            f"press Save again if yours is to hold.</em>"
+            f"press Save again to save your value.</em>"
         )
     return ""
 
@@ -1911,8 +2012,8 @@ def _document(title: str, body: str, attributes: str = "", script: str = "") -> 
     )
 
 
-def _shown(name: str, value: Any) -> str:
-    """A setting as it stands in its field."""
+def _setting_text(name: str, value: Any) -> str:
+    """The value of a setting as the text in its field."""
     if value is None or value is False:
         return "off"
     if value is True:
@@ -1921,16 +2022,16 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _effect(dry_run: object) -> str:
-    """What an open circuit does to its calls."""
+    """Says what an open circuit does to calls."""
     if dry_run:
         return "all its calls go through, as it is a dry run"
     return "its calls are refused"
 
 
 def _until(seconds: float) -> str:
-    """For how long, and until when."""
+    """Says how long a hold lasts, and until when."""
     if seconds == math.inf:
-        return "until somebody releases it"
+        return "until an operator releases it"
     try:
         end = _now() + timedelta(seconds=seconds)
     except OverflowError:
@@ -1939,9 +2040,9 @@ def _until(seconds: float) -> str:
 
 
 def human(seconds: float) -> str:
-    """A length of time in the one or two units that matter."""
+    """A length of time in its one or two largest units, rounded up to seconds."""
     if seconds == math.inf:
-        return "ever"
+        return "ever"  # for texts such as "for ever"
     whole = max(0, math.ceil(seconds - 1e-9))
     for unit, size, smaller, part in (
         ("d", 86400, "h", 3600),
@@ -1959,7 +2060,7 @@ def _now() -> datetime:
 
 
 def _clock(moment: datetime, now: datetime | None = None) -> str:
-    """The time of day, and the day if it is another one."""
+    """The moment as a time of day, with the date if the date is not that of `now`."""
     moment = moment.astimezone(timezone.utc)
     today = (now or _now()).date() == moment.date()
     return f"{moment:%H:%M:%S} UTC" if today else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
@@ -1970,14 +2071,14 @@ def _iso(moment: datetime | None) -> Any:
 
 
 HINTS = {
-    "fail_max": "failures that open it, or inf",
+    "fail_max": "failures that open the circuit, or inf",
     "window_size": "calls a failure is remembered for, inf, or off: until a success",
     "window_seconds": "seconds a failure is remembered for, or off",
     "reset_timeout": "seconds to a trial, or inf",
-    "max_reset_timeout": "seconds up to which that doubles, inf, or off",
-    "success_threshold": "successful trials that close it",
+    "max_reset_timeout": "seconds up to which reset_timeout doubles, inf, or off",
+    "success_threshold": "successful trials that close the circuit",
     "dry_run": "on: nothing is refused",
-    "fail_counter": "failures so far; the count goes on by itself",
+    "fail_counter": "failures so far; calls go on counting",
 }
 
 STYLE = """
@@ -2073,8 +2174,9 @@ body:has(.old) :is(#rows .badge, #summary)::before { content: "was "; font-size:
   .closed .badge { border-color: Canvas } details.open { border-left-width: 8px } }
 """
 
-# It needs nothing of the page to be scripted: without it the forms work, and a frame
-# shows what is so now. It never touches a field that was typed into.
+# The script keeps the page up to date. The page works without the script, too: a frame
+# then shows the present state. The script never changes a field into which the operator
+# has typed.
 SCRIPT = """
 "use strict";
 (() => {
@@ -2122,7 +2224,8 @@ SCRIPT = """
     for (const old of rows.children) {
       if (!present.has(old.id)) { old.classList.add("gone"); unknown = true; }
     }
-    // Nothing moves under a finger: the order is that of the page while it is used.
+    // While the operator uses the list, the rows keep their order: no row moves away
+    // from under the pointer.
     if (!isUsed()) {
       for (const now of page.querySelectorAll("#rows > details")) {
         const old = byId(rows, now.id);
@@ -2132,7 +2235,8 @@ SCRIPT = """
   };
   const none = "NO ANSWER, was ";
   let unknown = false, strangers = 0;
-  const again = () => {  // a page with other breakers, or of another process
+  // Loads the page anew, with other breakers or from another process.
+  const again = () => {
     const button = document.querySelector("button[value=reload]");
     if (button && isDirty(document)) button.click();
     else location.replace(body.dataset.here);
@@ -2147,7 +2251,8 @@ SCRIPT = """
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       clearTimeout(timer);
       if (page.body.dataset.token !== body.dataset.token) {
-        // A process that was started in its place, or one that works beside it.
+        // The program was restarted, or several processes answer at this address.
+        // After an error, or five such answers in a row, the page is loaded anew.
         strangers += 1;
         if (strangers >= 5) return again();
         throw new Error("another process answers");
@@ -2162,7 +2267,7 @@ SCRIPT = """
       const asOf = document.getElementById("as-of").textContent;
       body.classList.add("dead");
       const text = "NO ANSWER from the process (" + error.message + "). All below is "
-        + "as of " + asOf + ", and not what is so now. It is asked every 2 seconds.";
+        + "as of " + asOf + ", not as of now. The page tries again every 2 seconds.";
       if (dead.textContent !== text) dead.textContent = text;
       if (!document.title.startsWith(none)) document.title = none + document.title;
     }
@@ -2171,7 +2276,7 @@ SCRIPT = """
   setTimeout(look, 1000);
   let isSent = false;
   addEventListener("submit", () => { isSent = true; });
-  addEventListener("beforeunload", (event) => {  // the operator reloads or leaves it
+  addEventListener("beforeunload", (event) => {  // on reloading or leaving the page
     if (!isSent && isDirty(rows)) event.preventDefault();
   });
 })();
@@ -2198,11 +2303,12 @@ HEADERS = [
 ]
 
 
-# Watching. A breaker that no page has shown yet has its outages, too.
+# Watching. The console remembers the outages of breakers that no page has shown yet.
 
 
 class _Watcher:
-    """A thread that lets a console find new breakers, as long as there is one."""
+    """A thread that makes a console find new breakers. The thread ends when the console
+    no longer exists."""
 
     def __init__(self, console: Console) -> None:
         self._console = weakref.ref(console)
@@ -2220,11 +2326,12 @@ class _Watcher:
         self._thread.join(WAIT)
 
     def _run(self, ended: threading.Event) -> None:
-        while self._look():
-            if ended.wait(FIND):
+        while self._find_breakers():
+            if ended.wait(SEARCH_INTERVAL):
                 return
 
-    def _look(self) -> bool:
+    def _find_breakers(self) -> bool:
+        """Have the console find new breakers. False: the console no longer exists."""
         console = self._console()
         if console is None:
             return False
@@ -2240,7 +2347,7 @@ _started = _now()
 
 
 def _before_fork() -> None:
-    """End the threads, as a process with threads should not fork."""
+    """End the threads, because a process should not fork while it has threads."""
     for watcher in list(_watchers.values()):
         watcher.stop()
 
@@ -2251,7 +2358,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Begin anew: the child is another process than its parent's pages are of."""
+    """Give the child's consoles new tokens, so that the child takes no page of the
+    parent for a page of the child."""
     global _started
     _started = _now()
     for console, watcher in list(_watchers.items()):
@@ -2267,16 +2375,18 @@ if hasattr(os, "register_at_fork"):  # Windows has no forks
     )
 
 
-# Serving it.
+# Serving the console.
 
 
 class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
-    """A thread for each connection, and never more of them than `CONNECTIONS`: others
-    wait in the backlog of the system, where they cost the process nothing.
+    """An HTTP server for a console; `serve` makes one. The server has a thread for each
+    connection.
 
-    No client holds a thread by talking slowly. A connection has `PATIENCE` seconds, and
-    while others wait, one that has not yet asked for anything has `HURRY`. Connections
-    that ask for nothing at all are let in only so many a second.
+    The server serves at most 32 connections at a time. Further connections wait in the
+    backlog of the operating system, where they cost the process nothing. The server
+    cuts a connection off after 10 seconds, and while other clients wait, after 1 second
+    without a whole request. The server limits how many connections a second bring no
+    whole request.
     """
 
     daemon_threads = True
@@ -2284,24 +2394,29 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def __init__(self, *args: Any) -> None:
         self._slots = threading.BoundedSemaphore(CONNECTIONS)
-        self._since: dict[Any, float] = {}  # of the connections
-        self._asked: set[Any] = set()  # those with a whole request
-        self._guard = threading.Lock()
-        self._allowance = float(BURST)  # connections that may still ask for nothing
-        self._counted = time.monotonic()
+        # The connections, with the times at which they were accepted, and those that
+        # have brought a whole request.
+        self._accepted_at: dict[Any, float] = {}
+        self._with_request: set[Any] = set()
+        self._connections_lock = threading.Lock()
+        self._idle_allowance = float(
+            IDLE_BURST
+        )  # connections that may still ask for nothing
+        self._refilled_at = time.monotonic()
         self._closing = threading.Event()
-        self._file_owner: int | None = None  # the process that made a Unix socket
+        self._file_owner: int | None = None  # the process that made the Unix socket
         super().__init__(*args)
-        self.socket.setblocking(False)  # a client that waited may be gone
+        # A client in the backlog may hang up before accept(), which must not block.
+        self.socket.setblocking(False)
 
     def server_bind(self) -> None:
         if self.address_family != getattr(socket, "AF_UNIX", None):
-            # Not HTTPServer's, which asks for the name of the address and may wait.
+            # HTTPServer's method would ask the DNS for the server's name, and wait.
             socketserver.TCPServer.server_bind(self)
             place: Any = self.server_address
             self.server_name, self.server_port = place[:2]
         else:
-            _make_way(str(self.server_address))
+            _remove_stale_socket(str(self.server_address))
             self.socket.bind(self.server_address)
             self._file_owner = os.getpid()
             os.chmod(str(self.server_address), 0o600)  # before a client can connect
@@ -2311,7 +2426,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     def server_close(self) -> None:
         self._closing.set()
         super().server_close()
-        if self._file_owner == os.getpid():  # and not a fork, which has a copy
+        if self._file_owner == os.getpid():  # a forked child has only a copy
             self._file_owner = None
             with contextlib.suppress(OSError):
                 os.unlink(str(self.server_address))
@@ -2325,59 +2440,66 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         super().serve_forever(poll_interval)
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection. An OSError makes the caller go on to the next turn."""
+        """Accept a connection. Raises `OSError` if there is no connection or if the
+        limits allow none now; `serve_forever` then tries again."""
         self._refill()
-        if self._allowance < 1 or not self._slots.acquire(timeout=0.1):
+        if self._idle_allowance < 1 or not self._slots.acquire(timeout=0.1):
             self._closing.wait(0.1)
             raise BlockingIOError("too many connections")
         try:
             connection, address = super().get_request()
-            connection.settimeout(PATIENCE)
+            connection.settimeout(CONNECTION_TIMEOUT)
         except BaseException as exc:
             self._slots.release()
             if isinstance(exc, OSError) and not isinstance(exc, BlockingIOError):
-                self._closing.wait(PAUSE)  # as without file descriptors
+                # Such as a process that has no file descriptor left.
+                self._closing.wait(ACCEPT_PAUSE)
             raise
-        with self._guard:
-            self._since[connection] = time.monotonic()
+        with self._connections_lock:
+            self._accepted_at[connection] = time.monotonic()
         return connection, address or ("unix", 0)
 
     def _refill(self) -> None:
         now = time.monotonic()
-        with self._guard:
-            more = (now - self._counted) * IDLE_A_SECOND
-            self._allowance, self._counted = min(BURST, self._allowance + more), now
+        with self._connections_lock:
+            more = (now - self._refilled_at) * IDLE_A_SECOND
+            self._idle_allowance, self._refilled_at = (
+                min(IDLE_BURST, self._idle_allowance + more),
+                now,
+            )
 
-    def asks(self, connection: Any) -> None:
-        """A whole request has come."""
-        with self._guard:
-            self._asked.add(connection)
+    def note_request(self, connection: Any) -> None:
+        """Note that the connection has brought a whole request."""
+        with self._connections_lock:
+            self._with_request.add(connection)
 
     def service_actions(self) -> None:
-        """Called all the while: cut off who has had enough time."""
+        """Cut off connections whose time is over. `serve_forever` calls this method
+        several times a second."""
         now = time.monotonic()
-        with self._guard:
-            connections, asked = dict(self._since), set(self._asked)
+        with self._connections_lock:
+            connections, asked = dict(self._accepted_at), set(self._with_request)
         crowded = len(connections) >= CONNECTIONS
         for connection, since in connections.items():
             hurry = crowded and connection not in asked
-            if now - since > (HURRY if hurry else PATIENCE):
-                with contextlib.suppress(OSError):  # it has just been closed
+            if now - since > (CROWDED_TIMEOUT if hurry else CONNECTION_TIMEOUT):
+                with contextlib.suppress(OSError):  # a thread has just closed it
                     connection.shutdown(socket.SHUT_RDWR)
 
     def close_request(self, request: Any) -> None:
-        with self._guard:
-            counted = self._since.pop(request, None) is not None
-            if counted and request not in self._asked:
-                self._allowance -= 1
-            self._asked.discard(request)
+        with self._connections_lock:
+            counted = self._accepted_at.pop(request, None) is not None
+            if counted and request not in self._with_request:
+                self._idle_allowance -= 1
+            self._with_request.discard(request)
         super().close_request(request)
         if counted:
             self._slots.release()
 
     def shutdown_request(self, request: Any) -> None:
-        # A connection that is closed with something unread is reset, and with it
-        # goes the answer to a body that was too large to be read.
+        # Closing a connection with unread bytes resets the connection, and the client
+        # may lose the answer, such as a 413 for a body that is too large. So the server
+        # reads the rest first.
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
             request.settimeout(1)
@@ -2385,9 +2507,9 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
                 size = len(request.recv(65536))
                 if not size:
                     break
-                with self._guard:
-                    self._allowance -= size / UNREAD
-                    if self._allowance < 0:
+                with self._connections_lock:
+                    self._idle_allowance -= size / WASTED_BYTES
+                    if self._idle_allowance < 0:
                         break
         self.close_request(request)
 
@@ -2403,99 +2525,105 @@ class ServerUnix(Server):
     address_family = getattr(socket, "AF_UNIX", socket.AF_INET)
 
 
-class _Incoming(io.RawIOBase):
-    """What a client sends. One that sends crumbs, where others send a head and a body,
-    is read only so often: each reading wakes a thread."""
+class _RawInput(io.RawIOBase):
+    """The bytes that a client sends. A client sends a request in one or two pieces, the
+    head and the body. From a client that sends more pieces, the server reads only every
+    `SMALL_READ_PAUSE` seconds, because each read wakes a thread."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._crumbs = 0
+        self._small_reads = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._crumbs > 2:
-            time.sleep(CRUMBS)  # the system gathers what comes meanwhile
+        if self._small_reads > 2:
+            time.sleep(SMALL_READ_PAUSE)  # meanwhile the system collects more bytes
         size: int = self._connection.recv_into(buffer)
-        self._crumbs += size < len(buffer)
+        self._small_reads += size < len(buffer)
         return size
 
 
-class _Request(io.BufferedReader):
-    """A request as it comes: a head of at most `MAX_HEAD` bytes, and then a body. It
-    knows whether the head is whole, and tells when all of the body has come."""
+class _RequestReader(io.BufferedReader):
+    """Reads the head of a request, of at most `MAX_HEAD` bytes, and the body, and calls
+    `on_whole_request` when the whole body has arrived."""
 
-    def __init__(self, connection: Any, told: Callable[[], None]) -> None:
-        super().__init__(_Incoming(connection), 65536)
-        self._told = told
-        self._left = MAX_HEAD
+    def __init__(self, connection: Any, on_whole_request: Callable[[], None]) -> None:
+        super().__init__(_RawInput(connection), 65536)
+        self._on_whole_request = on_whole_request
+        self._head_left = MAX_HEAD
         self.has_whole_head = False
 
     def readline(self, size: int | None = -1) -> bytes:
         if self.has_whole_head:  # an application reads the body
             return super().readline(size)
-        line = super().readline(self._left)
-        self._left -= len(line)
+        line = super().readline(self._head_left)
+        self._head_left -= len(line)
         self.has_whole_head = line in (b"\r\n", b"\n")
         return line
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
         if len(content) == size:
-            self._told()
+            self._on_whole_request()
         return content
 
 
-class _Run(wsgiref.simple_server.ServerHandler):
-    """One run of the application, whose environment is of the request alone: not of
-    the process, whose variables could pass for a user or a header."""
+class _ServerHandler(wsgiref.simple_server.ServerHandler):
+    """Runs the WSGI application for one request. The WSGI environment has no variables
+    of the process, because one of them could pass for a user or a header."""
 
     os_environ: MutableMapping[str, str] = {}
 
 
 class Handler(wsgiref.simple_server.WSGIRequestHandler):
-    timeout = PATIENCE
+    timeout = CONNECTION_TIMEOUT
 
     def setup(self) -> None:
         super().setup()
         server: Any = self.server
-        self._asks: Callable[[], None] = partial(server.asks, self.connection)
-        self._request = _Request(self.connection, self._asks)
+        self._note_request: Callable[[], None] = partial(
+            server.note_request, self.connection
+        )
+        self._request = _RequestReader(self.connection, self._note_request)
         self.rfile.close()
         self.rfile = self._request
 
     def handle(self) -> None:
-        """Answer one request, as the overridden method does, in an environment of the
-        request alone."""
+        """Answer one request with a `_ServerHandler`."""
         self.raw_requestline = self.rfile.readline()
         if self.parse_request():
             rfile: Any = self.rfile
             wfile: Any = self.wfile
             server: Any = self.server
-            run: Any = _Run(rfile, wfile, self.get_stderr(), self.get_environ())
+            run: Any = _ServerHandler(
+                rfile, wfile, self.get_stderr(), self.get_environ()
+            )
             run.request_handler = self
             run.run(server.get_app())
 
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
-        if not self._request.has_whole_head:  # where the client stopped, or was cut off
+        if not self._request.has_whole_head:
             self.send_error(400, "the head of the request is too long or not whole")
             return False
         if self.headers.get("Content-Length", "0") == "0":
-            self._asks()
+            self._note_request()
         return True
 
     def address_string(self) -> str:
         return str(self.client_address[0])
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Changes are logged; who looks, and how often, is not."""
+        """Log nothing: the console logs changes, and nobody needs a line for each
+        request."""
 
 
-def _make_way(path: str) -> None:
-    """Remove the socket that a process has left behind, and no other file."""
+def _remove_stale_socket(path: str) -> None:
+    """Remove a Unix socket on which no process listens. Raises `OSError` if a process
+    listens there, or if the file is not a socket."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise OSError(f"{path} is there already and is no socket")
@@ -2511,10 +2639,15 @@ def _make_way(path: str) -> None:
 
 
 def serve(console: Application, address: str = "127.0.0.1", port: int = 8300) -> Server:
-    """A server for the console. Call its `serve_forever`, in a thread if you like.
+    """Returns a server that listens for requests to the console. The program calls the
+    server's `serve_forever`, for example in a thread.
 
-    `port` 0 is a free one, which is the server's `server_port`. An `address` like
-    "unix:/run/app/console.sock" is a Unix socket, for the user of the process alone.
+    With `port` 0 the system chooses a free port: the server's `server_port`. An
+    `address` such as "unix:/run/app/console.sock" is a Unix socket, to which only the
+    user of the process can connect.
+
+    Raises `TypeError` or `ValueError` for a wrong argument, and `OSError` if the server
+    cannot listen at the address.
     """
     if not isinstance(address, str):
         raise TypeError(f"address must be a string, not {address!r}")
@@ -2535,7 +2668,7 @@ def serve(console: Application, address: str = "127.0.0.1", port: int = 8300) ->
 
 
 def demo() -> list[pybreaker.CircuitBreaker]:
-    """Breakers of three services, of which two have their bad minutes."""
+    """Three breakers with threads that call them. Two of the services fail at times."""
     breakers = [
         pybreaker.CircuitBreaker(name="weather", reset_timeout=10),
         pybreaker.CircuitBreaker(name="payments", reset_timeout=60),
@@ -2559,7 +2692,7 @@ def demo() -> list[pybreaker.CircuitBreaker]:
 
 
 def main() -> None:
-    """The demo, as a command."""
+    """The command ``python -m pybreaker_extras.console``, which serves the demo."""
     parser = argparse.ArgumentParser(description="A console with a demo behind it.")
     parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS")
     parser.add_argument("--port", default=8300, type=int)

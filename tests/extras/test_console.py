@@ -108,7 +108,7 @@ class Client:
         fields = {f"{row.ident}.{field}": text for field, text in typed.items()}
         return self.submit(page, row.buttons[button], headers, **fields)
 
-    def sure(self, page, name, button, **typed):
+    def confirm(self, page, name, button, **typed):
         """Press a button, and answer its question with yes."""
         page = self.press(page, name, button, **typed)
         (yes,) = (each for each in page.row(name).buttons if each.startswith("Yes, "))
@@ -300,7 +300,7 @@ def settings(breaker):
 
 
 @contextlib.contextmanager
-def held(breaker):
+def lock_held(breaker):
     """The breaker's lock is held by another thread, as by a listener that hangs."""
     has_it, done = threading.Event(), threading.Event()
 
@@ -342,7 +342,7 @@ def test_worst_breaker_is_the_first_row(serve):
     breakers["half"].half_open()
     breakers["held"].open(seconds=60)
     breakers["opened"].open()
-    with held(breakers["busy"]):
+    with lock_held(breakers["busy"]):
         page = client.page()
     assert [row.name for row in page.rows] == [
         "opened", "held", "half", "busy", "failing", "quiet"
@@ -485,7 +485,7 @@ def test_console_shows_all_breakers_of_the_process_unless_it_is_given_some(serve
 
 def test_breaker_that_only_tries_settings_out_is_not_shown(serve):
     """The console makes such ones for a moment."""
-    spare = module._Spare(name="spare")
+    spare = module._ScratchBreaker(name="spare")
     names = [each["name"] for each in serve(Console()).get("/breakers").json()]
     assert spare.name not in names
 
@@ -505,7 +505,7 @@ def test_breaker_that_no_page_has_shown_yet_has_its_story_too(serve):
 
 def test_new_breakers_are_found_without_a_request(monkeypatch):
     """A thread of the console's own looks for them."""
-    monkeypatch.setattr(module, "FIND", 0.01)
+    monkeypatch.setattr(module, "SEARCH_INTERVAL", 0.01)
     found = threading.Event()
 
     class Told(CircuitBreaker):
@@ -826,7 +826,7 @@ def test_circuit_is_held_open_for_as_long_as_was_typed(client, weather, payments
 
 def test_circuit_is_held_open_until_it_is_released(client, weather):
     """Released half-open, which asks nothing, or closed, which asks."""
-    page = client.sure(client.page(), "weather", "Hold open until released")
+    page = client.confirm(client.page(), "weather", "Hold open until released")
     assert weather.retry_after == math.inf
     assert (
         "HELD OPEN until it is released: calls are refused."
@@ -834,8 +834,8 @@ def test_circuit_is_held_open_until_it_is_released(client, weather):
     )
     page = client.press(page, "weather", "Release half-open, let one call try")
     assert weather.current_state == "half-open"
-    page = client.sure(page, "weather", "Hold open until released")
-    page = client.sure(page, "weather", "Release closed, let all calls through")
+    page = client.confirm(page, "weather", "Hold open until released")
+    page = client.confirm(page, "weather", "Release closed, let all calls through")
     assert weather.current_state == "closed"
     assert page.news() == "weather is closed: all its calls go through."
 
@@ -1049,7 +1049,7 @@ def test_pair_of_settings_is_changed_whatever_the_order(serve, before, after, or
     assert {name: getattr(breaker, name) for name in after} == after
     breaker = CircuitBreaker(name="c", **before)
     client = serve(Console([breaker]))
-    typed = {name: module._shown(name, value) for name, value in after.items()}
+    typed = {name: module._setting_text(name, value) for name, value in after.items()}
     client.press(client.page(), "c", "Save the settings", **typed)
     assert {name: getattr(breaker, name) for name in after} == after
 
@@ -1376,7 +1376,7 @@ def test_busy_breaker_is_shown_as_busy_and_the_others_go_on(client, weather, pay
     """With what was seen of it last, and when."""
     weather.open()
     client.get("/breakers")
-    with held(weather):
+    with lock_held(weather):
         page = client.page()
         listed = {each["name"]: each for each in client.get("/breakers").json()}
         answer = client.patch("/breakers/payments", {"fail_max": 9})
@@ -1397,10 +1397,10 @@ def test_breaker_that_stays_busy_costs_a_page_its_time_once(
     client, weather, monkeypatch
 ):
     """Later pages look at it, and wait for other breakers alone."""
-    monkeypatch.setattr(module, "LOOK", 0.01)
-    with held(weather):
+    monkeypatch.setattr(module, "PAGE_WAIT", 0.01)
+    with lock_held(weather):
         client.page()
-        monkeypatch.setattr(module, "LOOK", PATIENCE)
+        monkeypatch.setattr(module, "PAGE_WAIT", PATIENCE)
         begun = time.monotonic()
         assert "BUSY" in client.row("weather").headline
         assert time.monotonic() - begun < PATIENCE / 2
@@ -1416,10 +1416,10 @@ def test_page_waits_for_no_breaker_that_was_busy_already(serve, monkeypatch):
         return holding(watch, patience)
 
     console = Console(breakers)
-    monkeypatch.setattr(module, "LOOK", 0.0)
+    monkeypatch.setattr(module, "PAGE_WAIT", 0.0)
     with contextlib.ExitStack() as stack:
         for breaker in breakers:
-            stack.enter_context(held(breaker))
+            stack.enter_context(lock_held(breaker))
         for watch in console.watches().values():
             assert watch.picture(0.0)["busy"]
         monkeypatch.setattr(module.Watch, "holding", noted)
@@ -1437,8 +1437,8 @@ def test_page_has_one_time_for_all_breakers_that_become_busy(weather, monkeypatc
 
     (watch,) = Console([weather]).watches().values()
     monkeypatch.setattr(module.Watch, "holding", noted)
-    with held(weather):
-        deadline = time.monotonic() - module.MORE_LOOKS
+    with lock_held(weather):
+        deadline = time.monotonic() - module.EXTRA_WAIT
         assert watch.picture(deadline)["busy"]
     assert max(waits) <= 0
 
@@ -1447,9 +1447,9 @@ def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
     client, weather, monkeypatch
 ):
     """Although other breakers have used up the time of the page."""
-    monkeypatch.setattr(module, "LOOK", 0.0)
-    monkeypatch.setattr(module, "LEAST_LOOK", PATIENCE)
-    monkeypatch.setattr(module, "MORE_LOOKS", PATIENCE)
+    monkeypatch.setattr(module, "PAGE_WAIT", 0.0)
+    monkeypatch.setattr(module, "LEAST_WAIT", PATIENCE)
+    monkeypatch.setattr(module, "EXTRA_WAIT", PATIENCE)
     has_it = threading.Event()
 
     def hold():
@@ -1468,7 +1468,7 @@ def test_change_of_a_busy_breaker_is_refused_after_a_moment(
     """No thread waits for it for ever, and what was typed is kept."""
     monkeypatch.setattr(module, "WAIT", 0.01)
     page = client.page()
-    with held(weather):
+    with lock_held(weather):
         answer = client.post("/breakers/weather/open")
         assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
         assert client.patch("/breakers/weather", {"fail_max": 9}).status == 503
@@ -1482,7 +1482,7 @@ def test_change_of_a_busy_breaker_is_refused_after_a_moment(
 def test_busy_breaker_that_was_never_seen_is_shown_too(serve):
     """The console waits for no lock when it is made."""
     breaker = CircuitBreaker(name="hangs")
-    with held(breaker):
+    with lock_held(breaker):
         client = serve(Console([breaker]))
         assert "BUSY" in client.row("hangs").headline
         assert client.get("/breakers/hangs").json()["busy"]
@@ -1802,7 +1802,7 @@ def test_breakers_of_the_same_name_or_of_none_are_told_apart_by_a_number(serve):
     ]
     assert urls == ["x", "unnamed", "x-2", "unnamed-2", "x-3"]
     client.post("/breakers/x-2/open")
-    client.sure(client.page(), "unnamed-2", "Hold open")
+    client.confirm(client.page(), "unnamed-2", "Hold open")
     assert [b.current_state == "open" for b in breakers] == [0, 0, 1, 1, 0]
 
 
@@ -2034,7 +2034,7 @@ def test_body_that_never_comes_ends_with_an_answer(client, weather, monkeypatch)
 def test_client_that_talks_slowly_is_cut_off(client, weather, monkeypatch):
     """Even if it never is silent for long. Each would have a thread for ever."""
     monkeypatch.setattr(module.Handler, "timeout", None)
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "CONNECTION_TIMEOUT", 0.2)
     head = b"POST /breakers/weather/open HTTP/1.1\r\n"
     with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
         link.sendall(head)
@@ -2050,7 +2050,7 @@ def test_client_that_talks_slowly_is_cut_off(client, weather, monkeypatch):
                 return True
 
         until(is_cut_off)
-    monkeypatch.setattr(module, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(module, "CONNECTION_TIMEOUT", PATIENCE)
     assert client.get("/breakers/weather").json()["state"] == "closed"
 
 
@@ -2064,7 +2064,11 @@ def test_of_a_client_that_was_answered_nothing_is_left(client, monkeypatch):
 
     def closing(server, request):
         close_request(server, request)
-        kept = dict(server._since), set(server._asked), server._slots._value
+        kept = (
+            dict(server._accepted_at),
+            set(server._with_request),
+            server._slots._value,
+        )
         left.append((request.fileno(), *kept))
         closed.set()
 
@@ -2342,7 +2346,7 @@ def test_changes_of_two_operators_do_not_mix(serve, logged):
 def test_every_change_is_logged_with_who_asked_and_what(client, logged):
     """From the page and from scripts alike; looking is not logged."""
     client.get("/breakers")
-    client.sure(client.page(), "weather", "Hold open until released", why="it's new")
+    client.confirm(client.page(), "weather", "Hold open until released", why="it's new")
     client.press(client.page(), "weather", "Save the settings", fail_max="20", why="x")
     client.patch("/breakers/payments", {"fail_counter": 2, "reset_timeout": None})
     client.post("/breakers/payments/half_open")
@@ -2576,8 +2580,8 @@ def descriptors():
 def test_flood_of_unfinished_requests_costs_little(serve, weather, monkeypatch):
     """A process of its own opens 300 connections and sends half a request on each.
     This one has few descriptors more, its calls go on, and its console answers."""
-    monkeypatch.setattr(module, "HURRY", 0.05)
-    monkeypatch.setattr(module, "BURST", 10_000)
+    monkeypatch.setattr(module, "CROWDED_TIMEOUT", 0.05)
+    monkeypatch.setattr(module, "IDLE_BURST", 10_000)
     client = serve(Console([weather]))
     before = descriptors()
     script = """
@@ -2610,7 +2614,7 @@ sys.stdin.read()
 
 def test_no_more_connections_are_served_than_are_allowed(client, monkeypatch):
     """Others wait in the system's backlog and get their turn."""
-    monkeypatch.setattr(module, "HURRY", PATIENCE)
+    monkeypatch.setattr(module, "CROWDED_TIMEOUT", PATIENCE)
     links = []
     try:
         for _ in range(module.CONNECTIONS):
@@ -2630,7 +2634,7 @@ def test_no_more_connections_are_served_than_are_allowed(client, monkeypatch):
 @pytest.mark.parametrize("rest", [b"", b"Content-Length: 2\r\n\r\n{"])
 def test_unfinished_request_makes_room_for_others(client, monkeypatch, rest):
     """One that lacks the rest of its head, or of its body."""
-    monkeypatch.setattr(module, "HURRY", 0.05)
+    monkeypatch.setattr(module, "CROWDED_TIMEOUT", 0.05)
     head = b"PATCH /breakers/weather HTTP/1.0\r\nHost: localhost\r\n" + rest
     links = []
     try:
@@ -2639,7 +2643,7 @@ def test_unfinished_request_makes_room_for_others(client, monkeypatch, rest):
             links[-1].sendall(head)
         begun = time.monotonic()
         until(client.is_answered)
-        assert time.monotonic() - begun < module.PATIENCE / 2
+        assert time.monotonic() - begun < module.CONNECTION_TIMEOUT / 2
     finally:
         for link in links:
             link.close()
@@ -2695,10 +2699,10 @@ def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
             buffer[:2] = b"x\n"
             return 2
 
-    request = module._Request(Crumbs(), lambda: None)
+    request = module._RequestReader(Crumbs(), lambda: None)
     for _ in range(6):
         assert request.readline() == b"x\n"
-    assert events == ["read"] * 3 + [module.CRUMBS, "read"] * 3
+    assert events == ["read"] * 3 + [module.SMALL_READ_PAUSE, "read"] * 3
 
 
 @pytest.mark.parametrize("raw", UNFINISHED.values(), ids=UNFINISHED)
@@ -2706,7 +2710,7 @@ def test_connections_that_ask_for_nothing_are_let_in_slowly(
     serve, weather, monkeypatch, raw
 ):
     """So many at once, and then so many a second: one that has asked is not charged."""
-    monkeypatch.setattr(module, "BURST", 5)
+    monkeypatch.setattr(module, "IDLE_BURST", 5)
     monkeypatch.setattr(module, "IDLE_A_SECOND", 0.0)
     client = serve(Console([weather]))
     for _ in range(8):
@@ -2718,9 +2722,9 @@ def test_connections_that_ask_for_nothing_are_let_in_slowly(
 
 def test_what_is_sent_in_vain_is_charged_by_its_length(serve, weather, monkeypatch):
     """Reading it costs the process time, although nothing of it is looked at."""
-    monkeypatch.setattr(module, "BURST", 5)
+    monkeypatch.setattr(module, "IDLE_BURST", 5)
     monkeypatch.setattr(module, "IDLE_A_SECOND", 0.0)
-    monkeypatch.setattr(module, "UNREAD", 100_000)
+    monkeypatch.setattr(module, "WASTED_BYTES", 100_000)
     client = serve(Console([weather]))
     answer = client.patch("/breakers/weather", {"fail_max": " " * 500_000})
     assert answer.status == 413
@@ -2745,7 +2749,7 @@ def check_others_wait(client, monkeypatch):
 
 def test_accept_that_fails_pauses(weather, monkeypatch):
     """Without file descriptors the server does not spin, and goes on afterwards."""
-    monkeypatch.setattr(module, "PAUSE", 0.05)
+    monkeypatch.setattr(module, "ACCEPT_PAUSE", 0.05)
     server = module.serve(Console([weather]), port=0)
     failures, enough = [], threading.Event()
     accept = module.socketserver.TCPServer.get_request
@@ -2802,7 +2806,7 @@ def check_mounted(client, breaker):
     assert client.get(f"{root}/").status == 200
     (listed,) = client.get(f"{root}/breakers").json()
     assert listed["url"] == f"{root}/breakers/{breaker.name}"
-    page = client.sure(client.page(), breaker.name, "Hold open")
+    page = client.confirm(client.page(), breaker.name, "Hold open")
     assert page.status == 200
     assert breaker.current_state == "open"
     assert dict(page.tags)["body"]["data-live"] == f"{root}/live"
