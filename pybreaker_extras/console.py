@@ -107,9 +107,7 @@ PAGE_WAIT = 0.25  # seconds that a page waits for all busy breakers together
 LEAST_WAIT = 0.005
 EXTRA_WAIT = 0.5
 WAIT = 1.0  # seconds that a change waits for a busy breaker
-SMALL_READ_PAUSE = (
-    0.1  # seconds between two readings from a client that sends little at a time
-)
+SMALL_READ_PAUSE = 0.1  # seconds between reads from a client that sends small pieces
 MAX_HEAD = 32 * 1024  # bytes of the head of a request
 MAX_BODY = 16 * 1024  # bytes of the body of a request from a script
 MAX_FORM = 1024 * 1024  # bytes of the form of the page, which may have ROWS rows
@@ -133,8 +131,7 @@ logger = logging.getLogger("pybreaker_extras.console")
 
 
 class Outage(NamedTuple):
-    """The story of one outage. The size of the story is limited, however long the
-    outage lasts."""
+    """The story of one outage, of limited size however long the outage lasts."""
 
     since: datetime
     reason: str  # why the circuit opened first
@@ -148,8 +145,7 @@ class Outage(NamedTuple):
     ending: str = ""  # why the circuit closed
 
     def follow(self, now: datetime, old: str, new: str, reason: str) -> Outage:
-        """The story after one more transition of the circuit, from the state `old` to
-        the state `new`."""
+        """The story after a transition of the circuit from state `old` to `new`."""
         if new == pybreaker.STATE_CLOSED:
             return self._replace(until=now, ending=reason)
         if reason.startswith("the trial failed") and new == pybreaker.STATE_OPEN:
@@ -182,13 +178,12 @@ class Outage(NamedTuple):
 
 
 class Busy(Exception):
-    """Another thread has held the breaker's lock for too long, or the breaker no
-    longer exists."""
+    """Another thread holds the breaker's lock too long, or the breaker is gone."""
 
 
 class _ScratchBreaker(pybreaker.CircuitBreaker):
-    """A breaker that guards nothing. The console tries settings on a scratch breaker to
-    learn, without a risk, which settings the setters refuse."""
+    """A breaker that guards nothing. The console tries settings on a scratch breaker,
+    to learn without a risk which values the setters refuse."""
 
 
 class Watch:
@@ -250,7 +245,8 @@ class Watch:
     @contextlib.contextmanager
     def holding(self, patience: float) -> Iterator[pybreaker.CircuitBreaker]:
         """A context manager that gives the breaker and holds the breaker's lock. Raises
-        `Busy` if the lock is not free within `patience` seconds."""
+        `Busy` if the lock is not free within `patience` seconds or the breaker is
+        gone."""
         breaker = self.breaker
         if breaker is None:
             raise Busy("the breaker is no longer there")
@@ -295,17 +291,14 @@ class Watch:
             self._picture_thread.join(max(0.0, deadline - time.monotonic()))
             if self._picture_thread.is_alive():
                 self._busy_since = self._busy_since or _now()
-        picture = self._last_picture or {
-            "name": self.name,
-            "as_of": _iso(self.watched_since),
-        }
-        busy_since = self._busy_since
+        watched_since, busy_since = _iso(self.watched_since), self._busy_since
+        picture = self._last_picture or {"name": self.name, "as_of": watched_since}
         return {
             "id": self.ident,
             **picture,
             "busy": busy_since is not None,
             "busy_since": _iso(busy_since),
-            "watched_since": _iso(self.watched_since),
+            "watched_since": watched_since,
             "outage": self.outage.for_json() if self.outage else None,
             "outages": [outage.for_json() for outage in self.outages],
             "transitions": list(self.transitions),
@@ -399,8 +392,8 @@ class Watch:
         reason: str = "",
     ) -> Change:
         """Set all settings in `values` or none. `seen` has the texts of the settings on
-        the page that the operator saw: a setting that has changed since then is a
-        notice, and nothing is set.
+        the page that the operator saw: if a setting has changed since then, the outcome
+        has a notice, and nothing is set.
 
         Raises `Refusal` if the header If-Match, `if_match`, does not match the breaker,
         and `Busy` if the breaker is busy.
@@ -431,8 +424,7 @@ class Watch:
         self, breaker: Any, values: dict[str, Any], paired: Any, done: Change
     ) -> None:
         """Set the settings one by one. If a setter refuses its value, set the earlier
-        settings back. The breaker's lock is held, so no call sees some settings new and
-        others old."""
+        settings back. The breaker's lock is held: no call sees half of the change."""
         done_names: list[str] = []
         for name in _order_of(values, paired):
             try:
@@ -442,8 +434,7 @@ class Watch:
                     setattr(breaker, earlier, done.before[earlier])
                 if not isinstance(exc, (TypeError, ValueError)):
                     raise
-                # A scratch breaker took the value, but this breaker does not, such as
-                # for a limit of its storage.
+                # A scratch breaker took the value, but this breaker's storage does not.
                 done.errors[name] = str(exc)
                 return
             done_names.append(name)
@@ -473,8 +464,8 @@ class Watch:
 
 
 class Change(NamedTuple):
-    """The outcome of a change of settings. The keys are the names of settings. If there
-    is an error or a notice, no setting was changed."""
+    """The outcome of a change of settings, by name of the setting. If there is an error
+    or a notice, no setting was changed."""
 
     before: dict[str, Any]  # the values before the change
     errors: dict[str, str]  # why the library refuses a value
@@ -487,8 +478,8 @@ def _may_be_read(breaker: Any) -> bool:
 
 
 def _held_for(breaker: Any, state: str) -> float | None:
-    """For how many seconds an operator holds the circuit open; None: an operator does
-    not hold the circuit open."""
+    """The ``seconds`` with which an operator or the program has opened the circuit;
+    None if the circuit is not held open."""
     if state != pybreaker.STATE_OPEN:
         return None
     move = breaker._state_storage.last_move()
@@ -506,9 +497,9 @@ def _errors_of(values: dict[str, Any], paired: dict[str, Any]) -> dict[str, str]
     errors = {}
     for name, value in values.items():
         # With these settings of the scratch breaker, no limit refuses the value.
-        spare = _ScratchBreaker(fail_max=1, reset_timeout=0)
+        scratch = _ScratchBreaker(fail_max=1, reset_timeout=0)
         try:
-            setattr(spare, name, value)
+            setattr(scratch, name, value)
         except (TypeError, ValueError) as exc:
             errors[name] = str(exc)
     for pair in () if errors else (LIMITS, TIMEOUTS):
@@ -528,10 +519,10 @@ def _order_of(values: dict[str, Any], paired: dict[str, Any]) -> list[str]:
     for pair in (LIMITS, TIMEOUTS):
         changed = [name for name in pair if name in values]
         for attempt in itertools.permutations(changed):
-            spare = _ScratchBreaker(**{name: paired[name] for name in pair})
+            scratch = _ScratchBreaker(**{name: paired[name] for name in pair})
             try:
                 for name in attempt:
-                    setattr(spare, name, values[name])
+                    setattr(scratch, name, values[name])
             except (TypeError, ValueError):
                 continue
             changed = list(attempt)
@@ -571,8 +562,7 @@ _QUERY_PASSWORD = re.compile(
 
 
 def _redacted(redact: Callable[[str], str] | None, text: str) -> str:
-    """What `redact` returns for the text, or a note that `redact` has failed. None
-    returns the text itself."""
+    """The text as `redact` returns it, or a note that `redact` has failed."""
     if redact is None:
         return text
     try:
@@ -708,11 +698,7 @@ class Console:
             everything: Iterable[Any] = pybreaker.breakers()
         else:
             everything = _as_tuple(self._breakers)
-        unique = {
-            id(each): each
-            for each in everything
-            if not isinstance(each, _ScratchBreaker)
-        }
+        unique = {id(b): b for b in everything if not isinstance(b, _ScratchBreaker)}
         return list(unique.values())
 
     def listen(self) -> None:
@@ -724,8 +710,8 @@ class Console:
         # A page carries the token, which says which process made the page.
         self._token = secrets.token_hex(8)
         self._watches_lock = threading.Lock()
-        # The outcomes of changes, as the ident of the breaker and a sentence. The keys
-        # are digests of the requests for the changes.
+        # The outcome of each change, as the ident of the breaker and a sentence, by a
+        # digest of the request.
         self._outcomes: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._outcomes_lock = threading.Lock()
 
@@ -764,9 +750,8 @@ class Console:
 
     def _answer(self, environ: Environ) -> Answer:
         self._check_host(environ)
-        if self._authorize is not None and not _checked_answer(
-            self._authorize(environ)
-        ):
+        authorize = self._authorize
+        if authorize is not None and not _checked_answer(authorize(environ)):
             raise Refusal(403, "you are not authorized to use this console")
         handlers = self._handlers(environ)
         if not handlers:
@@ -800,8 +785,8 @@ class Console:
 
     def _check_origin(self, environ: Environ) -> None:
         """Raise `Refusal` if a page of another site sent the request. Browsers name the
-        site in a header. A client that sends no such header is not a browser, so no
-        page of another site made the client send the request."""
+        site in a header; a client without such a header is not a browser, so no page
+        made the client send the request."""
         site = environ.get("HTTP_SEC_FETCH_SITE", "same-origin")
         origin = environ.get("HTTP_ORIGIN") or environ.get("HTTP_REFERER")
         try:
@@ -824,8 +809,8 @@ class Console:
         unix = "unix" if "unix" in self._proxies else "unknown"
         address = environ.get("REMOTE_ADDR") or unix
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
-        # Each proxy appends the address of its client. A trusted proxy's own entry can
-        # be believed; the entries before may be made up by the client.
+        # Each proxy appends the address of its client, so the last entry comes from the
+        # proxy; the client may have made up the entries before.
         while address in self._proxies and forwarded:
             try:
                 address = str(ipaddress.ip_address(forwarded.pop().strip()))
@@ -895,9 +880,7 @@ class Console:
         if not isinstance(given, dict) or set(given) - set(known):
             raise Refusal(422, f"{move} takes an object with any of {', '.join(known)}")
         seconds, reason = given.get("seconds"), given.get("reason")
-        if (
-            "seconds" in given and seconds is None
-        ):  # until an operator moves the circuit
+        if "seconds" in given and seconds is None:  # the hold has no end
             seconds = math.inf
         if reason is not None and not isinstance(reason, str):
             message = f"reason must be a string, not {reason!r}"
@@ -916,7 +899,7 @@ class Console:
             raise Refusal(
                 422, f"{unknown[0]!r} cannot be set, only {', '.join(SETTINGS)}"
             )
-        # JSON has no infinity; answers to GET write infinity in these two ways, too.
+        # JSON has no infinity. Answers to GET write infinity in the same two ways.
         values = {
             name: math.inf
             if (value == "inf" if name in MAY_BE_OFF else value is None)
@@ -954,9 +937,9 @@ class Console:
         form.drop_gone(watches)
         # A browser that reloads the page sends an identical body.
         form.change_id = hashlib.sha256(body).hexdigest()[:20]
-        news = self._outcomes.get(form.change_id)
-        if news is not None:
-            form.say(f"This was done already: {news[1]}")
+        outcome = self._outcomes.get(form.change_id)
+        if outcome is not None:
+            form.say(f"This was done already: {outcome[1]}")
             return self._page(environ, form)
         return self._press(environ, form, watches)
 
@@ -1013,14 +996,13 @@ class Console:
         if form.typed or form.lost:  # a redirect would lose what was typed elsewhere
             form.say(outcome, done=True)
             return self._page(environ, form)
-        # After a redirect (See Other), a reload of the page does not ask for the change
-        # again.
+        # After this redirect, a reload of the page does not ask for the change again.
         place = f"{form.query(did=form.change_id)}#b-{ident}"
         return 303, [("Location", f"{_root(environ)}/{place}")], ""
 
     # The functions of the buttons. Each returns a sentence that says what was done, or
-    # None if the page has to show a question, an error or a notice. `exact` is what the
-    # button says beside its name and the breaker.
+    # None if the page has to show a question, an error or a notice. `exact` is the last
+    # part of the button's value, the seconds in "yes.5.60".
 
     def _press_set(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
@@ -1050,14 +1032,13 @@ class Console:
     def _press_hold(
         self, environ: Environ, form: _Form, key: str, watch: Watch, exact: str
     ) -> str | None:
-        """Ask the operator first, because a circuit that is held open rejects all
-        calls."""
+        """Ask the operator first, as a circuit that is held open rejects all calls."""
         typed = form.typed.get(watch.ident, {}).get("minutes", DEFAULT_MINUTES)
         seconds = _seconds_of(typed)
         if seconds is None:
             form.errors[watch.ident] = {
-                "minutes": f"minutes must be a number above 0, not {typed!r}; for no "
-                "end there is the button beside it"
+                "minutes": f"minutes must be a number above 0, not {typed!r}; for a "
+                "hold without an end, press Hold open until released"
             }
         else:
             form.question = f"yes.{watch.ident}.{seconds}"
@@ -1079,9 +1060,9 @@ class Console:
         move: str,
         is_sure: bool = False,
     ) -> str | None:
-        """Move the circuit. Unless `is_sure`, ask the operator first about closing an
-        open circuit, which lets all calls through to a service that may still fail, and
-        about half-opening a closed circuit, which rejects calls."""
+        """Move the circuit, or unless `is_sure`, ask the operator first where the move
+        may do harm: closing lets all calls through to a service that may still fail,
+        and half-opening a closed circuit rejects calls."""
         picture = watch.picture(time.monotonic() + PAGE_WAIT)
         is_closed = picture.get("state") == pybreaker.STATE_CLOSED
         if not is_sure and is_closed == (move == "half_open"):
@@ -1099,8 +1080,7 @@ class Console:
         except ValueError:
             raise Refusal(422, "there is no such button") from None
         self._move(environ, key, watch, "open", form.reason(watch.ident), seconds)
-        # The operator may have typed another number of minutes beside the question.
-        # That number is not used now, so the page keeps it.
+        # The page keeps a number that was typed beside the question and is not used.
         typed = form.typed.get(watch.ident, {}).get("minutes", DEFAULT_MINUTES)
         is_used = _seconds_of(typed) == exact
         form.forget(watch.ident, "why", *(["minutes"] if is_used else []))
@@ -1171,7 +1151,7 @@ def _checked_breakers(breakers: Any) -> Any:
     if breakers is None:
         return None
     if isinstance(breakers, pybreaker.CircuitBreaker):
-        raise TypeError(f"breakers must be an iterable of them: [{breakers!r}]")
+        raise TypeError(f"breakers must be an iterable, such as [{breakers!r}]")
     if isinstance(breakers, dict):  # such as CircuitBreakers
         breakers = breakers.values()
     try:
@@ -1201,7 +1181,7 @@ def _as_tuple(iterable: Any) -> tuple[Any, ...]:
 
 def _checked_names(parameter: str, names: Any) -> list[str]:
     if isinstance(names, str):
-        raise TypeError(f"{parameter} must be an iterable of names: [{names!r}]")
+        raise TypeError(f"{parameter} must be an iterable, such as [{names!r}]")
     found = []
     for name in names:
         if not isinstance(name, str):
@@ -1300,8 +1280,8 @@ def _fields(form: bytes | str, limit: int = 20) -> dict[str, str]:
 
 
 def _typed_value(name: str, text: str) -> Any:
-    """The value of a setting that the operator typed as `text`. Returns a text without
-    a meaning as it is: the setter refuses the text."""
+    """The value of a setting that the operator typed as `text`. A text that stands for
+    no value is returned unchanged, for the setter to refuse."""
     text = text.strip()
     if name in MAY_BE_OFF and text in ("", "off"):
         return None
@@ -1329,8 +1309,8 @@ def _seconds_of(minutes: str) -> str | None:
 
 def _parsed_number(kind: Any, text: str) -> Any:
     """The number that the text stands for. Raises `ValueError` for a number that is too
-    large: a float would become infinite, and Python refuses to print an int of more
-    than some thousand digits, so the page could not show a counter of that size."""
+    large: a float would become infinite, and Python does not print an int of some
+    thousand digits, so the page could not show such a counter."""
     number = kind(text)
     if len(text) > 1000 or (number in (math.inf, -math.inf) and re.search(r"\d", text)):
         raise ValueError(f"{text[:20]} is too large a number")
@@ -1351,9 +1331,9 @@ STATES = ("", "open", "half-open", "busy", "unknown", "closed")
 
 
 def _filter_of(fields: dict[str, str]) -> Callable[[str, dict[str, Any]], bool]:
-    """A function that takes the key and the picture of a breaker and says whether the
-    fields ``q`` and ``state`` of the page or the query ask for the breaker. Raises
-    `Refusal` for a state that does not exist."""
+    """A function that says of the key and the picture of a breaker whether the filter,
+    the fields ``q`` and ``state``, lets the breaker through. Raises `Refusal` for a
+    state that does not exist."""
     words, state = fields.get("q", "").casefold(), fields.get("state", "")
     if state not in STATES:
         raise Refusal(422, f"state must be one of {', '.join(STATES[1:])}")
@@ -1363,14 +1343,14 @@ def _filter_of(fields: dict[str, str]) -> Callable[[str, dict[str, Any]], bool]:
 
 
 class _Form:
-    """What the operator typed into the page and pressed, and what the next page is to
-    say about it. The whole page is one HTML form, so that a button for one breaker
-    does not throw away what the operator typed for another breaker.
+    """What the operator typed and pressed on the page, and what the next page answers.
+    The whole page is one HTML form, so that a button for one breaker does not throw
+    away what the operator typed for another breaker.
 
-    `typed` has the texts of the fields that the operator has changed, by ident of the
-    breaker and name of the field. `errors` and `notices` have messages for fields, by
-    ident and name. `do` is the button that was pressed, and `question` the button that
-    confirms the question of the next page; such as "set.5" or "yes.5.60".
+    `typed` has the texts of the fields that the operator has changed, `errors` and
+    `notices` messages for fields, each by ident of the breaker and name of the field.
+    `do` is the value of the button that was pressed, such as "set.5" or "yes.5.60";
+    `question` is the value of the button that says yes on the next page.
     """
 
     def __init__(self, fields: dict[str, str]) -> None:
@@ -1397,7 +1377,7 @@ class _Form:
 
     @classmethod
     def from_body(cls, fields: dict[str, str]) -> _Form:
-        """The form of a page that the browser has sent back. `fields` is its body."""
+        """The form that the browser has sent, whose body has `fields`."""
         form = cls(fields)
         _filter_of({"state": form.state})
         for name, text in fields.items():
@@ -1432,9 +1412,9 @@ class _Form:
             self.typed.pop(ident, None)
 
     def carried_over(self, idents: dict[str, str]) -> _Form:
-        """A form for this process, made from a form of another process. Texts that were
-        typed for a breaker go to the breaker of this process that has the same name.
-        `idents` has the idents of the breakers by name."""
+        """This form of another process's page as a form for this process: texts that
+        were typed for a breaker go to the breaker with the same name here. `idents` has
+        the idents of this process's breakers by name."""
         form = _Form({"q": self.q, "state": self.state})
         message = (
             "This page was made by another process: the program has been restarted, "
@@ -1452,8 +1432,8 @@ class _Form:
         return form
 
     def drop_gone(self, present: Iterable[str]) -> None:
-        """Drop what was typed for breakers that no longer exist. The page tells what
-        was dropped. `present` has the idents of the breakers that exist."""
+        """Move what was typed for breakers that no longer exist into the message.
+        `present` has the idents of the breakers that exist."""
         for ident in self.typed.keys() - present:
             self._lose(self._fields.get(f"{ident}.name", ""), self.typed.pop(ident))
 
@@ -1478,7 +1458,7 @@ class _Form:
 
 
 class _Page:
-    """The state of all breakers at one moment, and methods that write it as HTML."""
+    """All breakers at one moment, and methods that write them as HTML."""
 
     def __init__(self, console: Console, environ: Environ, form: _Form) -> None:
         deadline = time.monotonic() + PAGE_WAIT
@@ -1494,10 +1474,10 @@ class _Page:
         for row in everything:
             self._counts[row.state] += 1
         matches = _filter_of({"q": form.q, "state": form.state})
-        news = console._outcomes.get(form.change_id)
-        if news is not None and not form.message:
-            form.unfolded = news[0]
-            form.say(news[1], done=True)
+        outcome = console._outcomes.get(form.change_id)
+        if outcome is not None and not form.message:
+            form.unfolded, message = outcome
+            form.say(message, done=True)
         self._everything = everything
         self._matching = [
             row
@@ -1522,7 +1502,6 @@ class _Page:
 <p id="dead" role="alert"></p></header><main>
 {self._news()}{self._no_script()}"""
         filters = self._filters()
-        # One form holds all rows, so no button throws away what was typed elsewhere.
         if self._console._read_only:
             body += f"""<form method="get" action="{root}/">{filters}</form>
 <p>This console is read-only.</p><div id="rows">{rows}</div>"""
@@ -1538,8 +1517,8 @@ class _Page:
         return _document(self._title(), f"{body}</main>", attributes, SCRIPT)
 
     def live(self) -> str:
-        """The page without its forms. The script copies the news from there into the
-        page that the browser shows."""
+        """The page without its forms. The script fetches this page and copies its texts
+        into the page that the browser shows."""
         rows = "".join(self._row(row, has_form=False) for row in self._rows)
         token = self._console._token
         return (
@@ -1589,8 +1568,8 @@ class _Page:
         return f"{self._summary()} \N{EM DASH} {self._console._service}"
 
     def _summary(self) -> str:
-        told = [f"{n} {state}" for state, n in self._counts.items() if n]
-        return " \N{MIDDLE DOT} ".join(told) or "no breakers"
+        counts = [f"{n} {state}" for state, n in self._counts.items() if n]
+        return " \N{MIDDLE DOT} ".join(counts) or "no breakers"
 
     def _process(self) -> str:
         return (
@@ -1605,10 +1584,10 @@ class _Page:
             if len(self._rows) < 2:
                 return ""
             return f"All {len(self._rows)} breakers, the worst first."
-        told = f"{len(self._rows)} of {len(self._everything)} breakers are shown"
+        text = f"{len(self._rows)} of {len(self._everything)} breakers are shown"
         if len(self._rows) < len(self._matching):
-            told += "; narrow the search to see the others"
-        return f"{told}."
+            text += "; narrow the search to see the others"
+        return f"{text}."
 
     def _filters(self) -> str:
         form = self._form
@@ -1633,8 +1612,8 @@ class _Page:
     def _row(self, row: _Row, has_form: bool = True) -> str:
         form = self._form
         unfolded = self._is_in_use(row)
-        # The focus is on the row whose button was pressed, unless a field with a
-        # message or a question takes the focus.
+        # The row whose button was pressed has the focus, unless a field or a question
+        # needs the focus.
         has_message = form.errors or form.notices or form.question
         has_focus = row.ident == form.unfolded and not has_message
         forms = ""
@@ -1715,33 +1694,29 @@ class _Page:
         settings = "".join(
             self._field(row, setting, typed, errors, notices) for setting in SETTINGS
         )
-        why, minutes = (
-            escape(typed.get("why", "")),
-            typed.get("minutes", DEFAULT_MINUTES),
-        )
-        why_is = _field_attributes(
-            ident, "reason", errors, notices, f"{ident}-why-hint"
-        )
-        why_is += _typed_mark("why", typed)
-        minutes_are = _field_attributes(ident, "minutes", errors, notices)
-        minutes_are += _typed_mark("minutes", typed)
+        why = escape(typed.get("why", ""))
+        why_aria = _aria(ident, "reason", errors, notices, f"{ident}-why-hint")
+        why_aria += _typed_mark("why", typed)
+        minutes = escape(typed.get("minutes", DEFAULT_MINUTES))
+        minutes_aria = _aria(ident, "minutes", errors, notices)
+        minutes_aria += _typed_mark("minutes", typed)
         return f"""{self._question(row)}
 <input type="hidden" name="{ident}.was" value="{escape(row.joined_texts())}">
 <input type="hidden" name="{ident}.name" value="{escape(row.key)}">
 <fieldset><legend>Move the circuit{of}</legend>
 <p><label for="{ident}-why">Because{of}</label> <input id="{ident}-why" class="why"
- name="{ident}.why" maxlength="{MAX_TEXT}" value="{why}" {why_is}>
+ name="{ident}.why" maxlength="{MAX_TEXT}" value="{why}" {why_aria}>
 <small id="{ident}-why-hint">shown with what you do, and logged</small></p>
 {_message_html(ident, "reason", errors, notices)}
 <p><label>Hold open{of} for <input class="few" name="{ident}.minutes"
- inputmode="decimal" value="{escape(minutes)}" {minutes_are}> minutes</label>
+ inputmode="decimal" value="{minutes}" {minutes_aria}> minutes</label>
 {press["hold"]}</p>{_message_html(ident, "minutes", errors, notices)}
 <p>{press["hold-on"]}</p><p>{press["half-open"]}</p><p>{press["close"]}</p></fieldset>
 <fieldset><legend>Settings{of}</legend><div class="fields">{settings}</div>
 <p>{press["set"]}</p></fieldset>"""
 
     def _question(self, row: _Row) -> str:
-        """The question that the operator must confirm before the circuit is moved."""
+        """The question that the operator has to answer before the circuit moves."""
         do, _, argument = self._form.question.partition(".")
         ident, _, exact = argument.partition(".")
         if not do or ident != row.ident:
@@ -1777,18 +1752,18 @@ class _Page:
         ident, now = row.ident, row.texts()[name]
         field = f"{ident}-{name}"
         value = escape(typed.get(name, now))
-        described = _field_attributes(ident, name, errors, notices, f"{field}-hint")
-        described += _typed_mark(name, typed)
+        aria = _aria(ident, name, errors, notices, f"{field}-hint")
+        aria += _typed_mark(name, typed)
         if name == "dry_run":
             options = "".join(
                 f"<option{' selected' if each == value else ''}>{each}</option>"
                 for each in ("off", "on")
             )
-            control = f'<select id="{field}" name="{ident}.{name}" {described}>'
+            control = f'<select id="{field}" name="{ident}.{name}" {aria}>'
             control += f"{options}</select>"
         else:
             control = f'<input id="{field}" class="few" name="{ident}.{name}" '
-            control += f'value="{value}" inputmode="decimal" {described}>'
+            control += f'value="{value}" inputmode="decimal" {aria}>'
         unsaved = ""
         if name in typed and name not in errors and name not in notices:
             unsaved = f" <i>not saved yet; it is {escape(now)}</i>"
@@ -1862,12 +1837,12 @@ class _Row:
             admitted = "one call at a time is let through as a trial"
             if picture["dry_run"]:
                 admitted = "one call at a time is the trial, and all calls go through"
-            told = f"HALF-OPEN: {admitted}; {done} of {needed} successes."
+            text = f"HALF-OPEN: {admitted}; {done} of {needed} successes."
             if picture["retry_after"] != 0:
-                told += " A trial is running" + (
+                text += " A trial is running" + (
                     f"; it has {wait} left." if wait else "."
                 )
-            return told
+            return text
         return f"CLOSED: all calls go through. {self._failures()}."
 
     def _failures(self) -> str:
@@ -1911,8 +1886,8 @@ class _Row:
         return " \N{MIDDLE DOT} ".join(parts)
 
     def texts(self) -> dict[str, str]:
-        """The texts in the fields of the settings; empty if the console has not been
-        able to read the breaker yet."""
+        """The texts in the fields of the settings, empty if the console could not read
+        the breaker yet."""
         infinite = ("fail_max", "reset_timeout")
         values = {
             name: math.inf if value is None and name in infinite else value
@@ -1946,12 +1921,12 @@ def _outage_html(outage: Outage, now: datetime) -> str:
     parts.append(f"It began with: {outage.reason or 'no reason is known'}.")
     if outage.failed_trials:
         assert outage.first_trial and outage.last_trial
-        told = f"{_trials(outage.failed_trials)} since; "
+        text = f"{_trials(outage.failed_trials)} since; "
         if outage.failed_trials > 1:
-            told += f"the first one at {_clock(outage.first_trial, now)}, "
+            text += f"the first one at {_clock(outage.first_trial, now)}, "
         ago = human((now - outage.last_trial).total_seconds())
-        told += f"the last one at {_clock(outage.last_trial, now)} ({ago} ago): "
-        parts.append(f"{told}{outage.last_error}.")
+        text += f"the last one at {_clock(outage.last_trial, now)} ({ago} ago): "
+        parts.append(f"{text}{outage.last_error}.")
     if outage.forgotten_moves:
         parts.append(f"{outage.forgotten_moves} earlier moves by hand are not listed.")
     parts += (f"{_clock(at, now)}: {to}, {reason}." for at, to, reason in outage.moves)
@@ -1970,11 +1945,8 @@ def _outage_line(outage: Outage, now: datetime) -> str:
     return f"{_clock(outage.since, now)}, for {length}: {outage.reason}"
 
 
-def _field_attributes(
-    ident: str, name: str, errors: Any, notices: Any, hint: str = ""
-) -> str:
-    """The HTML attributes of a field that tie its error, notice and hint to the field
-    for screen readers."""
+def _aria(ident: str, name: str, errors: Any, notices: Any, hint: str = "") -> str:
+    """The attributes that tie a field to its error, notice and hint."""
     if name in errors:
         return (
             f'aria-invalid="true" autofocus '
@@ -1986,8 +1958,8 @@ def _field_attributes(
 
 
 def _typed_mark(name: str, typed: Any) -> str:
-    """The HTML attribute of a field with a text that the operator typed, which the
-    script must not replace."""
+    """The attribute of a field whose text the operator typed. The script does not
+    replace that text."""
     return " data-typed" if name in typed else ""
 
 
@@ -2187,7 +2159,7 @@ SCRIPT = """
     (field) => field.type !== "hidden" && ("typed" in field.dataset || (field.options
       ? [...field.options].some((option) => option.selected !== option.defaultSelected)
       : field.value !== field.defaultValue)));
-  const put = (old, now) => {
+  const copyHtml = (old, now) => {
     if (old && now && old.innerHTML !== now.innerHTML) old.innerHTML = now.innerHTML;
   };
   const renewFields = (row, was) => {
@@ -2209,20 +2181,20 @@ SCRIPT = """
   const show = (page) => {
     document.title = page.title;
     for (const id of ["summary", "process", "shown"]) {
-      put(document.getElementById(id), page.getElementById(id));
+      copyHtml(document.getElementById(id), page.getElementById(id));
     }
     const present = new Set();
     for (const now of page.querySelectorAll("#rows > details")) {
       present.add(now.id);
       const old = byId(rows, now.id);
-      if (!old) { unknown = true; continue; }
+      if (!old) { listDiffers = true; continue; }
       if (old.className !== now.className) old.className = now.className;
-      put(old.querySelector("summary"), now.querySelector("summary"));
-      put(old.querySelector(".story"), now.querySelector(".story"));
+      copyHtml(old.querySelector("summary"), now.querySelector("summary"));
+      copyHtml(old.querySelector(".story"), now.querySelector(".story"));
       renewFields(old, now.dataset.was);
     }
     for (const old of rows.children) {
-      if (!present.has(old.id)) { old.classList.add("gone"); unknown = true; }
+      if (!present.has(old.id)) { old.classList.add("gone"); listDiffers = true; }
     }
     // While the operator uses the list, the rows keep their order: no row moves away
     // from under the pointer.
@@ -2233,17 +2205,17 @@ SCRIPT = """
       }
     }
   };
-  const none = "NO ANSWER, was ";
-  let unknown = false, strangers = 0;
+  const noAnswer = "NO ANSWER, was ";
+  let listDiffers = false, otherAnswers = 0;
   // Loads the page anew, with other breakers or from another process.
-  const again = () => {
+  const reload = () => {
     const button = document.querySelector("button[value=reload]");
     if (button && isDirty(document)) button.click();
     else location.replace(body.dataset.here);
   };
-  const look = async () => {
+  const refresh = async () => {
     try {
-      const stop = new AbortController(), hangs = new Error("it hangs");
+      const stop = new AbortController(), hangs = new Error("2 seconds have passed");
       const timer = setTimeout(() => stop.abort(hangs), 2000);
       const answer = await fetch(body.dataset.live, { signal: stop.signal,
         cache: "no-store" });
@@ -2253,27 +2225,28 @@ SCRIPT = """
       if (page.body.dataset.token !== body.dataset.token) {
         // The program was restarted, or several processes answer at this address.
         // After an error, or five such answers in a row, the page is loaded anew.
-        strangers += 1;
-        if (strangers >= 5) return again();
+        otherAnswers += 1;
+        if (otherAnswers >= 5) return reload();
         throw new Error("another process answers");
       }
-      strangers = 0;
+      otherAnswers = 0;
       body.classList.remove("dead");
       dead.textContent = "";
       show(page);
-      if (unknown && !isUsed() && !isDirty(document)) return again();
+      if (listDiffers && !isUsed() && !isDirty(document)) return reload();
     } catch (error) {
-      if (!error.message.startsWith("another")) strangers = 5;
+      if (!error.message.startsWith("another")) otherAnswers = 5;
       const asOf = document.getElementById("as-of").textContent;
       body.classList.add("dead");
       const text = "NO ANSWER from the process (" + error.message + "). All below is "
         + "as of " + asOf + ", not as of now. The page tries again every 2 seconds.";
       if (dead.textContent !== text) dead.textContent = text;
-      if (!document.title.startsWith(none)) document.title = none + document.title;
+      const title = document.title;
+      if (!title.startsWith(noAnswer)) document.title = noAnswer + title;
     }
-    setTimeout(look, 2000);
+    setTimeout(refresh, 2000);
   };
-  setTimeout(look, 1000);
+  setTimeout(refresh, 1000);
   let isSent = false;
   addEventListener("submit", () => { isSent = true; });
   addEventListener("beforeunload", (event) => {  // on reloading or leaving the page
@@ -2358,8 +2331,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Give the child's consoles new tokens, so that the child takes no page of the
-    parent for a page of the child."""
+    """Give the child's consoles new tokens, as the parent made the pages that have the
+    old tokens."""
     global _started
     _started = _now()
     for console, watcher in list(_watchers.items()):
@@ -2379,14 +2352,13 @@ if hasattr(os, "register_at_fork"):  # Windows has no forks
 
 
 class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
-    """An HTTP server for a console; `serve` makes one. The server has a thread for each
-    connection.
+    """The HTTP server that `serve` makes.
 
-    The server serves at most 32 connections at a time. Further connections wait in the
-    backlog of the operating system, where they cost the process nothing. The server
-    cuts a connection off after 10 seconds, and while other clients wait, after 1 second
-    without a whole request. The server limits how many connections a second bring no
-    whole request.
+    The server serves at most 32 connections at a time, each in a thread. Further
+    connections wait in the backlog of the operating system, where they cost the process
+    nothing. The server cuts off a connection after 10 seconds, or after 1 second
+    without a whole request while other clients wait. Of connections that bring no whole
+    request, the server accepts 32 at once, and then 16 a second.
     """
 
     daemon_threads = True
@@ -2394,14 +2366,11 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def __init__(self, *args: Any) -> None:
         self._slots = threading.BoundedSemaphore(CONNECTIONS)
-        # The connections, with the times at which they were accepted, and those that
-        # have brought a whole request.
-        self._accepted_at: dict[Any, float] = {}
-        self._with_request: set[Any] = set()
         self._connections_lock = threading.Lock()
-        self._idle_allowance = float(
-            IDLE_BURST
-        )  # connections that may still ask for nothing
+        self._accepted_at: dict[Any, float] = {}  # when each connection was accepted
+        self._with_request: set[Any] = set()  # connections that brought a whole request
+        # How many idle connections the server may accept now.
+        self._idle_allowance = float(IDLE_BURST)
         self._refilled_at = time.monotonic()
         self._closing = threading.Event()
         self._file_owner: int | None = None  # the process that made the Unix socket
@@ -2411,7 +2380,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def server_bind(self) -> None:
         if self.address_family != getattr(socket, "AF_UNIX", None):
-            # HTTPServer's method would ask the DNS for the server's name, and wait.
+            # HTTPServer's method would look the server's name up, and may wait.
             socketserver.TCPServer.server_bind(self)
             place: Any = self.server_address
             self.server_name, self.server_port = place[:2]
@@ -2452,8 +2421,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         except BaseException as exc:
             self._slots.release()
             if isinstance(exc, OSError) and not isinstance(exc, BlockingIOError):
-                # Such as a process that has no file descriptor left.
-                self._closing.wait(ACCEPT_PAUSE)
+                self._closing.wait(ACCEPT_PAUSE)  # such as without file descriptors
             raise
         with self._connections_lock:
             self._accepted_at[connection] = time.monotonic()
@@ -2463,10 +2431,8 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         now = time.monotonic()
         with self._connections_lock:
             more = (now - self._refilled_at) * IDLE_A_SECOND
-            self._idle_allowance, self._refilled_at = (
-                min(IDLE_BURST, self._idle_allowance + more),
-                now,
-            )
+            self._idle_allowance = min(IDLE_BURST, self._idle_allowance + more)
+            self._refilled_at = now
 
     def note_request(self, connection: Any) -> None:
         """Note that the connection has brought a whole request."""
@@ -2498,8 +2464,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def shutdown_request(self, request: Any) -> None:
         # Closing a connection with unread bytes resets the connection, and the client
-        # may lose the answer, such as a 413 for a body that is too large. So the server
-        # reads the rest first.
+        # may lose the answer to a body that is too large. So the server reads the rest.
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
             request.settimeout(1)
@@ -2583,9 +2548,7 @@ class Handler(wsgiref.simple_server.WSGIRequestHandler):
     def setup(self) -> None:
         super().setup()
         server: Any = self.server
-        self._note_request: Callable[[], None] = partial(
-            server.note_request, self.connection
-        )
+        self._note_request = partial(server.note_request, self.connection)
         self._request = _RequestReader(self.connection, self._note_request)
         self.rfile.close()
         self.rfile = self._request
@@ -2597,11 +2560,10 @@ class Handler(wsgiref.simple_server.WSGIRequestHandler):
             rfile: Any = self.rfile
             wfile: Any = self.wfile
             server: Any = self.server
-            run: Any = _ServerHandler(
-                rfile, wfile, self.get_stderr(), self.get_environ()
-            )
-            run.request_handler = self
-            run.run(server.get_app())
+            stderr, environ = self.get_stderr(), self.get_environ()
+            handler: Any = _ServerHandler(rfile, wfile, stderr, environ)
+            handler.request_handler = self
+            handler.run(server.get_app())
 
     def parse_request(self) -> bool:
         if not super().parse_request():
@@ -2617,8 +2579,7 @@ class Handler(wsgiref.simple_server.WSGIRequestHandler):
         return str(self.client_address[0])
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: the console logs changes, and nobody needs a line for each
-        request."""
+        """Log nothing: the console logs the changes, and reading is not logged."""
 
 
 def _remove_stale_socket(path: str) -> None:
@@ -2639,8 +2600,8 @@ def _remove_stale_socket(path: str) -> None:
 
 
 def serve(console: Application, address: str = "127.0.0.1", port: int = 8300) -> Server:
-    """Returns a server that listens for requests to the console. The program calls the
-    server's `serve_forever`, for example in a thread.
+    """Returns a server that listens for requests to the console and answers when the
+    program calls the server's `serve_forever`, for example in a thread.
 
     With `port` 0 the system chooses a free port: the server's `server_port`. An
     `address` such as "unix:/run/app/console.sock" is a Unix socket, to which only the
