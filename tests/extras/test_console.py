@@ -1,4 +1,5 @@
-"""pybreaker_extras.console: driven over HTTP, as an operator, a script, a foe."""
+"""Tests of pybreaker_extras.console, which drive the console over HTTP, as an operator,
+a script and an attacker."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Answer:
 
 
 class Client:
-    """Asks the console over HTTP, one connection for each request."""
+    """A client that asks the console over HTTP, with one connection for each
+    request."""
 
     def __init__(self, port, root="", console=None):
         self.port = port
@@ -71,8 +73,8 @@ class Client:
         return self.ask("GET", path)
 
     def is_answered(self):
-        """Whether this client is not cut off before it has asked, as it may be on a
-        machine that is busy."""
+        """Whether the console answers. On a busy machine the server may cut this client
+        off before the request has arrived."""
         try:
             return self.get("/breakers").status == 200
         except (OSError, http.client.HTTPException):
@@ -85,7 +87,7 @@ class Client:
         return self.ask("PATCH", path, json.dumps(values), headers)
 
     def send(self, raw, half_close=True):
-        """Send these bytes as they are. Return what comes back."""
+        """Send the bytes `raw` and return the bytes of the answer."""
         with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as link:
             link.sendall(raw)
             if half_close:
@@ -98,24 +100,24 @@ class Client:
         return Page(self.get(f"{self.root}/{query}"))
 
     def row(self, name):
-        """What the page says of this breaker."""
+        """What the page shows of the breaker `name`."""
         return self.page().row(name)
 
     def press(self, page, name, button, headers=(), **typed):
-        """Type into the fields of a row and press a button there. Return the page that
-        is shown then; a redirection is followed."""
+        """Type into the fields of a row, press a button of the row, and return the page
+        that the browser then shows. A redirect is followed."""
         row = page.row(name)
         fields = {f"{row.ident}.{field}": text for field, text in typed.items()}
         return self.submit(page, row.buttons[button], headers, **fields)
 
     def confirm(self, page, name, button, **typed):
-        """Press a button, and answer its question with yes."""
+        """Press a button and answer its question with yes."""
         page = self.press(page, name, button, **typed)
         (yes,) = (each for each in page.row(name).buttons if each.startswith("Yes, "))
         return self.press(page, name, yes)
 
     def submit(self, page, do, headers=(), **typed):
-        """Send the form that the whole page is."""
+        """Send the form of the whole page, with the button `do`."""
         assert set(typed) <= set(page.fields)
         answer = self.ask(
             "POST",
@@ -134,7 +136,7 @@ class Client:
 
 
 class Row:
-    """What the page has of one breaker."""
+    """What the page shows of one breaker."""
 
     def __init__(self, attributes):
         self.ident = attributes["id"][len("b-") :]
@@ -147,7 +149,7 @@ class Row:
 
 
 class Page(html.parser.HTMLParser):
-    """A page, taken apart as a browser does it."""
+    """A page, taken apart as a browser takes it apart."""
 
     EMPTY = ("meta", "input", "link", "br")
 
@@ -286,13 +288,13 @@ def raiser(exc):
 
 
 def attempt(breaker, func):
-    """A call whose error is of no interest here."""
+    """Make a call whose error does not matter to the test."""
     with contextlib.suppress(Exception):
         breaker.call(func)
 
 
 def settings(breaker):
-    """All that could have been changed."""
+    """All that a request could have changed of the breaker."""
     return {
         name: breaker.snapshot()[name]
         for name in (*module.SETTINGS, "success_counter", "state")
@@ -301,7 +303,7 @@ def settings(breaker):
 
 @contextlib.contextmanager
 def lock_held(breaker):
-    """The breaker's lock is held by another thread, as by a listener that hangs."""
+    """Another thread holds the breaker's lock, as a listener that hangs does."""
     has_it, done = threading.Event(), threading.Event()
 
     def hold():
@@ -323,7 +325,7 @@ def lock_held(breaker):
 
 
 def test_summary_is_in_the_heading_and_in_the_title(client, weather):
-    """Both count the breakers by state, the worst state first."""
+    """The heading and the title count the breakers by state, the worst state first."""
     assert client.page().heading() == "2 closed"
     weather.open()
     page = client.page()
@@ -333,8 +335,8 @@ def test_summary_is_in_the_heading_and_in_the_title(client, weather):
 
 
 def test_worst_breaker_is_the_first_row(serve):
-    """Open before held open before half-open before busy before closed, and of
-    closed breakers the one that has failed most."""
+    """The rows are in the order open, held open, half-open, busy, closed; of closed
+    breakers, the one with the most failures is first."""
     names = ["quiet", "failing", "busy", "half", "held", "opened"]
     breakers = {name: CircuitBreaker(name=name) for name in names}
     client = serve(Console(list(breakers.values())))
@@ -351,7 +353,7 @@ def test_worst_breaker_is_the_first_row(serve):
 
 
 def test_each_breaker_has_one_row_with_buttons_and_its_settings_in_fields(client):
-    """The row is folded, and says in a line how the breaker is."""
+    """The row is folded, and its line shows the state and the failures."""
     page = client.page()
     assert page.status == 200
     assert [row.name for row in page.rows] == ["payments", "weather"]
@@ -389,7 +391,8 @@ def test_each_breaker_has_one_row_with_buttons_and_its_settings_in_fields(client
     ],
 )
 def test_rows_are_filtered_by_name_and_state(client, payments, query, names):
-    """The page, the part of it that is renewed and the list for scripts agree."""
+    """The page, the part that the script fetches and the list for scripts show the same
+    breakers."""
     payments.open()
     assert [row.name for row in client.page(query).rows] == names
     assert [row.name for row in Page(client.get(f"/live{query}")).rows] == names
@@ -398,7 +401,8 @@ def test_rows_are_filtered_by_name_and_state(client, payments, query, names):
 
 
 def test_filter_button_keeps_what_was_typed(client, payments):
-    """The row with it stays in the list, whatever is searched for."""
+    """The row with a typed text stays in the list, whatever the operator searches
+    for."""
     page = client.page()
     row = page.row("payments")
     page = client.submit(page, "filter", q="wea", **{f"{row.ident}.fail_max": "7"})
@@ -409,14 +413,14 @@ def test_filter_button_keeps_what_was_typed(client, payments):
     assert page.fields["q"] == "wea"
 
 
-def test_state_that_there_is_none_of_is_refused(client):
-    """The refusal names those that there are."""
+def test_unknown_state_in_the_query_is_refused(client):
+    """The refusal names the states that exist."""
     answer = client.get("/?state=ajar")
     assert (answer.status, "half-open" in answer.text) == (422, True)
 
 
 def test_page_of_very_many_breakers_says_how_to_find_the_others(serve, monkeypatch):
-    """It shows the worst, and counts all."""
+    """The page shows the worst breakers and counts all breakers."""
     monkeypatch.setattr(module, "ROWS", 3)
     breakers = [CircuitBreaker(name=f"b{number}") for number in range(5)]
     client = serve(Console(breakers))
@@ -428,8 +432,8 @@ def test_page_of_very_many_breakers_says_how_to_find_the_others(serve, monkeypat
 
 
 def test_rows_in_use_have_room_on_a_page_of_very_many_breakers(serve, monkeypatch):
-    """Worse rows that come meanwhile, or another search, lose neither what was typed
-    nor a question. The order is that of all rows."""
+    """Rows with a typed text or a question stay on the page when worse rows come or the
+    operator searches for another name."""
     monkeypatch.setattr(module, "ROWS", 3)
     breakers = [CircuitBreaker(name=f"b{number}") for number in range(6)]
     client = serve(Console(breakers))
@@ -447,8 +451,8 @@ def test_rows_in_use_have_room_on_a_page_of_very_many_breakers(serve, monkeypatc
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
-def test_state_is_told_by_word_and_mark_and_colour(client, weather, state):
-    """Each has its own, so none of the three is needed."""
+def test_state_is_told_by_word_and_mark_and_color(client, weather, state):
+    """Each state has a word, a mark and a color that no other state has."""
     weather.state = state
     row = client.row("weather")
     mark, word = row.headline.split()[:2]
@@ -460,7 +464,7 @@ def test_state_is_told_by_word_and_mark_and_colour(client, weather, state):
 
 
 def test_page_says_which_process_it_shows_and_as_of_when(serve, weather):
-    """By service, host and process."""
+    """The page names the service, the host, the process and the time."""
     page = serve(Console([weather], service="shop <1>")).page()
     text = f"shop <1> on {socket.gethostname()}, process {os.getpid()}, running since"
     assert text in page.text
@@ -469,7 +473,8 @@ def test_page_says_which_process_it_shows_and_as_of_when(serve, weather):
 
 
 def test_console_shows_all_breakers_of_the_process_unless_it_is_given_some(serve):
-    """Those too that are made later, and it keeps none of them alive."""
+    """A console without `breakers` shows also breakers that are made later, and keeps
+    no breaker alive."""
     client = serve(Console())
     breaker = CircuitBreaker(name="all of them: one")
     names = [each["name"] for each in client.get("/breakers").json()]
@@ -484,14 +489,14 @@ def test_console_shows_all_breakers_of_the_process_unless_it_is_given_some(serve
 
 
 def test_breaker_that_only_tries_settings_out_is_not_shown(serve):
-    """The console makes such ones for a moment."""
+    """No page shows the scratch breakers that the console makes for a moment."""
     spare = module._ScratchBreaker(name="spare")
     names = [each["name"] for each in serve(Console()).get("/breakers").json()]
     assert spare.name not in names
 
 
 def test_breaker_that_no_page_has_shown_yet_has_its_story_too(serve):
-    """The console listens to it before the first page is asked for."""
+    """The console listens to a breaker before a client asks for the first page."""
     console = Console()
     breaker = CircuitBreaker(name="unseen", fail_max=1)
     console.listen()
@@ -504,7 +509,7 @@ def test_breaker_that_no_page_has_shown_yet_has_its_story_too(serve):
 
 
 def test_new_breakers_are_found_without_a_request(monkeypatch):
-    """A thread of the console's own looks for them."""
+    """A thread of the console finds new breakers."""
     monkeypatch.setattr(module, "SEARCH_INTERVAL", 0.01)
     found = threading.Event()
 
@@ -521,7 +526,7 @@ def test_new_breakers_are_found_without_a_request(monkeypatch):
 
 
 def test_console_ends_with_its_last_reference():
-    """Its thread does not keep it."""
+    """The thread of the console does not keep the console alive."""
     console = Console()
     alive = weakref.ref(console)
     del console
@@ -529,7 +534,7 @@ def test_console_ends_with_its_last_reference():
 
 
 def test_iterable_that_a_console_was_given_is_read_anew(serve, weather, payments):
-    """A list that grows is followed, and an iterator is read once."""
+    """The console shows new items of a list, and reads an iterator once."""
     breakers = [weather]
     client = serve(Console(breakers))
     breakers.append(payments)
@@ -542,7 +547,8 @@ def test_iterable_that_a_console_was_given_is_read_anew(serve, weather, payments
 
 
 def test_console_keeps_no_mapping_of_breakers_from_making_room(serve):
-    """A breaker that the console has seen goes like others."""
+    """`CircuitBreakers` drops a breaker that the console has shown as any other
+    breaker."""
     hosts = pybreaker.CircuitBreakers(maxsize=2)
     client = serve(Console(hosts))
     for number in range(10):
@@ -578,7 +584,8 @@ def test_argument_of_the_wrong_kind_is_refused_at_once(arguments, named):
 
 
 def test_coroutine_function_is_no_authorization():
-    """What it returns would always be true."""
+    """The console refuses a coroutine function at once, because a coroutine is always
+    true."""
 
     async def authorize(environ):
         return False
@@ -596,7 +603,8 @@ def test_coroutine_function_is_no_authorization():
 
 
 def test_outage_is_one_story_however_long_it_lasts(client, weather, clock):
-    """Since when, the first error, how many trials failed, the last one and when."""
+    """The story tells when the outage began, the first error, the number of failed
+    trials, and the time and error of the last trial."""
     for _ in range(5):
         attempt(weather, raiser(ConnectionError("refused")))
     for number in range(50):
@@ -622,7 +630,7 @@ def test_outage_is_one_story_however_long_it_lasts(client, weather, clock):
 
 
 def test_outage_that_is_over_is_told_until_there_are_newer_ones(client, weather, clock):
-    """With its length, and how it ended."""
+    """The story tells how long the past outage lasted and how the outage ended."""
     weather.open(reason="first")
     clock.advance(60)
     weather.call(int)
@@ -641,7 +649,7 @@ def test_outage_that_is_over_is_told_until_there_are_newer_ones(client, weather,
 
 
 def test_moves_by_hand_are_part_of_the_story(client, weather):
-    """The last of them one by one, and the number of the others."""
+    """The story lists the last moves by hand and counts the earlier moves."""
     weather.open(reason="it smokes")
     for number in range(module.HAND_MOVES + 3):
         weather.half_open(reason=f"try {number}")
@@ -653,7 +661,7 @@ def test_moves_by_hand_are_part_of_the_story(client, weather):
 
 
 def test_outage_that_began_before_the_console_is_told_from_the_breaker(serve, weather):
-    """Its beginning and its reason are what the breaker still knows."""
+    """The breaker still knows when and why the circuit opened."""
     for _ in range(5):
         attempt(weather, raiser(OSError("before")))
     story = serve(Console([weather])).row("weather").story
@@ -663,7 +671,8 @@ def test_outage_that_began_before_the_console_is_told_from_the_breaker(serve, we
 
 
 def test_opening_that_only_the_storage_knows_of_is_told_once(serve, weather):
-    """The console may see it before the breaker does, which then tells of it."""
+    """The console finds the opening in the storage before the breaker notices and tells
+    of a transition."""
     client = serve(Console([weather]))
     weather._state_storage.state = "open"
     assert client.row("weather").kind == "open"
@@ -673,7 +682,8 @@ def test_opening_that_only_the_storage_knows_of_is_told_once(serve, weather):
 
 
 def test_transitions_are_told_with_their_reasons(client, weather, clock):
-    """What a service's outage and the hands of two operators leave behind."""
+    """The list of transitions has an outage of the service and the moves of two
+    operators."""
     refused = ConnectionError("refused")
     for _ in range(5):
         attempt(weather, raiser(refused))
@@ -698,10 +708,12 @@ def test_transitions_are_told_with_their_reasons(client, weather, clock):
 
 
 def test_what_a_call_does_meanwhile_is_not_put_down_to_the_operator(client, weather):
-    """Not even what a call does in the thread of the request."""
+    """A transition that a call makes in the thread of the request does not have the
+    operator's reason."""
 
     class Caller:
-        """Calls as soon as the operator's request has half-opened the circuit."""
+        """A listener that calls as soon as the operator's request has half-opened the
+        circuit."""
 
         def state_change(self, cb, old_state, new_state):
             if new_state.name == "half-open":
@@ -716,7 +728,7 @@ def test_what_a_call_does_meanwhile_is_not_put_down_to_the_operator(client, weat
 
 
 def test_calls_take_no_lock_because_of_the_console(weather, monkeypatch):
-    """All that it listens to is transitions."""
+    """The console listens to transitions alone."""
     Console([weather])
     assert weather.listeners
     monkeypatch.setattr(weather, "_lock", None)
@@ -737,12 +749,13 @@ def test_calls_take_no_lock_because_of_the_console(weather, monkeypatch):
     ],
 )
 def test_length_is_told_in_units_that_a_person_uses(seconds, told):
-    """Two of them at most."""
+    """A length of time has two units at most."""
     assert module.human(seconds) == told
 
 
 def test_failures_are_told_with_how_many_open_the_circuit(client, weather):
-    """Three of five, and of infinitely many where nothing opens it."""
+    """The page says "3 of 5 failures", and "3 of ∞ failures" if no number of failures
+    opens the circuit."""
     weather.fail_counter = 3
     assert "3 of 5 failures" in client.row("weather").headline
     weather.fail_max = math.inf
@@ -759,7 +772,7 @@ def test_half_open_in_a_dry_run_is_told_as_refusing_nothing(client, weather):
 
 
 def test_half_open_is_told_with_the_successes_that_it_needs(client, weather):
-    """And with the trial that runs."""
+    """The page shows also that a trial is running."""
     weather.success_threshold = 3
     weather.half_open()
     weather.call(int)
@@ -773,7 +786,8 @@ def test_half_open_is_told_with_the_successes_that_it_needs(client, weather):
 
 
 def test_next_trial_is_told_in_words(client, weather, clock):
-    """In how long, or that it is the next call, or that there is none."""
+    """The page says when the next trial is, that the next call is the trial, or that
+    only an operator ends the opening."""
     weather.open()
     clock.advance(18.5)
     assert "the next trial in 42 s." in client.row("weather").story
@@ -784,7 +798,7 @@ def test_next_trial_is_told_in_words(client, weather, clock):
 
 
 def test_dry_run_is_told_as_one(client, weather):
-    """Nothing is refused, so nothing says that it is."""
+    """A dry run rejects no call, so the page does not say that calls are refused."""
     weather.dry_run = True
     page = client.press(client.page(), "weather", "Half-open, let one call try")
     told = "which is closed? Meanwhile all its calls go through, as it is a dry run."
@@ -805,7 +819,8 @@ def test_dry_run_is_told_as_one(client, weather):
 
 
 def test_circuit_is_held_open_for_as_long_as_was_typed(client, weather, payments):
-    """The button asks once, then does what it said, says so, and touches no other."""
+    """The button asks a question, and yes holds this circuit open and no other
+    circuit."""
     page = client.press(
         client.page(), "weather", "Hold open", minutes="45", why="new disks"
     )
@@ -825,7 +840,8 @@ def test_circuit_is_held_open_for_as_long_as_was_typed(client, weather, payments
 
 
 def test_circuit_is_held_open_until_it_is_released(client, weather):
-    """Released half-open, which asks nothing, or closed, which asks."""
+    """The operator releases the circuit half-open without a question, or closed after a
+    question."""
     page = client.confirm(client.page(), "weather", "Hold open until released")
     assert weather.retry_after == math.inf
     assert (
@@ -841,7 +857,8 @@ def test_circuit_is_held_open_until_it_is_released(client, weather):
 
 
 def test_hold_whose_time_has_passed_is_told_as_one_no_more(client, weather, clock):
-    """The next call is the trial, so nothing says that calls are refused."""
+    """The next call is the trial, so the page does not say that the circuit is held
+    open."""
     weather.open(seconds=60)
     assert client.get("/breakers/weather").json()["held"]
     clock.advance(60)
@@ -858,7 +875,8 @@ def test_hold_whose_time_has_passed_is_told_as_one_no_more(client, weather, cloc
 def test_minutes_that_were_typed_beside_the_question_are_kept(
     client, weather, button, wait
 ):
-    """The answer is to the question, and does not use them."""
+    """The answer to the question does not use minutes that were typed after the
+    question."""
     page = client.press(client.page(), "weather", button, minutes="45")
     page = client.press(page, "weather", "Yes, hold weather open", minutes="90")
     assert weather.retry_after == pytest.approx(wait)
@@ -867,7 +885,8 @@ def test_minutes_that_were_typed_beside_the_question_are_kept(
 
 
 def test_no_is_an_answer(client, weather):
-    """The question is gone, nothing has moved, and what was typed is still there."""
+    """After a no the question is gone, the circuit has not moved, and the page keeps
+    what was typed."""
     page = client.press(client.page(), "weather", "Hold open")
     page = client.press(page, "weather", "No, leave weather as it is")
     assert page.row("weather").is_unfolded
@@ -881,7 +900,8 @@ def test_no_is_an_answer(client, weather):
 
 @pytest.mark.parametrize("minutes", ["", "0", "-1", "soon", "inf", "nan", "1e99"])
 def test_hold_of_no_length_is_refused_at_its_field(client, weather, minutes):
-    """And nothing is asked or done."""
+    """The page shows an error at the field and no question, and the circuit does not
+    move."""
     page = client.press(client.page(), "weather", "Hold open", minutes=minutes)
     row = page.row("weather")
     assert page.status == 422
@@ -903,7 +923,8 @@ def test_hold_of_no_length_is_refused_at_its_field(client, weather, minutes):
 def test_button_moves_the_circuit_and_asks_where_that_hurts(
     client, weather, payments, start, button, end, asks
 ):
-    """That one and no other, and the page says what was done."""
+    """The button moves this circuit and no other circuit, and the page says what was
+    done."""
     weather.state = start
     weather.fail_counter = 1
     page = client.press(client.page(), "weather", button)
@@ -918,7 +939,8 @@ def test_button_moves_the_circuit_and_asks_where_that_hurts(
 
 
 def test_page_that_is_sent_twice_does_it_once(client, weather):
-    """As by a reload: the second time the page says that it was done already."""
+    """When the browser sends the page again, as on a reload, the console says that the
+    change was done already."""
     weather.open()
     page = client.page()
     client.press(page, "weather", "Half-open, let one call try")
@@ -929,7 +951,7 @@ def test_page_that_is_sent_twice_does_it_once(client, weather):
 
 
 def test_answer_to_a_change_is_not_itself_a_change(client, weather):
-    """It is a redirection to a page that may be loaded again."""
+    """The answer is a redirect to a page that the browser may load again."""
     weather.open()
     page = client.page()
     row = page.row("weather")
@@ -940,7 +962,8 @@ def test_answer_to_a_change_is_not_itself_a_change(client, weather):
 
 
 def test_breaker_in_the_older_manner_is_moved_without_a_reason(serve):
-    """One whose class overrides the moves with ones that take nothing."""
+    """A subclass of the breaker overrides a move with a method that has no
+    parameters."""
 
     class Older(CircuitBreaker):
         def open(self):
@@ -960,7 +983,8 @@ def test_breaker_in_the_older_manner_is_moved_without_a_reason(serve):
 
 
 def test_settings_are_changed(client, weather):
-    """All that were typed over, and the page says which, and from what."""
+    """All settings with a typed text are changed, and the page tells the old and the
+    new values."""
     page = client.press(
         client.page(),
         "weather",
@@ -989,7 +1013,8 @@ def test_settings_are_changed(client, weather):
 
 
 def test_setting_can_be_switched_off_by_that_word_or_by_an_empty_field(client, weather):
-    """Where the library can do without it."""
+    """The word "off" or an empty field switches off a setting that the library can
+    switch off."""
     weather.window_size, weather.window_seconds = 10, 60
     client.press(
         client.page(),
@@ -1002,7 +1027,8 @@ def test_setting_can_be_switched_off_by_that_word_or_by_an_empty_field(client, w
 
 
 def test_field_that_was_left_alone_is_not_set(client, weather):
-    """What it shows may be out of date: the count has moved meanwhile."""
+    """The field may show an old value, because calls have changed fail_counter
+    meanwhile."""
     page = client.page()
     weather.fail_counter = 4
     client.press(page, "weather", "Save the settings", fail_max="20")
@@ -1036,7 +1062,7 @@ BEFORE_AND_AFTER = [
 @pytest.mark.parametrize(("before", "after"), BEFORE_AND_AFTER)
 @pytest.mark.parametrize("order", [1, -1])
 def test_pair_of_settings_is_changed_whatever_the_order(serve, before, after, order):
-    """From a form and from a script."""
+    """Settings that limit each other are set from a form and from a script."""
     breaker = CircuitBreaker(name="b", **before)
     client = serve(Console([breaker]))
     values = {
@@ -1071,7 +1097,7 @@ def test_pair_of_settings_is_changed_whatever_the_order(serve, before, after, or
 def test_pair_of_settings_that_do_not_fit_is_refused_as_a_whole(
     client, weather, values, refused
 ):
-    """At each of the two fields that are to be changed."""
+    """The error is at each of the two fields that the operator changes."""
     before = settings(weather)
     answer = client.patch("/breakers/weather", {"success_threshold": 2, **values})
     assert answer.status == 422
@@ -1080,7 +1106,8 @@ def test_pair_of_settings_that_do_not_fit_is_refused_as_a_whole(
 
 
 def test_setting_that_only_the_breaker_refuses_undoes_the_others(serve):
-    """As a storage that is no memory storage refuses a window."""
+    """A storage of the user's own refuses a window, so the other settings are set
+    back."""
     breaker = CircuitBreaker(name="shared", state_storage=CountingStorage())
     client = serve(Console([breaker]))
     before = settings(breaker)
@@ -1094,7 +1121,7 @@ def test_setting_that_only_the_breaker_refuses_undoes_the_others(serve):
 
 
 def test_count_is_set_by_the_new_limit(client, weather):
-    """With a window it may be at most fail_max, which is set first."""
+    """A window limits fail_counter to fail_max, so fail_max is set first."""
     weather.window_size = 100
     answer = client.patch("/breakers/weather", {"fail_counter": 15, "fail_max": 20})
     assert answer.status == 200
@@ -1125,7 +1152,7 @@ def test_count_is_set_by_the_new_limit(client, weather):
 def test_refused_value_stays_in_its_field_with_the_librarys_words(
     client, weather, field, typed, parsed
 ):
-    """And nothing is changed."""
+    """No setting is changed."""
     before = settings(weather)
     page = client.press(client.page(), "weather", "Save the settings", **{field: typed})
     with pytest.raises((TypeError, ValueError)) as refusal:
@@ -1140,7 +1167,8 @@ def test_refused_value_stays_in_its_field_with_the_librarys_words(
 
 
 def test_one_refused_value_keeps_the_others_from_being_set(client, weather):
-    """Each refused one has its own error; what was typed well stays as well."""
+    """Each refused value has its own error, and the page keeps the other typed
+    texts."""
     before = settings(weather)
     typed = {"fail_counter": "x", "fail_max": "20", "reset_timeout": "-1"}
     page = client.press(client.page(), "weather", "Save the settings", **typed)
@@ -1152,7 +1180,7 @@ def test_one_refused_value_keeps_the_others_from_being_set(client, weather):
 
 
 def test_value_that_was_refused_can_be_corrected(client, weather):
-    """In the page that shows the error."""
+    """The operator corrects the value on the page that shows the error."""
     page = client.press(
         client.page(), "weather", "Save the settings", fail_max="x", fail_counter="1"
     )
@@ -1162,7 +1190,8 @@ def test_value_that_was_refused_can_be_corrected(client, weather):
 
 
 def test_page_in_which_a_value_was_refused_shows_the_count_as_it_is(client, weather):
-    """Not as it was when the page was first shown, or it would be set to that."""
+    """The field does not show the count of the first page, because saving would set
+    that count."""
     page = client.page()
     weather.fail_counter = 4
     page = client.press(page, "weather", "Save the settings", fail_max="x")
@@ -1174,8 +1203,8 @@ def test_page_in_which_a_value_was_refused_shows_the_count_as_it_is(client, weat
 def test_value_that_a_colleague_has_changed_meanwhile_is_not_overwritten(
     client, weather
 ):
-    """A notice at the field says what it is now, and who set it; pressing again in
-    that page overwrites it."""
+    """A notice at the field tells the present value and who set the value; the operator
+    presses the button again to overwrite the value."""
     page = client.page()
     client.patch("/breakers/weather", {"fail_max": 50})
     page = client.press(page, "weather", "Save the settings", fail_max="20")
@@ -1190,7 +1219,7 @@ def test_value_that_a_colleague_has_changed_meanwhile_is_not_overwritten(
 
 
 def test_value_that_the_program_has_changed_meanwhile_is_told_as_such(client, weather):
-    """It is not put down to the operator who set it before."""
+    """The notice does not name the operator who set the setting earlier."""
     client.patch("/breakers/weather", {"fail_max": 50})
     page = client.page()
     weather.fail_max = 60
@@ -1200,7 +1229,8 @@ def test_value_that_the_program_has_changed_meanwhile_is_told_as_such(client, we
 
 
 def test_what_is_typed_elsewhere_outlives_any_button(client, weather, payments):
-    """Another button of the row, another row, a question and its answer, an error."""
+    """A typed text outlives another button of its row, a button of another row, a
+    question, an answer and an error."""
     page = client.page()
     ident = page.row("payments").ident
     mine = {f"{ident}.fail_max": "9", f"{ident}.why": "later"}
@@ -1231,7 +1261,8 @@ def test_what_is_typed_elsewhere_outlives_any_button(client, weather, payments):
 
 
 def test_enter_saves_the_settings_of_the_one_row_that_was_typed_into(client, weather):
-    """With several it asks for a button, and in the field of the search it searches."""
+    """With typed texts in several rows the page asks for a button, and in the search
+    field the Enter key searches."""
     page = client.page()
     one, two = page.row("weather").ident, page.row("payments").ident
     again = client.submit(
@@ -1249,7 +1280,8 @@ def test_enter_saves_the_settings_of_the_one_row_that_was_typed_into(client, wea
 
 
 def test_form_names_the_breaker_whatever_it_is_called_now(serve):
-    """A rename, or another breaker of that name, leads no button astray."""
+    """A button changes the breaker whose row the operator saw, although another breaker
+    has that name now."""
     first, second = CircuitBreaker(name="x"), CircuitBreaker(name="y")
     client = serve(Console([first, second]))
     page = client.page()
@@ -1259,7 +1291,8 @@ def test_form_names_the_breaker_whatever_it_is_called_now(serve):
 
 
 def test_breaker_that_is_gone_is_not_another_one(serve):
-    """The page says so, and does nothing."""
+    """The page says that the breaker is gone, and changes no breaker of the same
+    name."""
     breakers = [CircuitBreaker(name="x")]
     client = serve(Console(breakers))
     page = client.page()
@@ -1279,7 +1312,8 @@ def test_breaker_that_is_gone_is_not_another_one(serve):
 def test_what_was_typed_for_a_breaker_that_is_gone_is_told_by_any_button(
     serve, weather, button
 ):
-    """Of another row, which does what the button says."""
+    """A button of another row does what the button says, and the page tells what was
+    typed for the breaker that is gone."""
     breakers = [weather, CircuitBreaker(name="gone")]
     client = serve(Console(breakers))
     page = client.page()
@@ -1295,7 +1329,8 @@ def test_what_was_typed_for_a_breaker_that_is_gone_is_told_by_any_button(
 
 
 def test_page_of_another_process_changes_nothing_and_loses_nothing(serve, weather):
-    """As after a restart: what was typed is in its field again."""
+    """After a restart the fields of the new page have what the operator typed into the
+    old page."""
     page = serve(Console([weather])).page()
     client = serve(Console([CircuitBreaker(name="other"), weather]))
     page = client.press(page, "weather", "Save the settings", fail_max="9", why="so")
@@ -1312,8 +1347,8 @@ def test_page_of_another_process_changes_nothing_and_loses_nothing(serve, weathe
 def test_page_with_many_breakers_is_taken_when_they_are_gone(
     serve, weather, is_restarted
 ):
-    """As after a restart whose breakers come one by one, or when a program drops its
-    breakers: what was typed is neither too long nor too much."""
+    """The form of the page is not too long when a program has dropped breakers or makes
+    them one by one after a restart."""
     name = "a long name of a breaker " * 10
     many = [weather, *(CircuitBreaker(name=f"{name}{i}") for i in range(99))]
     client = serve(Console(many))
@@ -1330,7 +1365,7 @@ def test_page_with_many_breakers_is_taken_when_they_are_gone(
 
 
 def test_page_of_another_process_tells_what_was_typed_for_a_breaker_that_is_gone(serve):
-    """Nothing typed is lost without a word."""
+    """The new page tells every typed text that has no field any more."""
     page = serve(Console([CircuitBreaker(name="old")])).page()
     client = serve(Console([]))
     page = client.press(page, "old", "Save the settings", fail_max="9")
@@ -1341,8 +1376,8 @@ def test_page_of_another_process_tells_what_was_typed_for_a_breaker_that_is_gone
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
 def test_forked_process_is_another_process():
-    """Its pages have another token, so that none is taken for the parent's, and it
-    finds new breakers, as its parent goes on doing."""
+    """The child's pages have a token of their own, and the consoles of the child and of
+    the parent find new breakers."""
     script = """
 import os, sys, threading, time, warnings
 import pybreaker
@@ -1373,7 +1408,7 @@ assert threading.active_count() == 2
 
 
 def test_busy_breaker_is_shown_as_busy_and_the_others_go_on(client, weather, payments):
-    """With what was seen of it last, and when."""
+    """The page shows when and how the console last saw the busy breaker."""
     weather.open()
     client.get("/breakers")
     with lock_held(weather):
@@ -1396,7 +1431,7 @@ def test_busy_breaker_is_shown_as_busy_and_the_others_go_on(client, weather, pay
 def test_breaker_that_stays_busy_costs_a_page_its_time_once(
     client, weather, monkeypatch
 ):
-    """Later pages look at it, and wait for other breakers alone."""
+    """Later pages do not wait for a breaker that was busy before."""
     monkeypatch.setattr(module, "PAGE_WAIT", 0.01)
     with lock_held(weather):
         client.page()
@@ -1407,7 +1442,8 @@ def test_breaker_that_stays_busy_costs_a_page_its_time_once(
 
 
 def test_page_waits_for_no_breaker_that_was_busy_already(serve, monkeypatch):
-    """However many they are, and also when the time of the page is used up."""
+    """The page waits for none of several busy breakers, also after the time of the page
+    is used up."""
     breakers = [CircuitBreaker(name=f"b{number}") for number in range(3)]
     waits, holding = [], module.Watch.holding
 
@@ -1428,7 +1464,7 @@ def test_page_waits_for_no_breaker_that_was_busy_already(serve, monkeypatch):
 
 
 def test_page_has_one_time_for_all_breakers_that_become_busy(weather, monkeypatch):
-    """Once that time is used up, the page waits for no breaker any more."""
+    """When the time of the page is used up, the page waits for no breaker."""
     waits, holding = [], module.Watch.holding
 
     def noted(watch, patience):
@@ -1446,7 +1482,8 @@ def test_page_has_one_time_for_all_breakers_that_become_busy(weather, monkeypatc
 def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
     client, weather, monkeypatch
 ):
-    """Although other breakers have used up the time of the page."""
+    """The page waits a moment for the lock although other breakers have used up the
+    time of the page."""
     monkeypatch.setattr(module, "PAGE_WAIT", 0.0)
     monkeypatch.setattr(module, "LEAST_WAIT", PATIENCE)
     monkeypatch.setattr(module, "EXTRA_WAIT", PATIENCE)
@@ -1465,7 +1502,7 @@ def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
 def test_change_of_a_busy_breaker_is_refused_after_a_moment(
     client, weather, monkeypatch
 ):
-    """No thread waits for it for ever, and what was typed is kept."""
+    """No thread waits forever for the breaker, and the page keeps what was typed."""
     monkeypatch.setattr(module, "WAIT", 0.01)
     page = client.page()
     with lock_held(weather):
@@ -1480,7 +1517,7 @@ def test_change_of_a_busy_breaker_is_refused_after_a_moment(
 
 
 def test_busy_breaker_that_was_never_seen_is_shown_too(serve):
-    """The console waits for no lock when it is made."""
+    """The constructor of the console waits for no breaker's lock."""
     breaker = CircuitBreaker(name="hangs")
     with lock_held(breaker):
         client = serve(Console([breaker]))
@@ -1491,7 +1528,7 @@ def test_busy_breaker_that_was_never_seen_is_shown_too(serve):
 
 
 def test_storage_that_hangs_leaves_the_others_in_place(serve, weather, monkeypatch):
-    """One thread hangs with it, and not one more for each look."""
+    """One thread waits for the storage, and later pages start no further thread."""
     storage = CountingStorage()
     client = serve(
         Console([CircuitBreaker(name="slow", state_storage=storage), weather])
@@ -1509,7 +1546,8 @@ def test_storage_that_hangs_leaves_the_others_in_place(serve, weather, monkeypat
 
 
 def test_page_is_renewed_by_a_part_that_has_no_fields(client):
-    """So that what is being typed is not lost."""
+    """The script fetches a page without fields, so a text that the operator is typing
+    is not lost."""
     page, live = client.page(), Page(client.get("/live"))
     assert [row.name for row in live.rows] == [row.name for row in page.rows]
     assert [row.ident for row in live.rows] == [row.ident for row in page.rows]
@@ -1520,8 +1558,8 @@ def test_page_is_renewed_by_a_part_that_has_no_fields(client):
 
 
 def test_browser_without_scripts_has_a_frame_that_renews_itself(client, weather):
-    """The outer one comes with the page, so that it goes on asking when the process
-    is gone; the inner one says what is wrong."""
+    """The outer frame comes with the page and goes on asking when the process is gone;
+    the inner frame says what is wrong."""
     weather.open()
     page = client.page()
     (frame,) = (a for tag, a in page.tags if tag == "iframe")
@@ -1538,7 +1576,7 @@ def test_browser_without_scripts_has_a_frame_that_renews_itself(client, weather)
 
 
 def test_breakers_are_listed_as_json(client, weather, payments):
-    """What snapshot() says, where to find it, and the story."""
+    """Each entry has what snapshot() returns, the URL of the breaker and the story."""
     payments.open()
     listed = client.get("/breakers").json()
     assert client.get("/breakers/").status == 200
@@ -1553,7 +1591,7 @@ def test_breakers_are_listed_as_json(client, weather, payments):
 def test_entity_tag_changes_with_settings_and_states_and_not_with_counts(
     client, weather
 ):
-    """And with nothing else."""
+    """A failed call does not change the tag; a setting and each opening do."""
     tags = []
     for change in (
         lambda: None,
@@ -1569,7 +1607,7 @@ def test_entity_tag_changes_with_settings_and_states_and_not_with_counts(
 
 
 def test_change_that_was_decided_on_something_older_is_refused(client, weather):
-    """A script says by If-Match what it has looked at."""
+    """The header If-Match of a script names the entity tag that the script has seen."""
     tag = client.get("/breakers/weather").headers["ETag"]
     patch = partial(client.patch, "/breakers/weather", {"fail_max": 9})
     assert patch(headers={"If-Match": '"other"'}).status == 412
@@ -1596,7 +1634,8 @@ def test_change_that_was_decided_on_something_older_is_refused(client, weather):
     ],
 )
 def test_script_holds_a_circuit_open(client, weather, body, wait, reason):
-    """For so many seconds, until it is released, or for reset_timeout."""
+    """The circuit stays open for the given seconds, without an end, or for
+    reset_timeout."""
     answer = client.post("/breakers/weather/open", body)
     assert answer.status == 200
     assert weather.retry_after == wait
@@ -1605,14 +1644,15 @@ def test_script_holds_a_circuit_open(client, weather, body, wait, reason):
 
 
 def test_script_gives_a_reason_for_other_moves(client, weather):
-    """It is shown and logged like the library's own."""
+    """The reason of the state has the reason that the script gave."""
     for move in "half_open", "close":
         client.post(f"/breakers/weather/{move}", '{"reason": "a test"}')
         assert weather.state.reason == "by hand, from 127.0.0.1: a test"
 
 
 def test_settings_are_patched(client, weather):
-    """Those that are named; the answer is the breaker as it is then."""
+    """A PATCH changes the settings that the body names, and the answer shows the new
+    values."""
     answer = client.patch("/breakers/weather", {"fail_max": 20, "fail_counter": 7})
     assert answer.status == 200
     assert answer.json()["fail_max"] == weather.fail_max == 20
@@ -1621,7 +1661,7 @@ def test_settings_are_patched(client, weather):
 
 
 def test_null_stands_for_infinity(client, weather):
-    """In what is told and in what is taken."""
+    """Requests and answers write infinity as null."""
     answer = client.patch(
         "/breakers/weather", {"fail_max": None, "reset_timeout": None}
     )
@@ -1635,7 +1675,7 @@ def test_null_stands_for_infinity(client, weather):
 )
 @pytest.mark.parametrize("body", [None, "", "{}"])
 def test_circuit_is_moved(client, weather, move, state, body):
-    """The answer is the breaker as it is then."""
+    """The answer shows the state after the move."""
     weather.state = "half-open"
     answer = client.post(f"/breakers/weather/{move}", body)
     assert answer.status == 200
@@ -1653,7 +1693,8 @@ def test_circuit_is_moved(client, weather, move, state, body):
     ],
 )
 def test_patch_is_done_as_a_whole_or_not_at_all(client, weather, values, refused):
-    """Where one value is refused none is set, and each refusal is told."""
+    """If the library refuses one value, the PATCH sets no value, and the answer has an
+    error for each refused value."""
     before = settings(weather)
     answer = client.patch("/breakers/weather", values)
     assert answer.status == 422
@@ -1665,7 +1706,7 @@ def test_patch_is_done_as_a_whole_or_not_at_all(client, weather, values, refused
 
 
 class CountingStorage(pybreaker.CircuitBreakerStorage):
-    """One whose counter cannot be set, so that it takes no more than fail_max."""
+    """A storage whose counter cannot be set and counts no further than fail_max."""
 
     state = "closed"
     opened_at = None
@@ -1690,7 +1731,7 @@ class CountingStorage(pybreaker.CircuitBreakerStorage):
 
 
 def test_what_only_a_storage_refuses_keeps_the_others_from_being_set_too(serve):
-    """Its limit is in the error, as everything that the library has to say."""
+    """The error of the library tells the limit of the storage."""
     breaker = CircuitBreaker(name="shared", state_storage=CountingStorage())
     client = serve(Console([breaker]))
     values = {"fail_max": 4, "reset_timeout": 1, "fail_counter": 6}
@@ -1703,8 +1744,8 @@ def test_what_only_a_storage_refuses_keeps_the_others_from_being_set_too(serve):
 def test_breaker_whose_storage_is_out_of_reach_leaves_the_others_in_place(
     serve, weather, caplog
 ):
-    """It is shown with the error. Moving it is a 500 and a traceback in the log, and
-    nothing that was typed is lost."""
+    """The page shows the error of the storage. A change is a 500 with a traceback in
+    the log, and the page keeps what was typed."""
     storage = CountingStorage()
     broken = CircuitBreaker(name="broken", state_storage=storage)
     client = serve(Console([broken, weather]))
@@ -1753,7 +1794,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_breaker_can_be_watched_and_steered_whatever_its_name_is(serve, name, caplog):
-    """By its URL in the list, and from the page."""
+    """A script uses the URL in the list, and an operator uses the page."""
     # Among these are names that no terminal can show.
     caplog.set_level(logging.ERROR, logger="pybreaker")
     breaker = CircuitBreaker(name=name)
@@ -1775,13 +1816,13 @@ def test_breaker_can_be_watched_and_steered_whatever_its_name_is(serve, name, ca
 
 
 def test_slash_in_a_name_may_be_quoted_or_not(serve):
-    """WSGI does not tell which it was."""
+    """WSGI does not tell the console whether the slash was quoted."""
     client = serve(Console([CircuitBreaker(name="a/b")]))
     assert client.get("/breakers/a/b").json() == client.get("/breakers/a%2Fb").json()
 
 
 def test_breaker_that_is_named_like_anothers_move_is_told_apart(serve):
-    """What is read and patched is the breaker, what is posted is the move."""
+    """GET and PATCH address the breaker "a/open", and POST moves the breaker "a"."""
     short, long = CircuitBreaker(name="a"), CircuitBreaker(name="a/open")
     client = serve(Console([short, long]))
     assert client.get("/breakers/a/open").json()["name"] == "a/open"
@@ -1794,7 +1835,7 @@ def test_breaker_that_is_named_like_anothers_move_is_told_apart(serve):
 
 
 def test_breakers_of_the_same_name_or_of_none_are_told_apart_by_a_number(serve):
-    """In the order in which they were given."""
+    """The numbers follow the order in which the console was given the breakers."""
     breakers = [CircuitBreaker(name=name) for name in ("x", None, "x", "", "x")]
     client = serve(Console(breakers))
     urls = [
@@ -1807,7 +1848,8 @@ def test_breakers_of_the_same_name_or_of_none_are_told_apart_by_a_number(serve):
 
 
 def test_number_makes_no_name_that_another_breaker_has(serve):
-    """Each name leads to the first breaker that has it, and the numbers go round it."""
+    """The first breaker of each name keeps the name, and the numbers leave out names
+    that breakers have."""
     breakers = [CircuitBreaker(name=name) for name in ("pay", "pay", "pay-2", "pay-2")]
     client = serve(Console(breakers))
     urls = [
@@ -1819,7 +1861,7 @@ def test_number_makes_no_name_that_another_breaker_has(serve):
 
 
 def test_breaker_can_be_added_and_renamed_later(serve, weather):
-    """The console shows what is true now."""
+    """The console shows the added breaker under its present name."""
     console = Console([])
     client = serve(console)
     assert client.get("/breakers").json() == client.page().rows == []
@@ -1830,7 +1872,7 @@ def test_breaker_can_be_added_and_renamed_later(serve, weather):
 
 
 def curl_lines():
-    """Those of the documentation, as (method, path, body)."""
+    """The curl commands of the documentation, as tuples (method, path, body)."""
     texts = [module.__doc__, DOCS]
     for line in re.findall(r"^ *(?:\$ )?(curl .*)$", "\n".join(texts), re.MULTILINE):
         words = shlex.split(line)[1:]
@@ -1849,7 +1891,7 @@ def curl_lines():
 
 
 def test_every_curl_line_of_the_documentation_works(client):
-    """Each answers with JSON and 200."""
+    """The console answers each command with JSON and status 200."""
     lines = list(curl_lines())
     assert {method for method, _, _ in lines} == {"GET", "PATCH", "POST"}
     for method, path, body in lines:
@@ -1947,8 +1989,8 @@ BAD = {
     ("method", "path", "body", "status"), BAD.values(), ids=list(BAD)
 )
 def test_bad_request_is_refused(client, weather, method, path, body, status):
-    """With a status that says what is wrong, and words; nothing changes, and the
-    console goes on."""
+    """The status and the text say what is wrong, nothing changes, and the console goes
+    on answering."""
     before = settings(weather)
     if isinstance(body, str):
         body = body.replace("{token}", client.console._token)
@@ -1979,7 +2021,7 @@ def test_bad_request_is_refused(client, weather, method, path, body, status):
     ],
 )
 def test_wrong_method_is_answered_with_the_right_ones(client, path, allowed):
-    """In the header that is there for it."""
+    """The header Allow lists the methods that the path takes."""
     answer = client.ask("OPTIONS", path)
     assert (answer.status, answer.headers["Allow"]) == (405, allowed)
 
@@ -2003,7 +2045,7 @@ def test_wrong_method_is_answered_with_the_right_ones(client, path, allowed):
 def test_length_that_is_missing_or_wrong_is_refused(
     client, weather, length, body, status
 ):
-    """Whatever the body would have said."""
+    """The refusal of the Content-Length does not depend on the body."""
     head = f"PATCH /breakers/weather HTTP/1.1\r\nHost: localhost\r\n{length}\r\n"
     answer = client.send((head + body).encode("latin-1"))
     assert answer.split()[1] == str(status)
@@ -2013,7 +2055,8 @@ def test_length_that_is_missing_or_wrong_is_refused(
 
 
 def test_body_that_never_comes_ends_with_an_answer(client, weather, monkeypatch):
-    """When the server has waited long enough. Others were served meanwhile."""
+    """The server stops waiting after its timeout, and serves other clients
+    meanwhile."""
 
     def timeout(handler):
         is_late = handler.client_address == link.getsockname()
@@ -2032,7 +2075,7 @@ def test_body_that_never_comes_ends_with_an_answer(client, weather, monkeypatch)
 
 
 def test_client_that_talks_slowly_is_cut_off(client, weather, monkeypatch):
-    """Even if it never is silent for long. Each would have a thread for ever."""
+    """A client that is never silent for long would otherwise hold a thread forever."""
     monkeypatch.setattr(module.Handler, "timeout", None)
     monkeypatch.setattr(module, "CONNECTION_TIMEOUT", 0.2)
     head = b"POST /breakers/weather/open HTTP/1.1\r\n"
@@ -2055,7 +2098,7 @@ def test_client_that_talks_slowly_is_cut_off(client, weather, monkeypatch):
 
 
 def test_of_a_client_that_was_answered_nothing_is_left(client, monkeypatch):
-    """Neither a connection nor the time at which it would be cut off."""
+    """The server keeps neither the connection of an answered client nor its time."""
     close_request, left, closed = (
         module.Server.close_request,
         [],
@@ -2080,7 +2123,7 @@ def test_of_a_client_that_was_answered_nothing_is_left(client, monkeypatch):
 
 @pytest.mark.parametrize("raw", [b"", b"\r\n\r\n", b"\x16\x03\x01\x00", b"GET\r\n\r\n"])
 def test_what_is_no_request_does_no_harm(client, raw):
-    """A port scan, a client that speaks TLS, one that hangs up."""
+    """The server goes on after a port scan, a TLS client and a client that hangs up."""
     client.send(raw)
     assert client.get("/breakers").status == 200
 
@@ -2090,7 +2133,7 @@ def test_what_is_no_request_does_no_harm(client, raw):
     ["/", "/status", "/breakers", "/breakers/weather", "/missing"],
 )
 def test_head_is_answered_like_get_without_the_body(client, path):
-    """With the same status and headers."""
+    """The answer to HEAD has the status and the headers of the answer to GET."""
     got, head = client.get(path), client.ask("HEAD", path)
     raw = client.send(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     assert raw.endswith("\r\n\r\n")
@@ -2135,7 +2178,7 @@ changes = pytest.mark.parametrize(
 def test_page_of_another_site_changes_nothing(
     client, weather, method, path, body, headers
 ):
-    """Whichever way its request gives itself away."""
+    """The console recognizes the request by Origin, Referer or Sec-Fetch-Site."""
     before = settings(weather)
     body = body and body.replace("{token}", client.console._token)
     headers = {name: value.format(port=client.port) for name, value in headers.items()}
@@ -2161,7 +2204,7 @@ def test_page_of_another_site_changes_nothing(
 def test_own_page_and_clients_that_are_no_browsers_are_served(
     client, weather, method, path, body, headers
 ):
-    """The latter say nothing of an origin."""
+    """A client that is no browser sends no Origin."""
     before = settings(weather)
     body = body and body.replace("{token}", client.console._token)
     headers = {name: value.format(port=client.port) for name, value in headers.items()}
@@ -2191,14 +2234,15 @@ def test_own_page_and_clients_that_are_no_browsers_are_served(
 )
 @pytest.mark.parametrize("path", ["/", "/breakers", "/status"])
 def test_unknown_host_is_refused(client, host, path):
-    """Reading as well: a name that leads here could be a stranger's."""
+    """The console refuses also GET, because an attacker's host name may lead to the
+    console."""
     answer = client.ask("GET", path, headers={"Host": host})
     assert answer.status == 403
     assert "host name" in answer.text
 
 
 def test_request_without_a_host_is_refused(client, weather):
-    """As is one that gives two of them."""
+    """The console refuses also a request with two Host headers."""
     for hosts in "", "Host: localhost\r\nHost: evil.example\r\n":
         head = f"POST /breakers/weather/open HTTP/1.0\r\n{hosts}\r\n"
         assert client.send(head.encode()).split()[1] == "403"
@@ -2209,12 +2253,13 @@ def test_request_without_a_host_is_refused(client, weather):
     "host", ["localhost", "LOCALHOST:80", "127.0.0.1:8300", "[::1]:8300", "[::1]"]
 )
 def test_loopback_is_known_by_its_names(client, host):
-    """With any port: it may be forwarded."""
+    """The port in the Host header may be any port, because a proxy may forward the
+    port."""
     assert client.ask("GET", "/breakers", headers={"Host": host}).status == 200
 
 
 def test_other_hosts_have_to_be_given(serve, weather):
-    """Then they are the only ones, however they are written."""
+    """The console then answers to the given hosts alone, in upper or lower case."""
     client = serve(Console([weather], hosts=["Ops.Example"]))
     for host, status in ("ops.example:443", 200), ("localhost", 403):
         answer = client.ask("GET", "/breakers", headers={"Host": host})
@@ -2225,7 +2270,7 @@ HOSTILE = """<script>alert('x')</script><img src=x onerror="alert(1)">&lt;"""
 
 
 def test_names_and_exceptions_are_escaped(serve):
-    """Whatever they hold, it is text to the browser."""
+    """The browser takes names, exceptions and typed texts as text and not as HTML."""
     breaker = CircuitBreaker(fail_max=1, name=HOSTILE)
     client = serve(Console([breaker], service=HOSTILE))
     attempt(breaker, raiser(OSError(HOSTILE)))
@@ -2251,7 +2296,7 @@ def test_names_and_exceptions_are_escaped(serve):
 
 
 def test_exception_that_cannot_be_shown_does_no_harm(client, weather, clock):
-    """The transition is told all the same."""
+    """The page tells the transition although repr() of the exception raises."""
 
     class Unspeakable(Exception):
         def __repr__(self):
@@ -2264,7 +2309,7 @@ def test_exception_that_cannot_be_shown_does_no_harm(client, weather, clock):
 
 
 def test_exception_of_many_words_is_cut_short(client, weather):
-    """The row stays readable."""
+    """The row of the breaker stays short."""
     for _ in range(5):
         attempt(weather, raiser(OSError("x" * 100_000)))
     row = client.row("weather")
@@ -2275,8 +2320,8 @@ def test_exception_of_many_words_is_cut_short(client, weather):
     "path", ["/", "/status", "/breakers", "/breakers/x", "/missing"]
 )
 def test_every_answer_tells_the_browser_to_be_careful(client, path):
-    """No script but the page's own, no foreign frame around it, no guessing, no
-    keeping."""
+    """The headers allow no script but the page's own, no frame around the page on
+    another site, no guessing of content types and no storing."""
     headers = client.get(path).headers
     policy = dict(
         part.strip().split(" ", 1)
@@ -2298,7 +2343,8 @@ def test_every_answer_tells_the_browser_to_be_careful(client, path):
 
 @pytest.fixture
 def logged(caplog):
-    """What the console has logged, at the level that shows without configuration."""
+    """The messages of the console's logger at WARNING and above, which Python shows
+    without configuration."""
 
     def logged():
         return [
@@ -2312,10 +2358,12 @@ def logged(caplog):
 
 
 def test_changes_of_two_operators_do_not_mix(serve, logged):
-    """One is done before the other begins, and so the log tells it."""
+    """The first change ends before the second begins, and the log shows the changes in
+    that order."""
 
     class Slow(CircuitBreaker):
-        """Its `fail_max` takes so long to be set that another operator comes along."""
+        """A breaker whose `fail_max` takes so long to set that another operator's
+        request comes."""
 
         @property
         def fail_max(self):
@@ -2344,7 +2392,8 @@ def test_changes_of_two_operators_do_not_mix(serve, logged):
 
 
 def test_every_change_is_logged_with_who_asked_and_what(client, logged):
-    """From the page and from scripts alike; looking is not logged."""
+    """The console logs changes from the page and from scripts, and does not log
+    reading."""
     client.get("/breakers")
     client.confirm(client.page(), "weather", "Hold open until released", why="it's new")
     client.press(client.page(), "weather", "Save the settings", fail_max="20", why="x")
@@ -2360,7 +2409,7 @@ def test_every_change_is_logged_with_who_asked_and_what(client, logged):
 
 
 def test_refused_change_is_not_logged_as_one(client, logged):
-    """Only what a page of another site tried is, as that."""
+    """The console logs only the refusal of a page of another site."""
     client.patch("/breakers/weather", {"fail_max": 0})
     client.press(client.page(), "weather", "Save the settings", fail_max="x")
     client.post("/breakers/missing/open")
@@ -2370,7 +2419,7 @@ def test_refused_change_is_not_logged_as_one(client, logged):
 
 
 def test_line_of_the_log_stays_one_line(serve, logged):
-    """Whatever is in a name or a request, control characters are escaped."""
+    """The log escapes control characters in names and requests."""
     name = "a\r\n10.0.0.1: 'b': close\x1b[2J\u2028"
     client = serve(Console([CircuitBreaker(name=name)]))
     client.patch(f"/breakers/{quote(name)}", {"fail_max": 20})
@@ -2384,7 +2433,7 @@ def test_line_of_the_log_stays_one_line(serve, logged):
 
 
 def test_console_that_is_read_only_changes_nothing(serve, weather):
-    """It has no buttons, and refuses scripts."""
+    """The page has no buttons, and the console refuses changes from scripts."""
     client = serve(Console([weather], read_only=True))
     page = client.page("?q=wea")
     assert not page.row("weather").buttons
@@ -2398,7 +2447,8 @@ def test_console_that_is_read_only_changes_nothing(serve, weather):
 
 
 def test_authorize_decides_from_the_request(serve, weather):
-    """About reading as well as changing, and after the host is known to be right."""
+    """The console asks `authorize` about reading and changing, after the check of the
+    host."""
     asked = []
 
     def authorize(environ):
@@ -2418,7 +2468,7 @@ def test_authorize_decides_from_the_request(serve, weather):
 
 
 def test_authorization_that_fails_grants_nothing(serve, weather, caplog):
-    """Its error is logged."""
+    """The console logs the exception that `authorize` raised."""
 
     def authorize(environ):
         raise LookupError("no such user")
@@ -2433,7 +2483,8 @@ def test_authorization_that_fails_grants_nothing(serve, weather, caplog):
 def test_authorization_that_would_have_to_be_awaited_grants_nothing(
     serve, weather, caplog
 ):
-    """Neither a coroutine nor another awaitable object does, though both are true."""
+    """A coroutine or another awaitable object grants nothing, although the object is
+    true."""
 
     async def answer():
         return True
@@ -2452,7 +2503,7 @@ def test_authorization_that_would_have_to_be_awaited_grants_nothing(
 
 
 def ask_as(console, **environ):
-    """Move a circuit, as a WSGI server that says this of the request."""
+    """Move a circuit by a call of the WSGI application with these variables."""
     answers = []
     given = {
         "REQUEST_METHOD": "POST",
@@ -2484,7 +2535,7 @@ def ask_as(console, **environ):
 def test_who_asked_is_the_user_or_the_address_behind_a_trusted_proxy(
     weather, environ, who
 ):
-    """What a client only claims of itself is not believed."""
+    """The console does not believe addresses that the client may have made up."""
     console = Console([weather], trusted_proxies=["10.0.0.1", "10.0.0.2"])
     ask_as(console, **environ)
     assert weather.state.reason == f"by hand, from {who}"
@@ -2494,14 +2545,14 @@ def test_who_asked_is_the_user_or_the_address_behind_a_trusted_proxy(
 def test_proxy_behind_a_unix_socket_is_trusted_where_the_server_tells_no_address(
     weather, address
 ):
-    """Gunicorn's address is empty, and that of an ASGI server is missing."""
+    """The address is an empty text from Gunicorn, and None from an ASGI server."""
     console = Console([weather], trusted_proxies=["unix"])
     ask_as(console, **address, HTTP_X_FORWARDED_FOR="9.9.9.9, 1.1.1.1")
     assert weather.state.reason == "by hand, from 1.1.1.1"
 
 
 def test_variables_of_the_process_are_no_part_of_a_request(serve, weather, monkeypatch):
-    """They would pass for a user, or for a header that the client has not sent."""
+    """A variable of the process would pass for a user or for a header of the client."""
     variables = {"REMOTE_USER": "root", "HTTP_X_KEY": "secret", "HTTPS": "on"}
     monkeypatch.setattr(wsgiref.handlers.BaseHandler, "os_environ", variables)
     asked = []
@@ -2544,7 +2595,7 @@ SECRETS = {
 
 @pytest.mark.parametrize(("text", "shown"), SECRETS.items())
 def test_passwords_in_urls_are_blotted_out(serve, weather, text, shown):
-    """On the page and in what scripts are told, also once the outage is over."""
+    """The page and the answers to scripts show no password, also after the outage."""
     assert module.blot_out_passwords(text) == shown
     client = serve(Console([weather]))
     weather.open(reason=text)
@@ -2555,7 +2606,7 @@ def test_passwords_in_urls_are_blotted_out(serve, weather, text, shown):
 
 
 def test_texts_are_redacted_by_a_function_of_the_users_own(serve, weather, caplog):
-    """One that fails shows nothing, and None shows all."""
+    """A `redact` that raises shows no text, and `redact=None` shows the whole text."""
     weather.open(reason="://u:hunter2@h")
     for redact, shown in (
         (str.upper, "://U:HUNTER2@H"),
@@ -2578,8 +2629,8 @@ def descriptors():
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
 def test_flood_of_unfinished_requests_costs_little(serve, weather, monkeypatch):
-    """A process of its own opens 300 connections and sends half a request on each.
-    This one has few descriptors more, its calls go on, and its console answers."""
+    """Another process opens 300 connections and sends half a request on each. The
+    process of the console opens few descriptors, runs its calls and answers."""
     monkeypatch.setattr(module, "CROWDED_TIMEOUT", 0.05)
     monkeypatch.setattr(module, "IDLE_BURST", 10_000)
     client = serve(Console([weather]))
@@ -2613,7 +2664,7 @@ sys.stdin.read()
 
 
 def test_no_more_connections_are_served_than_are_allowed(client, monkeypatch):
-    """Others wait in the system's backlog and get their turn."""
+    """Other connections wait in the backlog of the system until a connection ends."""
     monkeypatch.setattr(module, "CROWDED_TIMEOUT", PATIENCE)
     links = []
     try:
@@ -2633,7 +2684,7 @@ def test_no_more_connections_are_served_than_are_allowed(client, monkeypatch):
 
 @pytest.mark.parametrize("rest", [b"", b"Content-Length: 2\r\n\r\n{"])
 def test_unfinished_request_makes_room_for_others(client, monkeypatch, rest):
-    """One that lacks the rest of its head, or of its body."""
+    """The server cuts off a connection that lacks the rest of its head or body."""
     monkeypatch.setattr(module, "CROWDED_TIMEOUT", 0.05)
     head = b"PATCH /breakers/weather HTTP/1.0\r\nHost: localhost\r\n" + rest
     links = []
@@ -2661,21 +2712,22 @@ UNFINISHED = {
 
 @pytest.mark.parametrize("raw", list(UNFINISHED.values())[:3], ids=list(UNFINISHED)[:3])
 def test_unfinished_head_is_not_served(serve, raw):
-    """No page is made for a client that has gone, or was cut off."""
+    """The server makes no page for a client that has hung up or was cut off."""
     served = []
     assert "400" in serve(served.append, console=Console([])).send(raw)
     assert served == []
 
 
 def test_head_has_an_end(client):
-    """A head of some length is read, and of a longer one no more than that."""
+    """The server answers a head below the limit and refuses a longer head."""
     fields = b"X: %b\r\n" % (b"x" * (module.MAX_HEAD // 4))
     assert "200 OK" in client.send(HEAD + 3 * fields + b"\r\n")
     assert " 400 " in client.send(HEAD + 4 * fields + b"\r\n")
 
 
 def test_application_beside_the_console_reads_a_body_as_it_likes(serve):
-    """Line by line, though the body is longer than a head may be."""
+    """The application reads a body line by line, although the body is longer than a
+    head may be."""
 
     def echo(environ, start_response):
         body = environ["wsgi.input"]
@@ -2688,8 +2740,8 @@ def test_application_beside_the_console_reads_a_body_as_it_likes(serve):
 
 
 def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
-    """Before each reading but the first ones there is a pause, in which the system
-    gathers what comes. A body behind its head waits for nothing."""
+    """The server pauses before each read but the first three, so that the system
+    collects more bytes. A body that follows its head is read without a pause."""
     events = []
     monkeypatch.setattr(module.time, "sleep", events.append)
 
@@ -2709,7 +2761,8 @@ def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
 def test_connections_that_ask_for_nothing_are_let_in_slowly(
     serve, weather, monkeypatch, raw
 ):
-    """So many at once, and then so many a second: one that has asked is not charged."""
+    """The server accepts a limited number of idle connections, and does not count a
+    connection that has brought a request."""
     monkeypatch.setattr(module, "IDLE_BURST", 5)
     monkeypatch.setattr(module, "IDLE_A_SECOND", 0.0)
     client = serve(Console([weather]))
@@ -2721,7 +2774,8 @@ def test_connections_that_ask_for_nothing_are_let_in_slowly(
 
 
 def test_what_is_sent_in_vain_is_charged_by_its_length(serve, weather, monkeypatch):
-    """Reading it costs the process time, although nothing of it is looked at."""
+    """Reading bytes that no request needs costs the process time, so many such bytes
+    count as an idle connection."""
     monkeypatch.setattr(module, "IDLE_BURST", 5)
     monkeypatch.setattr(module, "IDLE_A_SECOND", 0.0)
     monkeypatch.setattr(module, "WASTED_BYTES", 100_000)
@@ -2732,7 +2786,8 @@ def test_what_is_sent_in_vain_is_charged_by_its_length(serve, weather, monkeypat
 
 
 def check_others_wait(client, monkeypatch):
-    """Other connections wait, until there is an allowance again."""
+    """Check that other connections wait until the server may accept connections
+    again."""
 
     def has_to_wait():
         with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
@@ -2748,7 +2803,8 @@ def check_others_wait(client, monkeypatch):
 
 
 def test_accept_that_fails_pauses(weather, monkeypatch):
-    """Without file descriptors the server does not spin, and goes on afterwards."""
+    """Without file descriptors the server pauses, and goes on when there are
+    descriptors again."""
     monkeypatch.setattr(module, "ACCEPT_PAUSE", 0.05)
     server = module.serve(Console([weather]), port=0)
     failures, enough = [], threading.Event()
@@ -2779,13 +2835,13 @@ def test_accept_that_fails_pauses(weather, monkeypatch):
 
 
 def test_console_listens_on_the_loopback_address_unless_told_otherwise():
-    """So no client on the network gets there by accident."""
+    """No client of the network reaches the console by accident."""
     with module.serve(Console(), port=0) as server:
         assert server.server_address[0] == "127.0.0.1"
 
 
 def test_console_can_be_mounted_beside_an_application(serve, weather):
-    """Its own URLs then begin with where it is."""
+    """The URLs of the console begin with the path at which the console is mounted."""
 
     def application(environ, start_response):
         start_response("200 OK", [("Content-Type", "text/plain")])
@@ -2800,7 +2856,7 @@ def test_console_can_be_mounted_beside_an_application(serve, weather):
 
 
 def check_mounted(client, breaker):
-    """All of the console works where it is mounted."""
+    """Check that every page and request of the console works under the mount path."""
     root = client.root
     assert client.get(root).status in (200, 307, 308)
     assert client.get(f"{root}/").status == 200
@@ -2826,13 +2882,13 @@ def check_mounted(client, breaker):
 
 @pytest.mark.parametrize("path", ["ops", "/", "/ops/", "", 5])
 def test_path_to_mount_at_is_checked(path):
-    """It begins with a slash and ends without one."""
+    """The path must begin with a slash and end without a slash."""
     with pytest.raises(ValueError, match="path must be like '/ops'"):
         Console([]).mount(lambda environ, start_response: [], path)
 
 
 def configure_django(monkeypatch):
-    """A site of one page."""
+    """Make a Django site of one page."""
     import django
     from django.conf import settings
     from django.http import HttpResponse
@@ -2849,7 +2905,8 @@ def configure_django(monkeypatch):
 
 
 def test_console_in_flask(serve, weather):
-    """Two lines, and the application's own pages are where they were."""
+    """Two lines mount the console, and the pages of the application stay at their
+    paths."""
     flask = pytest.importorskip("flask")
     app = flask.Flask("site")
     app.add_url_rule("/", view_func=lambda: "The application.")
@@ -2861,7 +2918,7 @@ def test_console_in_flask(serve, weather):
 
 
 def test_console_in_django(serve, weather, monkeypatch):
-    """Two lines in wsgi.py."""
+    """Two lines in wsgi.py mount the console."""
     pytest.importorskip("django")
     configure_django(monkeypatch)
     from django.core.wsgi import get_wsgi_application
@@ -2874,7 +2931,8 @@ def test_console_in_django(serve, weather, monkeypatch):
 
 
 def test_console_in_fastapi(weather):
-    """Two lines, with the bridge from ASGI to WSGI that FastAPI's pages name."""
+    """Two lines mount the console, with the bridge from ASGI to WSGI that FastAPI's
+    documentation names."""
     fastapi = pytest.importorskip("fastapi")
     a2wsgi = pytest.importorskip("a2wsgi")
     uvicorn = pytest.importorskip("uvicorn")
@@ -2900,7 +2958,8 @@ def test_console_in_fastapi(weather):
 
 
 def test_unix_socket_serves_several_processes_of_a_host(weather, tmp_path):
-    """Each has a file, for its user alone; one that was left behind is no hindrance."""
+    """Only the user of the process may open the socket, and a new server replaces the
+    socket of a process that was killed."""
     if not hasattr(socket, "AF_UNIX"):
         pytest.skip("needs Unix sockets")
     path = os.path.relpath(tmp_path / "console.sock")  # the whole may be too long
@@ -2933,7 +2992,7 @@ def test_unix_socket_serves_several_processes_of_a_host(weather, tmp_path):
 
 
 def test_fork_that_closes_its_copy_of_a_server_leaves_the_socket_in_place(tmp_path):
-    """The parent goes on to listen there, and removes the file in the end."""
+    """The parent goes on listening at the socket, and removes the file in the end."""
     if not (hasattr(socket, "AF_UNIX") and hasattr(os, "fork")):
         pytest.skip("needs Unix sockets and forks")
     script = """
@@ -2955,7 +3014,7 @@ assert not os.path.exists("console.sock")
 
 
 def test_file_that_is_no_socket_is_not_removed(tmp_path):
-    """A mistyped path costs no file."""
+    """A mistyped path does not remove a file."""
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     with pytest.raises(OSError, match="is no socket"):
@@ -2984,7 +3043,7 @@ def test_place_to_listen_at_is_checked(arguments, error, named):
     ids=["module", "example"],
 )
 def test_demo_runs_in_one_command(command):
-    """It says where the console is, and there are breakers with a life of their own."""
+    """The command prints the address of the console, which shows three breakers."""
     command = [sys.executable, *command, "--port", "0"]
     with subprocess.Popen(
         command,
@@ -3007,8 +3066,8 @@ def test_demo_runs_in_one_command(command):
 
 
 def test_operator_steers_while_a_load_runs(serve):
-    """Eight threads call meanwhile; every request is answered, and every picture
-    is consistent."""
+    """Eight threads call while the operator moves the circuit; the console answers
+    every request, and every picture is consistent."""
     breaker = CircuitBreaker(name="busy", fail_max=5, reset_timeout=0.01)
     client = serve(Console([breaker]))
     done, wrong = threading.Event(), []
@@ -3058,8 +3117,8 @@ NEEDED = {
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """What a block of the documentation may use, in an empty directory. Its servers
-    listen on free ports and end with the test."""
+    """The names that a block of the documentation may use, in an empty directory. Its
+    servers listen on free ports and end with the test."""
     servers = []
     serve = module.serve
 
@@ -3084,7 +3143,7 @@ def run_section(names, section):
 
 
 def test_documentation_renders():
-    """Each of its blocks is of a kind that a test here looks at."""
+    """Every block of the documentation is of a kind that a test in this file runs."""
     assert {block.kind for block in blocks_of(DOCS)} == {"python", "console", "nginx"}
 
 
@@ -3093,7 +3152,7 @@ def test_documentation_renders():
     dict.fromkeys(b.section for b in blocks_of(DOCS) if b.kind == "python"),
 )
 def test_python_of_the_documentation_runs(names, section, monkeypatch):
-    """Section by section."""
+    """Each section is run as one program."""
     for needed in NEEDED.get(section, ()):
         pytest.importorskip(needed)
     if section == "Django":
@@ -3103,7 +3162,7 @@ def test_python_of_the_documentation_runs(names, section, monkeypatch):
 
 
 def test_console_of_the_documentation_is_served(names):
-    """On a port and on a Unix socket."""
+    """The console answers on a port and on a Unix socket."""
     run_section(names, "In a program")
     on_port, on_socket = names["servers"]
     assert Client(on_port.server_port).get("/breakers").status == 200
@@ -3114,7 +3173,7 @@ def test_console_of_the_documentation_is_served(names):
 
 
 def test_authorization_of_the_documentation_authorizes(names):
-    """The client with the key, and no other."""
+    """The function authorizes the client with the key and no other client."""
     run_section(names, "Who may use it")
     assert names["authorize"]({"HTTP_X_OPS_KEY": "from your secrets"})
     assert not names["authorize"]({"HTTP_X_OPS_KEY": "guessed"})
@@ -3124,8 +3183,8 @@ def test_authorization_of_the_documentation_authorizes(names):
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
 def test_nginx_recipe_of_the_documentation_works(names, tmp_path, clock):
-    """The operator who logged in is served, a page of another site is not, and the
-    log has the operator's address."""
+    """The console answers the operator who logged in, refuses a page of another site,
+    and logs the operator's address."""
     breaker = CircuitBreaker(name="behind nginx")
     run_section(names, "Behind nginx")
     (recipe,) = (b.text for b in blocks_of(DOCS) if b.kind == "nginx")
