@@ -1,8 +1,8 @@
-"""The operator's console in a real browser; ``tox -e browser`` runs it.
+"""Tests of the operator's console in a real browser; ``tox -e browser`` runs them.
 
-It needs Chromium with its driver (Debian's packages chromium and chromium-driver) and
-axe (the npm package axe-core, in the folder that NODE_PATH names), and keeps
-screenshots beside this file. Its name keeps it out of a plain run.
+The tests need Chromium with its driver (Debian's packages chromium and chromium-driver)
+and axe (the npm package axe-core, in a folder that NODE_PATH names). They keep
+screenshots beside this file, whose name keeps the file out of a plain run of pytest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FLAGS = [
 
 
 class Site:
-    """A process with breakers and a console, which can be stopped and started."""
+    """A console and its server, which a test can stop and start as one process."""
 
     def __init__(self):
         self.port = 0
@@ -78,7 +78,8 @@ def site():
 
 @pytest.fixture
 def browse(tmp_path):
-    """Starts Chromium: of a size, with scripts or without, dark, in forced colors."""
+    """A function that starts Chromium: of a given size, with or without scripts, and
+    with media features such as dark or forced colors."""
     driver = shutil.which("chromedriver")
     assert driver, "this needs Debian's packages chromium and chromium-driver"
     browsers = []
@@ -117,7 +118,7 @@ def browse(tmp_path):
 
 
 def make(number):
-    """So many breakers, of which the first are in every state that there is."""
+    """Make `number` breakers, of which the first ones are in all the states."""
     names = "payments", "weather <today>", "search/v2", "users-db", "mail", "geo", "tax"
     breakers = [
         pybreaker.CircuitBreaker(
@@ -163,7 +164,7 @@ class Row:
             self.find("/summary").click()
 
     def press(self, label):
-        # The answer may look like the page that was there: wait for that to go.
+        # The new page may look like the old page, so wait until the old page is gone.
         self.unfold()
         old = self.browser.find_element(By.TAG_NAME, "html")
         self.find(f"//button[starts-with(.,'{label}')]").click()
@@ -191,7 +192,7 @@ def heading(browser):
 
 
 def frame_text(browser):
-    """What the inner frame of a page without scripts shows, if it shows the console."""
+    """The text of the inner frame of a page without scripts."""
     try:
         browser.switch_to.frame(browser.find_element(By.CSS_SELECTOR, "iframe.now"))
         browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
@@ -205,21 +206,22 @@ scripts = pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "pla
 
 @scripts
 def test_evening_of_an_operator(site, browse, scripts):
-    """An outage, a maintenance window, a wrong value, a colleague, a restart."""
+    """An operator sees an outage, begins a maintenance window, types a wrong value,
+    meets a colleague's change and a restart."""
     breakers = make(6)
     payments, weather = breakers[0], breakers[1]
     browser = browse(scripts=scripts)
     browser.get(site.start(breakers))
     assert heading(browser) == "3 open \xb7 1 half-open \xb7 2 closed"
 
-    # The outage is told as one story.
+    # The row tells the outage as one story.
     row = Row(browser, "payments")
     row.unfold()
     story = row.find("/div[@class='story']").text
     assert "OPEN: calls are refused; the next trial in " in story
     assert "<b>refused</b> by payments.example" in story
 
-    # The maintenance window; a setting that was typed meanwhile is not lost.
+    # The maintenance window begins; the page keeps a setting that was typed.
     row.type("why", "it's new")
     row.type("minutes", "45")
     row.type("fail_max", "seven")
@@ -232,7 +234,7 @@ def test_evening_of_an_operator(site, browse, scripts):
     assert payments.state.reason == "by hand, from 127.0.0.1: it's new"
     assert row.field("fail_max").get_attribute("value") == "seven"
 
-    # The wrong value, whose error is tied to the field.
+    # The operator saves the wrong value; the error is tied to the field.
     row.press("Save the settings")
     error = row.find("//strong")
     assert error.text == "fail_max must be a whole number, not 'seven'"
@@ -243,7 +245,7 @@ def test_evening_of_an_operator(site, browse, scripts):
     row.press("Save the settings")
     assert payments.fail_max == 7
 
-    # The colleague.
+    # A colleague changes a setting that the operator is changing.
     other = Row(browser, "weather <today>")
     other.type("success_threshold", "3")
     weather.success_threshold = 4
@@ -253,12 +255,12 @@ def test_evening_of_an_operator(site, browse, scripts):
     other.press("Save the settings")
     assert weather.success_threshold == 3
 
-    # The restart.
+    # The program is restarted.
     other.type("fail_max", "30")
     site.stop()
     breakers = make(6)
     site.start(breakers[::-1])
-    if scripts:  # the page finds out for itself
+    if scripts:  # the script notices the restart
         text = "made by another process"
         wait_for(browser, lambda: text in browser.find_element(By.ID, "news").text)
     else:
@@ -271,8 +273,8 @@ def test_evening_of_an_operator(site, browse, scripts):
 
 
 def test_page_keeps_up_with_what_happens_and_leaves_alone_what_is_typed(site, browse):
-    """The rows, the heading and the title are renewed; fields are, unless one of the
-    row was typed into."""
+    """The script updates the heading, the title and the rows, but no field of a row
+    into which the operator has typed."""
     breakers = make(3)
     weather, search = breakers[1:]
     browser = browse()
@@ -288,9 +290,9 @@ def test_page_keeps_up_with_what_happens_and_leaves_alone_what_is_typed(site, br
     assert browser.title.startswith("1 open \xb7 2 closed \N{EM DASH} shop")
     wait_for(browser, lambda: "4 of 5 failures" in row.find("/div").text)
     wait_for(browser, lambda: other.field("fail_max").get_attribute("value") == "9")
-    assert field == row.field("fail_max")  # the very same: it was not loaded again
+    assert field == row.field("fail_max")  # the browser has not loaded the page again
     assert field.get_attribute("value") == "8"
-    # A new breaker would take the typed text with it: it waits.
+    # The script does not load the page with a new breaker while a text is typed.
     more = pybreaker.CircuitBreaker(name="new")
     breakers.append(more)
     time.sleep(2 * console.REFRESH + 1)
@@ -301,7 +303,8 @@ def test_page_keeps_up_with_what_happens_and_leaves_alone_what_is_typed(site, br
 
 
 def test_text_that_was_refused_outlives_renewal_and_restart(site, browse):
-    """It stands in its field as if it came with the page, and is the operator's."""
+    """The refused text comes with the page, and the script treats the text as typed by
+    the operator."""
     breakers = make(3)
     browser = browse()
     browser.get(site.start(breakers))
@@ -325,7 +328,7 @@ def test_text_that_was_refused_outlives_renewal_and_restart(site, browse):
 
 @pytest.mark.parametrize("size", [LARGE, SMALL], ids=["large", "small"])
 def test_sixty_open_breakers_fit_on_two_screens(site, browse, size):
-    """As when the network is down."""
+    """All breakers are open, as when the network is down."""
     breakers = make(60)
     for breaker in breakers:
         breaker.open(reason="no route to host, as the network is down")
@@ -337,7 +340,8 @@ def test_sixty_open_breakers_fit_on_two_screens(site, browse, size):
 
 
 def test_page_that_nothing_was_typed_into_is_left_without_a_question(site, browse):
-    """Neither is one whose form is sent."""
+    """The browser does not ask either when the operator leaves a page whose form is
+    sent."""
     browser = browse()
     browser.get(site.start(make(3)))
     row = Row(browser, "payments")
@@ -351,7 +355,8 @@ def test_page_that_nothing_was_typed_into_is_left_without_a_question(site, brows
 
 
 def test_nothing_moves_under_the_finger(site, browse):
-    """While a row is unfolded the order stays; afterwards the worst is first."""
+    """While a row is unfolded the rows keep their order; afterwards the worst is
+    first."""
     breakers = [pybreaker.CircuitBreaker(name=name) for name in "abc"]
     browser = browse()
     browser.get(site.start(breakers))
@@ -372,7 +377,7 @@ def test_nothing_moves_under_the_finger(site, browse):
 
 @scripts
 def test_page_whose_process_has_stopped_says_so_and_comes_back(site, browse, scripts):
-    """Within five seconds, and by itself."""
+    """The page says so within five seconds, and recovers without the operator."""
     breakers = make(3)
     browser = browse(scripts=scripts)
     browser.get(site.start(breakers))
@@ -395,7 +400,7 @@ def test_page_whose_process_has_stopped_says_so_and_comes_back(site, browse, scr
         wait_for(browser, lambda: "1 open" in frame_text(browser))
         site.stop()
         wait_for(browser, lambda: not shows_console(browser), patience=5)
-        # The list is of when the page was loaded, and looks so after five seconds.
+        # The list does not change after loading, and looks old after five seconds.
         badge = browser.find_element(By.CSS_SELECTOR, "details.open .badge")
         color = "rgba(87, 96, 106, 1)"
         wait_for(browser, lambda: badge.value_of_css_property("color") == color)
@@ -413,7 +418,8 @@ def shows_console(browser):
 
 
 def test_keyboard_alone_is_enough(site, browse):
-    """A row is unfolded, a hold typed in, asked about and confirmed without a mouse."""
+    """The operator unfolds a row, types a reason, holds the circuit open and confirms
+    the hold without a mouse."""
     breakers = [pybreaker.CircuitBreaker(name="only")]
     browser = browse()
     browser.get(site.start(breakers))
@@ -459,8 +465,8 @@ LOOKS = {
 @pytest.mark.parametrize("number", [1, 3, 60])
 @pytest.mark.parametrize("look", LOOKS)
 def test_page_is_accessible_in_every_state(site, browse, look, number):
-    """Axe finds nothing, nothing is wider than the screen, and every button and field
-    names its breaker. What an eye must judge is kept as a screenshot."""
+    """Axe finds nothing wrong, nothing is wider than the screen, and every button and
+    field names its breaker. Screenshots are kept for a person to judge."""
     size, features = LOOKS[look]
     breakers = make(number)
     browser = browse(size, features=features)
@@ -491,7 +497,7 @@ def test_page_is_accessible_in_every_state(site, browse, look, number):
     Select(row.find("//select")).select_by_visible_text("on")
     row.press("Save the settings")
     check("error")
-    with breakers[0]._lock:  # of another thread than those of the console
+    with breakers[0]._lock:  # this thread holds the lock, not a thread of the console
         browser.get(f"http://127.0.0.1:{site.port}/")
         check("busy")
     site.stop()
@@ -501,7 +507,7 @@ def test_page_is_accessible_in_every_state(site, browse, look, number):
 
 
 def find_nothing_wrong(browser):
-    """Have axe look at the page."""
+    """Check that axe finds nothing wrong on the page."""
     places = [Path(each) for each in os.environ.get("NODE_PATH", "").split(":") if each]
     (source,) = (
         place / "axe-core" / "axe.min.js"
@@ -521,7 +527,7 @@ EVIL = """<!doctype html><title>Kittens</title>
 
 
 def test_page_of_another_site_cannot_press_a_button(site, browse, tmp_path):
-    """Nor show the console in a frame, to have the operator press it."""
+    """The page of another site cannot show the console in a frame, either."""
     breakers = make(3)
     url = site.start(breakers)
     browser = browse()

@@ -94,7 +94,7 @@ class Client:
                 link.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: link.recv(65536), b"")).decode()
 
-    # As the person in front of a browser.
+    # What an operator does in a browser.
 
     def page(self, query=""):
         return Page(self.get(f"{self.root}/{query}"))
@@ -225,7 +225,7 @@ class Page(html.parser.HTMLParser):
             (button,) = (a["value"] for tag, a in self.path if tag == "button")
             row.buttons[button] = row.buttons.get(button, "") + data
         elif inside[-1] in ("strong", "em"):
-            # By the field that is tied to it, as a screen reader reads it.
+            # A screen reader reads the message with the field that names it.
             (field,) = (
                 attributes["name"].partition(".")[2]
                 for _, attributes in self.tags
@@ -321,7 +321,7 @@ def lock_held(breaker):
         thread.join(PATIENCE)
 
 
-# What is wrong, first
+# The list of breakers, the worst first
 
 
 def test_summary_is_in_the_heading_and_in_the_title(client, weather):
@@ -482,17 +482,17 @@ def test_console_shows_all_breakers_of_the_process_unless_it_is_given_some(serve
     assert client.row("all of them: one")
     alive = weakref.ref(breaker)
     del breaker
-    # The console's threads may be looking at it.
+    # A thread of the console may still hold a reference to the breaker.
     until(lambda: gc.collect() is not None and alive() is None)
     names = [each["name"] for each in client.get("/breakers").json()]
     assert "all of them: one" not in names
 
 
-def test_breaker_that_only_tries_settings_out_is_not_shown(serve):
+def test_scratch_breaker_is_not_shown(serve):
     """No page shows the scratch breakers that the console makes for a moment."""
-    spare = module._ScratchBreaker(name="spare")
+    scratch = module._ScratchBreaker(name="scratch")
     names = [each["name"] for each in serve(Console()).get("/breakers").json()]
-    assert spare.name not in names
+    assert scratch.name not in names
 
 
 def test_breaker_that_no_page_has_shown_yet_has_its_story_too(serve):
@@ -554,7 +554,7 @@ def test_console_keeps_no_mapping_of_breakers_from_making_room(serve):
     for number in range(10):
         hosts[number].call(int)
         client.get("/breakers")
-        # A console of all breakers, which another test has left, may listen as well.
+        # A console that another test has left may listen to the breaker, too.
         own = client.console.watches().values()
         assert [each in own for each in hosts[number].listeners].count(True) == 1
     assert len(hosts) == 2
@@ -692,7 +692,7 @@ def test_transitions_are_told_with_their_reasons(client, weather, clock):
     clock.advance(60)
     weather.call(int)
     client.post("/breakers/weather/half_open")
-    weather.close()  # at a prompt
+    weather.close()  # by the program or at a Python prompt
     assert [
         (t["from"], t["to"], t["reason"])
         for t in reversed(client.get("/breakers/weather").json()["transitions"])
@@ -797,7 +797,7 @@ def test_next_trial_is_told_in_words(client, weather, clock):
     assert "the next trial only by hand." in client.row("weather").story
 
 
-def test_dry_run_is_told_as_one(client, weather):
+def test_page_says_that_a_breaker_is_in_a_dry_run(client, weather):
     """A dry run rejects no call, so the page does not say that calls are refused."""
     weather.dry_run = True
     page = client.press(client.page(), "weather", "Half-open, let one call try")
@@ -856,7 +856,7 @@ def test_circuit_is_held_open_until_it_is_released(client, weather):
     assert page.news() == "weather is closed: all its calls go through."
 
 
-def test_hold_whose_time_has_passed_is_told_as_one_no_more(client, weather, clock):
+def test_circuit_whose_hold_has_ended_is_not_shown_as_held(client, weather, clock):
     """The next call is the trial, so the page does not say that the circuit is held
     open."""
     weather.open(seconds=60)
@@ -920,7 +920,7 @@ def test_hold_of_no_length_is_refused_at_its_field(client, weather, minutes):
         ("closed", "Close, let all calls through", "closed", False),
     ],
 )
-def test_button_moves_the_circuit_and_asks_where_that_hurts(
+def test_button_moves_the_circuit_and_asks_where_the_move_may_do_harm(
     client, weather, payments, start, button, end, asks
 ):
     """The button moves this circuit and no other circuit, and the page says what was
@@ -938,7 +938,7 @@ def test_button_moves_the_circuit_and_asks_where_that_hurts(
     assert payments.current_state == "closed"
 
 
-def test_page_that_is_sent_twice_does_it_once(client, weather):
+def test_page_that_is_sent_twice_changes_the_breaker_once(client, weather):
     """When the browser sends the page again, as on a reload, the console says that the
     change was done already."""
     weather.open()
@@ -961,7 +961,7 @@ def test_answer_to_a_change_is_not_itself_a_change(client, weather):
     assert answer.headers["Location"].endswith(f"#b-{row.ident}")
 
 
-def test_breaker_in_the_older_manner_is_moved_without_a_reason(serve):
+def test_subclass_whose_moves_take_no_arguments_is_moved_without_a_reason(serve):
     """A subclass of the breaker overrides a move with a method that has no
     parameters."""
 
@@ -1097,7 +1097,7 @@ def test_pair_of_settings_is_changed_whatever_the_order(serve, before, after, or
 def test_pair_of_settings_that_do_not_fit_is_refused_as_a_whole(
     client, weather, values, refused
 ):
-    """The error is at each of the two fields that the operator changes."""
+    """Each setting of the pair that the request changes has an error."""
     before = settings(weather)
     answer = client.patch("/breakers/weather", {"success_threshold": 2, **values})
     assert answer.status == 422
@@ -1120,7 +1120,7 @@ def test_setting_that_only_the_breaker_refuses_undoes_the_others(serve):
     assert settings(breaker) == before
 
 
-def test_count_is_set_by_the_new_limit(client, weather):
+def test_fail_counter_is_limited_by_the_new_fail_max(client, weather):
     """A window limits fail_counter to fail_max, so fail_max is set first."""
     weather.window_size = 100
     answer = client.patch("/breakers/weather", {"fail_counter": 15, "fail_max": 20})
@@ -1160,7 +1160,7 @@ def test_refused_value_stays_in_its_field_with_the_librarys_words(
     row = page.row("weather")
     assert page.status == 422
     assert row.said == {field: str(refusal.value)}
-    if field != "dry_run":  # which is chosen, not typed
+    if field != "dry_run":  # the operator chooses dry_run from a list
         assert row.typed[field] == typed
     assert page.row("payments").said == {}
     assert settings(weather) == before
@@ -1218,7 +1218,7 @@ def test_value_that_a_colleague_has_changed_meanwhile_is_not_overwritten(
     assert "fail_max = 20 (was 50)" in page.news()
 
 
-def test_value_that_the_program_has_changed_meanwhile_is_told_as_such(client, weather):
+def test_notice_tells_that_the_program_has_changed_the_value_meanwhile(client, weather):
     """The notice does not name the operator who set the setting earlier."""
     client.patch("/breakers/weather", {"fail_max": 50})
     page = client.page()
@@ -1382,7 +1382,7 @@ def test_forked_process_is_another_process():
 import os, sys, threading, time, warnings
 import pybreaker
 from pybreaker_extras.console import Console
-warnings.simplefilter("error")  # as of a fork of a process that has threads
+warnings.simplefilter("error")  # such as about a fork with threads
 console = Console()
 before = console._token
 reading, writing = os.pipe()
@@ -1404,7 +1404,7 @@ assert threading.active_count() == 2
     subprocess.run(command, check=True, timeout=4 * PATIENCE, env=env)
 
 
-# Dead data looks dead
+# Busy breakers and old data
 
 
 def test_busy_breaker_is_shown_as_busy_and_the_others_go_on(client, weather, payments):
@@ -1492,7 +1492,7 @@ def test_breaker_whose_lock_is_held_for_a_moment_is_not_busy(
     def hold():
         with weather._lock:
             has_it.set()
-            time.sleep(0.2)  # in which the page comes to wait
+            time.sleep(0.2)  # meanwhile the page begins to wait
 
     threading.Thread(target=hold, daemon=True).start()
     assert has_it.wait(PATIENCE)
@@ -1572,7 +1572,7 @@ def test_browser_without_scripts_has_a_frame_that_renews_itself(client, weather)
     assert "payments" not in shown.text
 
 
-# The same for scripts
+# JSON for scripts
 
 
 def test_breakers_are_listed_as_json(client, weather, payments):
@@ -1795,7 +1795,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_breaker_can_be_watched_and_steered_whatever_its_name_is(serve, name, caplog):
     """A script uses the URL in the list, and an operator uses the page."""
-    # Among these are names that no terminal can show.
+    # The library would log names that no terminal can show.
     caplog.set_level(logging.ERROR, logger="pybreaker")
     breaker = CircuitBreaker(name=name)
     client = serve(Console([breaker]))
@@ -2066,7 +2066,7 @@ def test_body_that_never_comes_ends_with_an_answer(client, weather, monkeypatch)
     head = b"POST /breakers/weather/open HTTP/1.1\r\nHost: localhost\r\n"
     with socket.socket() as link:
         link.settimeout(PATIENCE)
-        link.bind(("127.0.0.1", 0))  # the server may ask for the name at once
+        link.bind(("127.0.0.1", 0))  # the handler may read the address at once
         link.connect(("127.0.0.1", client.port))
         link.sendall(head + b"Content-Length: 2\r\n\r\n")
         assert client.get("/breakers/weather").status == 200
@@ -2097,7 +2097,7 @@ def test_client_that_talks_slowly_is_cut_off(client, weather, monkeypatch):
     assert client.get("/breakers/weather").json()["state"] == "closed"
 
 
-def test_of_a_client_that_was_answered_nothing_is_left(client, monkeypatch):
+def test_server_keeps_nothing_of_a_client_that_was_answered(client, monkeypatch):
     """The server keeps neither the connection of an answered client nor its time."""
     close_request, left, closed = (
         module.Server.close_request,
@@ -2338,7 +2338,7 @@ def test_every_answer_tells_the_browser_to_be_careful(client, path):
     assert headers["Cache-Control"] == "no-store"
 
 
-# What is logged
+# The log
 
 
 @pytest.fixture
@@ -2358,8 +2358,7 @@ def logged(caplog):
 
 
 def test_changes_of_two_operators_do_not_mix(serve, logged):
-    """The first change ends before the second begins, and the log shows the changes in
-    that order."""
+    """One change ends before the other begins, as the values in the log show."""
 
     class Slow(CircuitBreaker):
         """A breaker whose `fail_max` takes so long to set that another operator's
@@ -2374,7 +2373,7 @@ def test_changes_of_two_operators_do_not_mix(serve, logged):
             self._fail_max = fail_max
             if fail_max == 10:
                 other.start()
-                other.join(0.2)  # it would be done by now
+                other.join(0.2)  # a request that does not wait ends in this time
 
     breaker = Slow(name="slow")
     client = serve(Console([breaker]))
@@ -2429,7 +2428,7 @@ def test_line_of_the_log_stays_one_line(serve, logged):
     assert all(line.isprintable() for line in logged())
 
 
-# Who may, and who asked
+# Authorization, and the operator's name
 
 
 def test_console_that_is_read_only_changes_nothing(serve, weather):
@@ -2599,8 +2598,8 @@ def test_passwords_in_urls_are_blotted_out(serve, weather, text, shown):
     assert module.blot_out_passwords(text) == shown
     client = serve(Console([weather]))
     weather.open(reason=text)
-    client_sees = client.page().source + client.get("/breakers").text
-    assert "hunter2" not in client_sees
+    seen = client.page().source + client.get("/breakers").text
+    assert "hunter2" not in seen
     weather.close()
     assert "hunter2" not in client.page().source + client.get("/breakers").text
 
@@ -2619,7 +2618,7 @@ def test_texts_are_redacted_by_a_function_of_the_users_own(serve, weather, caplo
     assert "ZeroDivisionError" in caplog.text
 
 
-# It cannot hurt its host
+# Floods and other load
 
 
 def descriptors():
@@ -2739,28 +2738,26 @@ def test_application_beside_the_console_reads_a_body_as_it_likes(serve):
     assert client.post("/", 2 * line + b"tail.").text.encode() == 2 * line + b"tail."
 
 
-def test_client_that_sends_crumbs_is_read_only_so_often(monkeypatch):
+def test_client_that_sends_small_pieces_is_read_only_so_often(monkeypatch):
     """The server pauses before each read but the first three, so that the system
     collects more bytes. A body that follows its head is read without a pause."""
     events = []
     monkeypatch.setattr(module.time, "sleep", events.append)
 
-    class Crumbs:
+    class SmallPieces:
         def recv_into(self, buffer):
             events.append("read")
             buffer[:2] = b"x\n"
             return 2
 
-    request = module._RequestReader(Crumbs(), lambda: None)
+    request = module._RequestReader(SmallPieces(), lambda: None)
     for _ in range(6):
         assert request.readline() == b"x\n"
     assert events == ["read"] * 3 + [module.SMALL_READ_PAUSE, "read"] * 3
 
 
 @pytest.mark.parametrize("raw", UNFINISHED.values(), ids=UNFINISHED)
-def test_connections_that_ask_for_nothing_are_let_in_slowly(
-    serve, weather, monkeypatch, raw
-):
+def test_idle_connections_are_accepted_slowly(serve, weather, monkeypatch, raw):
     """The server accepts a limited number of idle connections, and does not count a
     connection that has brought a request."""
     monkeypatch.setattr(module, "IDLE_BURST", 5)
@@ -2773,7 +2770,7 @@ def test_connections_that_ask_for_nothing_are_let_in_slowly(
     check_others_wait(client, monkeypatch)
 
 
-def test_what_is_sent_in_vain_is_charged_by_its_length(serve, weather, monkeypatch):
+def test_unread_bytes_count_as_idle_connections(serve, weather, monkeypatch):
     """Reading bytes that no request needs costs the process time, so many such bytes
     count as an idle connection."""
     monkeypatch.setattr(module, "IDLE_BURST", 5)
@@ -2793,12 +2790,12 @@ def check_others_wait(client, monkeypatch):
         with socket.create_connection(("127.0.0.1", client.port), PATIENCE) as link:
             link.sendall(b"GET /breakers HTTP/1.0\r\nHost: localhost\r\n\r\n")
             if select.select([link], [], [], 1.0)[0]:
-                return False  # the server has yet to charge for the last one's end
+                return False  # the server has not yet counted the last connection
             monkeypatch.setattr(module, "IDLE_A_SECOND", 1000.0)
             assert link.recv(12) == b"HTTP/1.0 200"
             return True
 
-    # Not too often, as an answer may take a second on a machine that is busy.
+    # On a busy machine an answer may take a second, so the test does not ask often.
     until(has_to_wait, patience=5, pause=0.5)
 
 
@@ -2831,7 +2828,7 @@ def test_accept_that_fails_pauses(weather, monkeypatch):
     assert server._slots._value == module.CONNECTIONS
 
 
-# Running it
+# Ways to run the console
 
 
 def test_console_listens_on_the_loopback_address_unless_told_otherwise():
@@ -2875,7 +2872,7 @@ def check_mounted(client, breaker):
     )
     assert breaker.current_state == "closed"
     assert client.ask("GET", f"{root}/", headers={"Host": "evil.example"}).status in (
-        400,  # a framework may refuse it first
+        400,  # a framework may refuse the host first
         403,
     )
 
@@ -2962,7 +2959,7 @@ def test_unix_socket_serves_several_processes_of_a_host(weather, tmp_path):
     socket of a process that was killed."""
     if not hasattr(socket, "AF_UNIX"):
         pytest.skip("needs Unix sockets")
-    path = os.path.relpath(tmp_path / "console.sock")  # the whole may be too long
+    path = os.path.relpath(tmp_path / "console.sock")  # the whole path may be too long
     for _ in range(2):
         server = module.serve(
             Console([weather], trusted_proxies=["unix"]), f"unix:{path}"
@@ -3073,7 +3070,7 @@ def test_operator_steers_while_a_load_runs(serve):
     done, wrong = threading.Event(), []
 
     def load(func):
-        while not done.wait(0.001):  # leaves the console a part of the machine
+        while not done.wait(0.001):  # the pause leaves the console time to run
             try:
                 breaker.call(func)
             except (OSError, pybreaker.CircuitBreakerError):
@@ -3184,7 +3181,7 @@ def test_authorization_of_the_documentation_authorizes(names):
 @pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
 def test_nginx_recipe_of_the_documentation_works(names, tmp_path, clock):
     """The console answers the operator who logged in, refuses a page of another site,
-    and logs the operator's address."""
+    and names the operator's address in the reason."""
     breaker = CircuitBreaker(name="behind nginx")
     run_section(names, "Behind nginx")
     (recipe,) = (b.text for b in blocks_of(DOCS) if b.kind == "nginx")
