@@ -373,7 +373,7 @@ class Watch:
                     raise Refusal(
                         422,
                         f"the {move}() of this breaker's class takes no seconds",
-                        details={"errors": {"seconds": "this breaker takes no time"}},
+                        details={"errors": {"seconds": "this class takes no length"}},
                     ) from None
                 options = {}
             try:
