@@ -1224,7 +1224,7 @@ class CircuitBreaker:
                 seen = admission.settles
                 if not seen._fail_counter:
                     return  # a success that changes nothing takes no lock
-                if seen is not _OPAQUE:
+                if self._window_size is not None and seen is not _OPAQUE:
                     number = state._draw_number()
                     if not state._forgets(number):
                         return
