@@ -9,13 +9,13 @@
 
 How it works. Calls are decided from memory. What a process has to tell the fleet goes
 into the storage's *outbox*. A thread, the *courier*, makes one *pass* after the other.
-In a pass each circuit has an *exchange*: the courier takes its outbox, sends what is in
-it, reads in the same pipeline what Redis has then, the *view*, and the storage follows
-the view. If the exchange fails, the outbox is put back and the storage goes *away*: its
-process goes by its own circuit until an exchange succeeds. There is one courier for
-each client. All circuits of the client share its pipelines: those with something in
-their outbox at once, all of them every `refresh` seconds, and between that there is
-*idle time*.
+In a pass each circuit has an *exchange*: the courier takes the storage's outbox, sends
+the contents, reads in the same pipeline what Redis has afterwards, the *view*, and the
+storage follows the view. If the exchange fails, the courier puts the outbox back and
+the storage goes *away*: the process goes by its own circuit until an exchange succeeds.
+There is one courier for each client. All circuits of the client share the courier's
+pipelines: circuits with something in the outbox at once, all circuits every `refresh`
+seconds. Between passes the courier has *idle time*.
 
 How far a process goes with the fleet is its `_Membership`. A trip by the count is
 *unconfirmed* until a view that is one `refresh` younger still has that count. If the
@@ -79,11 +79,12 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     is due as a trial waits for Redis, for at most `patience` seconds. All storages
     with the same client share a courier, which goes by the smallest `refresh`.
 
-    A failure counts here at once, and the count is the fleet's, as last heard.
-    The one that brings it to `fail_max` opens the circuit of this process; that
-    of the others follows one to two `refresh` later, if the count still stands
-    in Redis then: a success anywhere sets it back. All other moves are announced
-    at once, and the last one wins. One process at a time runs a trial.
+    A failure counts in this process at once; the count is the fleet's, as this process
+    last heard of it. The failure that brings the count to `fail_max` opens the circuit
+    of this process; the circuits of the other processes follow one to two `refresh`
+    later, if the count still stands in Redis then: a success in any process sets the
+    count back. All other moves are announced at once, and the last one wins. One
+    process at a time runs a trial.
 
     While Redis is away each process goes by its own circuit, which it begins in
     `fallback_circuit_state` if it has never heard from Redis. `state` is what
@@ -92,13 +93,13 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     The keys, with `namespace` and a colon before them if there is one, are those
     of older releases, which may use them at the same time: ``pybreaker:state``,
     ``pybreaker:fail_counter``, ``pybreaker:success_counter``,
-    ``pybreaker:opened_at``; and two more: ``pybreaker:trial``, whose the trial is, and
-    ``pybreaker:opening``, the length, the reason and the failed trials of the opening
-    at ``opened_at``. All commands are for single keys, so `cluster_mode` makes no
-    difference.
+    ``pybreaker:opened_at``; and two more: ``pybreaker:trial``, the claim of the process
+    that runs the trial, and ``pybreaker:opening``, the length, the reason and the
+    failed trials of the opening at ``opened_at``. All commands are for single keys, so
+    `cluster_mode` makes no difference.
 
-    `TypeError` for something that is no client; a Redis that does not answer
-    raises nothing, and is waited for no longer than `patience`.
+    Raises `TypeError` if `redis_object` is no client. Where Redis does not answer, the
+    constructor raises nothing, and waits for at most `patience` seconds.
     """
 
     _is_plain = True
@@ -253,8 +254,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
 
     def last_move(self) -> Any:
         """The move that has brought the circuit to its state, or None if the storage
-        does not know it. It is the same object until the circuit moves again, and may
-        be asked for at any time from any thread."""
+        does not know that move. Returns the same object until the circuit moves again.
+        Any thread may call this method at any time."""
         move = self._last_move
         return move if move is not None and move.state == self._state else None
 
@@ -271,7 +272,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return self._conclude(claim)
 
     async def claim_trial_async(self, timeout: float) -> bool:
-        """The same, for asyncio and trio without holding up the event loop."""
+        """Answers as `claim_trial` does. An event loop of asyncio or trio runs other
+        tasks meanwhile."""
         wait, hear = _waiter(self._patience)
         claim = self._ask(timeout, hear)
         try:
@@ -282,7 +284,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return self._conclude(claim)
 
     def release_trial(self) -> None:
-        """Give the claim back; in Redis after all that is in the outbox before it."""
+        """Give the claim of this process back. The courier sends what is in the outbox
+        already before Redis drops the claim."""
         with self._mutex:
             claim, self._claim = self._claim, None
         self._give_back(claim)
@@ -338,8 +341,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     # What the threads of the courier call.
 
     def _due_at(self) -> float:
-        """The moment, by the monotonic clock, of the next exchange that does not wait
-        for the round of all storages; -inf for at once, inf for none."""
+        """The moment, by the monotonic clock, of the next exchange that this storage
+        needs before the round of all storages: -inf for at once, inf for none."""
         with self._mutex:
             membership = self._membership
             # While Redis is away the outbox waits for the next round.
@@ -351,8 +354,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     def _follow(
         self, view: _View, has_moved: bool, age: float, trip: _Trip | None
     ) -> None:
-        """Follow the circuit in Redis if that has moved, or else judge the trip. `age`
-        is that of the opening in the view."""
+        """Follow the circuit in Redis if it has moved there, else judge `trip`. `age`
+        is the age, in seconds, of the opening in `view`."""
         with self._mutex:
             membership = self._membership
             if has_moved and self._outbox.state is None:
@@ -375,7 +378,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             self._view, membership.is_new = view, False
 
     def _go_away(self, why: str, unsent: _Outbox | None = None) -> None:
-        """Put an outbox back. From now on this process goes by its own circuit."""
+        """Let this process go by its own circuit from now on. `unsent` is the outbox of
+        an exchange that has failed; `why` is for the log."""
         with self._mutex:
             if unsent is not None:
                 self._outbox.put_under(unsent)
@@ -399,8 +403,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     # What begins and ends a process.
 
     def _notify_when_sent(self) -> threading.Event:
-        """An event that is set after the exchange of all that is in the outbox now,
-        whether or not the exchange goes well."""
+        """Returns an event that the courier sets after the exchange of all that is in
+        the outbox now, whether or not the exchange goes well."""
         done = threading.Event()
         with self._mutex:
             self._outbox.waiting.append(done)
@@ -408,7 +412,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return done
 
     def _last_words(self) -> threading.Event | None:
-        """The same at the end of the process, or None if all has been sent."""
+        """Called at the end of the process. Returns an event as `_notify_when_sent`
+        does, or None if all has been sent."""
         with self._mutex:
             if self._membership.unconfirmed is not None:
                 self._announce(STATE_OPEN)  # there will be no view to judge the trip
@@ -427,8 +432,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
 
 
 class _Opening(NamedTuple):
-    """The last opening. It is replaced as a whole, as a breaker may read it without the
-    lock."""
+    """The last opening. The storage replaces this object as a whole, because a breaker
+    may read the opening without the lock."""
 
     moment: datetime | None  # as `opened_at` says it
     storage: CircuitMemoryStorage  # knows the rule of clocks
@@ -438,8 +443,8 @@ class _Opening(NamedTuple):
     def at(
         cls, moment: datetime | None, age: float | None = None, move: Any = None
     ) -> _Opening:
-        """At `moment` by the clock of this host, or `age` seconds ago, where the moment
-        is by the clock of Redis."""
+        """An opening at `moment` by the clock of this host; or, if `moment` is by the
+        clock of Redis, an opening `age` seconds ago."""
         storage = CircuitMemoryStorage(STATE_OPEN)
         if age is None:
             storage.opened_at = moment
@@ -466,15 +471,15 @@ class _Membership:
 
     @property
     def opened_alone(self) -> bool:
-        """Whether the opening here is not, or not yet, the fleet's."""
+        """Whether the circuit is open here and the fleet has not followed."""
         return self.is_apart or self.unconfirmed is not None
 
     def wait_no_longer(self) -> None:
-        """Take an unconfirmed trip for one that Redis does not confirm."""
+        """Treat an unconfirmed trip as a trip that Redis does not confirm."""
         self.unconfirmed, self.is_apart = None, self.opened_alone
 
     def rejoin(self) -> None:
-        """The circuit of this process and that of the fleet are one again."""
+        """Take in that the circuits of this process and of the fleet agree again."""
         self.unconfirmed, self.is_apart = None, False
 
 
@@ -486,17 +491,17 @@ class _Trip(NamedTuple):
 
 
 class _Count(NamedTuple):
-    """What has become of a counter."""
+    """A change of a counter: set to a number, added to, or both in that order."""
 
-    base: int | None  # the number that it was set to, or None
-    added: int  # what was added to that number, or else to the one that was there
+    base: int | None  # the number that the counter was set to; None if it was not set
+    added: int  # the number that was added afterwards
 
     def after(self, number: int) -> int:
-        """What the counter says, where it said `number`."""
+        """The counter after this change, where the counter was `number`."""
         return (number if self.base is None else self.base) + self.added
 
     def then(self, later: _Count) -> _Count:
-        """This, and then `later`."""
+        """The change that does the same as this change and then `later`."""
         if later.base is not None:
             return later
         return _Count(self.base, self.added + later.added)
@@ -506,8 +511,8 @@ _ADD_NOTHING, _ADD_ONE, _RESET = _Count(None, 0), _Count(None, 1), _Count(0, 0)
 
 
 class _Outbox:
-    """What a storage has to send. An exchange takes the whole outbox, and puts it back
-    if it fails."""
+    """What a storage has to send. An exchange takes the whole outbox; an exchange that
+    fails puts the outbox back."""
 
     __slots__ = ("counts", "state", "opening", "asked", "returned", "waiting")
 
@@ -528,7 +533,7 @@ class _Outbox:
         self.counts[key] = self.counts.get(key, _ADD_NOTHING).then(count)
 
     def put_under(self, older: _Outbox) -> None:
-        """Put an older outbox back. What is in this one is newer and wins."""
+        """Put back an older outbox. What this outbox has is newer and wins."""
         newer, self.counts = self.counts, older.counts
         for key, count in newer.items():
             self.count(key, count)
@@ -538,7 +543,7 @@ class _Outbox:
         self.returned += [claim for claim in older.returned if claim.is_safe()]
 
     def drop_failures(self) -> None:
-        """Forget what the counts are, and keep that they were reset."""
+        """Forget what was added to the counters, and keep which were reset."""
         self.counts = {key: _RESET for key, c in self.counts.items() if c.base == 0}
 
 
@@ -558,18 +563,19 @@ class _Claim:
             self.granted = granted
             try:
                 self._hear()
-            except Exception as exc:  # the event loop of the caller is gone
+            except Exception as exc:  # the caller's event loop is gone
                 _log(logging.DEBUG, "nobody waits for the answer any more: %r", exc)
 
     def is_safe(self) -> bool:
-        """Whether the claim will be this process's still when Redis hears that it is
-        given back."""
+        """Whether Redis will still have this claim, and no other process's, when Redis
+        hears that the claim is given back."""
         left = self._end - time.monotonic()
         return left > min(_SAFE, self.lease / 4000)
 
 
 class _Circuit(NamedTuple):
-    """The circuit as Redis has it; `opened_at` and `opening` of an open one only."""
+    """The circuit as Redis has it. `opened_at` and `opening` are None unless `state` is
+    ``'open'``."""
 
     state: Any
     opened_at: str | None
@@ -580,8 +586,8 @@ class _Circuit(NamedTuple):
         return self[:2] != expected[:2] or self.opening not in (None, expected.opening)
 
     def commands(self) -> list[_Command]:
-        """The commands that write it. The state comes last: no process may see a
-        circuit open that has no moment of opening."""
+        """The commands that write the circuit. The state comes last: no process may see
+        an open circuit without a moment of opening."""
         commands: list[_Command] = []
         if self.opening is not None:
             commands.append(("SET", "opening", self.opening))
@@ -602,7 +608,7 @@ class _FoundMove(NamedTuple):
 
 
 class _View:
-    """What there is in Redis under the keys of one circuit."""
+    """What Redis has under the keys of one circuit, read from `replies`."""
 
     keys = ("state", "fail_counter", "success_counter", "opened_at", "opening")
 
@@ -643,8 +649,8 @@ class _View:
             return None
 
     def note_error(self, key: str, reply: Any) -> None:
-        """The key is broken if the reply is a complaint about its value. Any other
-        complaint is raised."""
+        """Note that a key is broken, if the reply is an error about the key's value.
+        Raises any other error."""
         if isinstance(reply, Exception):
             about_values = "WRONGTYPE", "wrong kind", "not an integer"
             if not any(part in str(reply) for part in about_values):
@@ -693,7 +699,7 @@ class _Exchange:
     """One circuit's part in a pass: what it sends, and what comes of the replies."""
 
     def __init__(self, storage: CircuitRedisStorage) -> None:
-        """Take the outbox, and what is needed to send it."""
+        """Take the outbox from the storage, and copy what the steps need to know."""
         with storage._mutex:
             self.storage = storage
             self.outbox, storage._outbox = storage._outbox, _Outbox()
@@ -704,8 +710,9 @@ class _Exchange:
             self.expected = storage._view.circuit
 
     def steps(self, clock: _Clock) -> _Steps:
-        """A generator: each step yields commands, and is sent the replies of Redis or
-        thrown the error of the pipeline. Any error is this circuit's alone."""
+        """A generator. Each step yields commands; the courier sends in the replies of
+        Redis, or throws in the error of the pipeline. An error concerns this circuit
+        alone."""
         storage, outbox = self.storage, self.outbox
         try:
             view = yield from self._view_after(self._writes(clock))
@@ -723,7 +730,7 @@ class _Exchange:
                 done.set()
 
     def _writes(self, clock: _Clock) -> list[_Command]:
-        """The outbox as commands."""
+        """The commands that send the outbox. Sets `expected`."""
         outbox = self.outbox
         writes: list[_Command] = []
         if outbox.state is not None and self.membership.is_away:
@@ -757,8 +764,8 @@ class _Exchange:
     def _view_after(
         self, writes: list[_Command]
     ) -> Generator[list[_Command], Any, _View]:
-        """Send the writes, and return what Redis has then. What is missing or makes no
-        sense is put in order before that: a flush does not close a circuit."""
+        """Send the writes, and return what Redis has afterwards. Repairs keys that are
+        missing or broken first: a flush of Redis closes no circuit."""
         reads = _View.commands(bool(self.outbox.asked or self.outbox.returned))
         for _ in range(3):
             replies = yield self._with_prefix(writes + reads)
@@ -834,16 +841,16 @@ class _Exchange:
 
 class _Courier:
     """Makes passes for all storages of one client, in a thread of its own, until the
-    last of them is gone. As some clients wait for ever, a second thread, the watch,
+    last storage is gone. Some clients wait for ever, so a second thread, the watch,
     notices when Redis is silent."""
 
     def __init__(self, client: Any) -> None:
         self.link = _Link(client)
-        self.refresh = math.inf  # the smallest of the storages'
-        self.patience = 0.0  # the longest
-        self._members: dict[int, weakref.ref[CircuitRedisStorage]] = {}  # by their id
-        # Those that have something to send or are in a pass, by their id, so that none
-        # is collected before.
+        self.refresh = math.inf  # seconds: the smallest `refresh` of the storages
+        self.patience = 0.0  # seconds: the longest `patience` of the storages
+        self._members: dict[int, weakref.ref[CircuitRedisStorage]] = {}  # by id()
+        # The storages that have something to send or are in a pass, by id(), so that
+        # none of them is collected before.
         self._kept: dict[int, CircuitRedisStorage] = {}
         self._next_round = -math.inf  # when all storages are in the pass
         self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -853,7 +860,8 @@ class _Courier:
         self._threads: list[threading.Thread] = []
 
     def wake(self, storage: CircuitRedisStorage) -> None:
-        """The storage has something to send, or a trip to be confirmed."""
+        """Make a pass soon, for a storage that has something to send or whose trip is
+        unconfirmed."""
         self._kept[id(storage)] = storage
         if self._signals.empty():  # a million failures leave one signal
             self._signals.put(None)
@@ -863,7 +871,7 @@ class _Courier:
         return id(storage) in self._kept
 
     def add(self, storage: CircuitRedisStorage) -> None:
-        """Carry for this storage too. Gate held."""
+        """Take a storage into the passes. Gate held."""
 
         # The storage may be collected anywhere, so this takes no lock.
         def lose(_: object, key: int = id(storage)) -> None:
@@ -875,12 +883,12 @@ class _Courier:
         self.patience = max(self.patience, storage._patience)
 
     def storages(self) -> list[CircuitRedisStorage]:
-        """Those that are alive, and are kept alive by the list."""
+        """The storages that are alive; the list keeps them alive."""
         found = (member() for member in self._members.copy().values())
         return [storage for storage in found if storage is not None]
 
     def start(self) -> None:
-        """Begin, or go on after `stop`. Gate held."""
+        """Start both threads, or let them go on after `stop`. Gate held."""
         self._is_stopping = False
         if not self._over.is_set():
             return
@@ -912,7 +920,7 @@ class _Courier:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         for thread in self._threads:
-            # What join() waits for, the system may see a moment later.
+            # The system may still show a thread for a moment after join() returns.
             task = f"/proc/self/task/{thread.native_id}"
             while os.path.exists(task) and time.monotonic() < end:
                 time.sleep(0.0001)
@@ -977,8 +985,8 @@ class _Courier:
             replies = self._send(commands) if commands else {}
 
     def _send(self, commands: dict[_Steps, list[_Command]]) -> dict[_Steps, Any]:
-        """Send the commands of all circuits in one pipeline, and return the replies for
-        each. If the pipeline fails, it fails for all, and there are none."""
+        """Send the commands of all circuits in one pipeline, and return the replies of
+        each circuit. A pipeline that fails fails for all circuits: no replies."""
         try:
             replies = iter(self.link.run(list(chain.from_iterable(commands.values()))))
         except Exception as exc:
@@ -1008,7 +1016,8 @@ _gate = threading.RLock()
 
 
 def _join_courier(storage: CircuitRedisStorage) -> None:
-    """Give the storage the courier of its client, whose passes it is in from now on."""
+    """Give the storage the courier of its client, which takes the storage into its
+    passes from now on."""
     client = storage._client
     _deliver_at_the_end_of_processes()
     with _gate:
@@ -1052,8 +1061,8 @@ def _after_fork_in_child() -> None:
 
 
 def _at_exit() -> None:
-    """Wait until all storages have sent what they have to send, each for no longer than
-    its patience."""
+    """Wait until all storages have sent what they have to send; for each of them at
+    most its `patience`."""
     begin = time.monotonic()
     with _gate:
         storages = [s for courier in _couriers.values() for s in courier.storages()]
@@ -1089,17 +1098,18 @@ atexit.register(_at_exit)
 
 
 class _Link:
-    """The way to Redis, for the courier's thread alone. Whatever the client is, this
-    returns texts as str, and runs the coroutines of asyncio clients to their end."""
+    """The connection to Redis, for the courier's thread alone. Returns texts as str,
+    and runs the coroutines of an asyncio client to their end."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
-        self.asked_at: float | None = None  # while there is no answer
+        self.asked_at: float | None = None  # a moment, while Redis owes an answer
         self._own: Any = None
         self._loop: Any = None
 
     def run(self, commands: list[_Command]) -> list[Any]:
-        """Send commands in one pipeline. Complaints of Redis are among the replies."""
+        """Send commands in one pipeline. Errors that Redis answers are among the
+        replies."""
         pipe = self._connected().pipeline(transaction=False)
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
@@ -1109,19 +1119,19 @@ class _Link:
         ]
 
     def silence(self) -> float:
-        """The seconds for which there has been no answer."""
+        """For how many seconds Redis has owed an answer; 0.0 if Redis owes none."""
         asked_at = self.asked_at
         return 0.0 if asked_at is None else time.monotonic() - asked_at
 
     def time(self) -> float:
         """The time by the clock of Redis."""
         now = self._answer(self._connected().time)
-        if isinstance(now, dict):  # that of each node of a cluster
+        if isinstance(now, dict):  # the time of each node of a cluster
             now = next(iter(now.values()))
         return float(now[0]) + float(now[1]) / 1e6
 
     def close(self) -> None:
-        """Close the connection, unless it is that of the program's client."""
+        """Close the connection, unless it belongs to the program's client."""
         own, loop = self._own, self._loop
         self._own = self._loop = None
         if loop is not None:
@@ -1135,8 +1145,8 @@ class _Link:
                 loop.close()
 
     def _connected(self) -> Any:
-        """The program's client, or one like it if that is for asyncio: such a client
-        belongs to the program's event loop."""
+        """The program's client; for an asyncio client, which belongs to the program's
+        event loop, another client with the same settings."""
         if not _is_async(self.client):
             return self.client
         if self._own is None:
@@ -1182,15 +1192,16 @@ def _new_loop() -> Any:
 
 
 class _Clock:
-    """The clock of Redis, which is asked at most once in a pass."""
+    """The clock of Redis. A pass asks Redis for the time at most once."""
 
     def __init__(self, link: _Link) -> None:
         self._link = link
-        self._ahead: float | None = None  # of the monotonic clock here; NaN: no answer
+        # Seconds by which Redis is ahead of the monotonic clock here; NaN: no answer.
+        self._ahead: float | None = None
 
     def moment_of(self, opened: float) -> str | None:
-        """What to write for a moment of the monotonic clock: whole seconds,
-        rounded up, as older releases read no others."""
+        """The text that Redis gets for a moment of the monotonic clock: whole seconds,
+        rounded up, because older releases read no fractions."""
         return None if opened == -math.inf else str(math.ceil(opened + self._asked()))
 
     def age_of(self, opened_at: str | None) -> float:
@@ -1201,7 +1212,7 @@ class _Clock:
 
     def _asked(self) -> float:
         if self._ahead is None:
-            self._ahead = math.nan  # so that it is not asked again if this fails
+            self._ahead = math.nan  # if Redis fails to answer, the pass asks no more
             self._ahead = self._link.time() - time.monotonic()
         if math.isnan(self._ahead):
             raise RuntimeError("Redis has not told the time")
@@ -1209,8 +1220,8 @@ class _Clock:
 
 
 def _client_behind(redis_object: Any) -> Any:
-    """The client, also if `redis_object` is a proxy of one, such as Werkzeug's
-    LocalProxy, which hides the class and may not be used by another thread."""
+    """The client itself, even if `redis_object` is a proxy such as Werkzeug's
+    LocalProxy: a proxy hides the client's class, and other threads may not use it."""
     method = getattr(redis_object, "pipeline", None)
     for client in (getattr(method, "__self__", None), redis_object):
         if not isinstance(client, type) and all(
@@ -1231,9 +1242,9 @@ def _is_async(client: Any) -> bool:
 
 
 def _waiter(patience: float) -> Any:
-    """A coroutine function that waits on the event loop that runs here, for at most
-    `patience` seconds, and a function for any thread that ends the waiting."""
-    # The errors are those of a library that is not loaded or does not run here.
+    """Returns a coroutine function that waits on the running event loop for at most
+    `patience` seconds, and a function by which any thread ends that waiting."""
+    # A library that is not loaded, or does not run here, raises one of these errors.
     with contextlib.suppress(KeyError, AttributeError, RuntimeError):
         trio: Any = sys.modules["trio"]
         trio.lowlevel.current_task()
