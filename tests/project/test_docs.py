@@ -533,7 +533,7 @@ def test_storage_of_the_example_keeps_the_circuit(page, clock):
 
 
 def test_storage_of_the_example_sees_a_circuit_through_to_its_recovery(page):
-    """It counts trials, and is closed by the last one that is needed."""
+    """The storage counts trials, and the last one needed closes the circuit."""
     example = page.run("storages", "A storage of your own")
     weather, storage = example.weather, storage_of(example.weather)
     weather.success_threshold = 2
@@ -790,7 +790,7 @@ def test_trap_of_successes_in_between(page):
 
 
 def test_trap_of_a_breaker_for_each_request(page, service):
-    """It never counts to five; one for each host does."""
+    """Such a breaker never counts to five; a breaker for each host does."""
     example = page.run("trouble", "A breaker is made for each request")
     service.error = OSError()
     for _ in range(10):
@@ -810,7 +810,7 @@ def test_trap_of_a_guarded_function_in_a_guarded_function(page, service):
 
 
 def test_trap_of_a_timeout_of_gevent(page, service):
-    """One for the whole request says nothing; any other is a failure."""
+    """A timeout for the whole request is no failure; any other timeout is one."""
     example = page.run("trouble", "A timeout of gevent comes from outside")
     for error, count in (example.RequestTimeout(10), 0), (example.gevent.Timeout(1), 1):
         service.error = error
@@ -884,7 +884,7 @@ def test_trap_of_retry_after_while_a_trial_runs(page, clock):
 
 
 def test_trap_of_a_bug_in_a_trial_with_a_white_list(page):
-    """It neither closes nor opens the circuit."""
+    """A bug in a trial neither closes nor opens the circuit."""
     title = "The circuit closes although the service is down"
     weather = page.run("trouble", title).weather
     weather.half_open()
@@ -912,7 +912,7 @@ def test_trap_of_a_guarded_handler(page, service):
 
 
 def test_wrapper_of_older_programs_keeps_working(page, service, clock):
-    """And what takes its place does the same."""
+    """The code that replaces the wrapper does the same."""
     example = page.run("moving", "Delete your wrapper")
     get = example.async_client.get
     wrapped = example.call_guarded(example.weather, get, "/paris")

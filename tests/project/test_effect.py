@@ -78,7 +78,7 @@ def test_retries_keep_a_recovered_server_down_unless_there_is_a_breaker(
 def test_a_fixed_minute_refuses_for_fifty_seconds_after_an_outage_of_ten(
     simulation, live_through
 ):
-    """It opens half a second after the outage began, so no trial is sent in it."""
+    """The circuit opens at the outage's start, so no trial is due before it ends."""
     rule = simulation.IN_A_ROW._replace(reset_timeout=60.0)
     found = live_through("outages", rule)
     assert found["late 10 s"] == pytest.approx(50.5, abs=1.0)
@@ -88,7 +88,7 @@ def test_a_fixed_minute_refuses_for_fifty_seconds_after_an_outage_of_ten(
 def test_a_wait_that_doubles_refuses_for_five_seconds_after_an_outage_of_ten(
     simulation, live_through
 ):
-    """It waits 1, 2, 4 and 8 s, each up to a tenth less, with a trial after each."""
+    """The breaker waits 1, 2, 4 and 8 s, each up to a tenth less, before a trial."""
     rule = simulation.IN_A_ROW._replace(**simulation.GROWTH)
     found = live_through("outages", rule)
     assert 3.0 < found["late 10 s"] < 7.0
@@ -97,7 +97,7 @@ def test_a_wait_that_doubles_refuses_for_five_seconds_after_an_outage_of_ten(
 
 @pytest.mark.parametrize("scenario", ["half_of_one", "outages"])
 def test_a_seed_gives_the_same_figures_each_time(simulation, live_through, scenario):
-    """The lengths of openings that grow come from the seed, too."""
+    """The lengths of openings that grow also come from the seed."""
     rule = simulation.WINDOW._replace(**simulation.GROWTH)
     once, again, other = (live_through(scenario, rule, seed) for seed in (1, 1, 2))
     assert once == again != other

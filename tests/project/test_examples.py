@@ -141,7 +141,7 @@ def test_outage_tells_time_forwards(text):
 
 
 def test_outage_shows_the_circuit_opening_and_closing_again(transitions):
-    """It starts closed, opens, closes, and takes only steps that there are."""
+    """The circuit starts closed, opens, closes, and makes only legal moves."""
     states = ["closed", *(state.lower() for state, _ in transitions)]
     assert {"open", "half-open", "closed"} == set(states[1:])
     for state, following in zip(states, states[1:]):
@@ -418,7 +418,7 @@ def test_fleet_with_one_circuit_fails_less_until_all_refuse(fleet_table):
 def test_fleet_with_one_circuit_sends_one_trial_for_each_timeout(
     fleet_story, fleet_table
 ):
-    """And apart each process sends its own."""
+    """Processes with a circuit each send trials of their own."""
     alone, shared = fleet_table["as trials"]
     before, _, after = (
         [time for _, time, *_ in rows]

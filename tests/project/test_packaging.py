@@ -141,10 +141,10 @@ def test_sdist_holds_what_it_takes_to_build_test_and_read_it(built):
 
 
 def test_wheel_can_be_built_from_the_sdist(built, tmp_path):
-    """And it is the same as the one built from the repository."""
+    """That wheel has the same files as the wheel built from the repository."""
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        # Newer Pythons want to be told, older ones know nothing of it.
+        # Newer Pythons want a filter named; older ones have none.
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(tmp_path)
     (source,) = tmp_path.iterdir()
@@ -155,7 +155,7 @@ def test_wheel_can_be_built_from_the_sdist(built, tmp_path):
 
 
 def test_stub_has_every_public_name(make_stub):
-    """It is a module that defines each name in ``__all__`` and is not code."""
+    """The stub defines each name in ``__all__``, and its functions have no bodies."""
     stub = ast.parse(make_stub((ROOT / "pybreaker.py").read_text(encoding="utf-8")))
     defined = set()
     for node in stub.body:

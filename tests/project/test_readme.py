@@ -25,17 +25,17 @@ QUICKEST = "README.rst", "The quickest useful example"
     "page", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst", "SECURITY.rst"]
 )
 def test_page_renders_without_a_warning(page):
-    """Nor does it use what PyPI does not allow."""
+    """The page uses nothing that PyPI does not allow."""
     assert list(parse(source_of(page)).findall(nodes.section))
 
 
 def test_readme_fits_on_two_screens():
-    """Whoever has five minutes reads all of it."""
+    """A reader with five minutes can read all of README."""
     assert README.count("\n") <= 250
 
 
 def test_changelog_begins_with_the_version_that_is_built():
-    """Its first heading and setup.py name the same one."""
+    """The first version in the changelog is the version in setup.py."""
     version = re.search(r'version="([^"]+)"', source_of("setup.py"))[1]
     newest = next(parse(source_of("CHANGELOG.rst")).findall(nodes.section))
     titles = [title.astext() for title in newest.findall(nodes.title)]
@@ -44,7 +44,7 @@ def test_changelog_begins_with_the_version_that_is_built():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
 def test_every_block_is_of_a_kind_that_is_run(block):
-    """No block is skipped because nobody knew what to do with it."""
+    """No block is skipped because the tests do not know its kind."""
     assert block.kind in RUNNERS
 
 
@@ -61,7 +61,7 @@ def test_every_block_is_of_a_kind_that_is_run(block):
 )
 @pytest.mark.parametrize("page", ["README.rst", "docs/guide.rst"])
 def test_block_of_another_kind_is_found_and_refused(kind, source, page):
-    """So the test before this one can fail."""
+    """The check that every block is of a known kind can fail."""
     (block,) = blocks_of(f"Title\n=====\n\n{source}", page)
     assert (block.section, block.kind) == ("Title", kind)
     with pytest.raises(KeyError):
@@ -87,13 +87,13 @@ def test_block_that_does_not_work_is_noticed(kind, text):
 
 @pytest.mark.parametrize("block", blocks_of(source_of("CONTRIBUTING.rst")), ids=str)
 def test_contributors_commands_can_be_given(block):
-    """They need files that are there."""
+    """The files that the commands need are there."""
     run(block, {})
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_section_runs_as_it_is_written(documents, section):
-    """Its blocks in order, after those of the quickest example."""
+    """The section's blocks run in order, after those of the quickest example."""
     documents.run("README.rst", section)
 
 

@@ -378,7 +378,7 @@ CLOSED = [way for way in WAYS if way is not async_context_manager_over_it]
 def test_a_coroutine_that_is_closed_at_any_await_decides_nothing(
     way, situation, clock, recorder
 ):
-    """As an event loop does that goes away before its tasks have ended."""
+    """An event loop that ends before its tasks closes their coroutines."""
     if sys.implementation.name == "pypy" and "slow" in situation.__name__:
         if "async_generator" in way.__name__:
             pytest.skip("PyPy leaves async generators that wait where they are")
@@ -462,7 +462,7 @@ def test_a_trial_that_was_admitted_and_never_ran_gives_its_place_back_with_time(
 def test_a_call_within_a_trial_that_is_cancelled_leaves_the_trial_its_place(
     way, clock, recorder
 ):
-    """It has no place to give back, and the trial goes on to decide."""
+    """The inner call has no place to give back, and the trial goes on to decide."""
     total = number_of_awaits(way, closed, clock)
     for awaits in range(1, total + 1):
         breaker = half_open(clock)
@@ -673,7 +673,7 @@ def test_a_generator_that_is_cancelled_at_any_yield_decides_nothing(
 def test_a_generator_that_is_closed_at_any_yield_has_succeeded(
     make, decorate, situation, yields, how, clock, recorder
 ):
-    """Whoever closes it has seen enough; a trial recovers the circuit."""
+    """Closing a generator counts as a success, and in a trial closes the circuit."""
     breaker, generator = begun(situation, clock, recorder, make, decorate, yields)
     if how == "close":
         generator.close()
@@ -707,7 +707,7 @@ def test_a_failure_that_is_thrown_in_at_any_yield_counts_once(
 def test_what_a_generator_swallows_at_any_yield_decides_nothing_yet(
     make, decorate, situation, yields, clock, recorder
 ):
-    """It goes on, holds its place, and is settled when it ends."""
+    """The generator goes on, holds its place, and is settled when it ends."""
     breaker, generator = begun(situation, clock, recorder, make, decorate, yields)
     thrown = KeyError()
     with contextlib.suppress(generator.end):
@@ -726,7 +726,7 @@ def test_what_a_generator_swallows_at_any_yield_decides_nothing_yet(
 def test_a_generator_that_is_cancelled_before_its_first_step_was_no_call(
     make, decorate, situation, how, clock, recorder
 ):
-    """It was not admitted, so it holds no place."""
+    """The generator was not admitted, so it holds no place."""
     began_as = situation(clock).current_state
     breaker, generator = begun(situation, clock, recorder, make, decorate, 0)
     if how == "close":

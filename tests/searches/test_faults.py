@@ -458,7 +458,7 @@ MOVES = {
 def test_a_storage_that_raises_at_any_use_by_hand_only_tells_who_asked(
     prepare, fault, after, move, clock
 ):
-    """The same rule for steering, watching and driving by hand."""
+    """The caller gets what the storage raised, and the circuit works again after."""
     number = 0
     while True:
         the = Situation(clock, prepare)
@@ -565,7 +565,7 @@ def test_a_move_that_a_storage_has_interrupted_is_forgotten(clock):
 
 @every_fault
 def test_a_storage_that_cannot_be_read_makes_no_breaker(fault, clock):
-    """Whoever makes the breaker hears of it."""
+    """What the storage raises reaches the code that makes the breaker."""
     storage = Storage()
     storage.fail(0, fault())
     with pytest.raises(fault) as raised:
@@ -722,8 +722,8 @@ def test_a_listener_that_raises_at_any_position_is_only_logged(
 def test_an_interruption_in_a_listener_at_any_position_reaches_the_caller(
     event, place, error, guard, clock
 ):
-    """Those in front have heard, those behind have not; the call is over, its
-    place is free and everybody goes on."""
+    """The listeners in front have heard, those behind have not; the call is over and
+    its place is free."""
     armed = []
 
     def interrupt(self, cb):
@@ -893,7 +893,7 @@ def test_a_listener_may_use_the_breaker_at_any_position(
 
 @pairwise(event=EVENTS, place=range(NUMBER), guard=GUARDS)
 def test_a_listener_may_remove_itself_at_any_event(event, place, guard, clock):
-    """It hears no more; the others hear everything, once, in their order."""
+    """The removed listener hears no more; the rest hear everything, once, in order."""
     everything, listeners = witnesses(None, None, None)
     live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
     book, listeners = witnesses(event, place, lambda self, cb: cb.remove_listener(self))
@@ -924,7 +924,7 @@ def test_a_listener_may_add_another_at_any_event(event, place, guard, clock):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_listener_may_remove_the_next_one_at_any_event(event, guard, clock):
-    """Who was there when the telling began is still told of that."""
+    """The removed listener is still told of the event that was being told."""
     everything, listeners = witnesses(None, None, None)
     live(CircuitBreaker(2, TIMEOUT, listeners=listeners, **TO_THE_END), clock, guard)
 
@@ -943,7 +943,7 @@ def test_a_listener_may_remove_the_next_one_at_any_event(event, guard, clock):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_listener_that_blocks_holds_others_up_and_loses_nothing(event, guard):
-    """The others wait their turn, are told of after that, and all count."""
+    """The other calls wait their turn, are told of after that, and all count."""
     blocking, go_on, book = threading.Event(), threading.Event(), []
 
     @once
@@ -1007,7 +1007,7 @@ class Odd(Exception):
 def test_a_predicate_that_raises_at_any_position_is_only_logged(
     place, error, excluder, guard, caplog
 ):
-    """It did not exclude; the others are asked in their order until one does."""
+    """A predicate that raises excludes nothing; the next ones are asked in order."""
     asked = []
 
     def predicate(number):
@@ -1037,7 +1037,7 @@ def test_a_predicate_that_raises_at_any_position_is_only_logged(
 def test_an_interruption_in_a_predicate_at_any_position_decides_nothing(
     place, error, circuit, guard, recorder
 ):
-    """It reaches the caller over what the function raised; the place is free."""
+    """The interruption hides what the function raised; the place is free."""
     exclude = [lambda exc: False] * NUMBER
     exclude[place] = raising(error)
     breaker = CircuitBreaker(1, TIMEOUT, exclude=exclude)
@@ -1093,7 +1093,7 @@ def test_a_predicate_may_use_the_breaker(use, expected, guard):
 
 @pytest.mark.parametrize("circuit", ["closed", "half-open"])
 def test_a_predicate_may_wait_for_another_thread_that_uses_the_breaker(circuit, guard):
-    """It is asked outside the lock."""
+    """The predicate is asked outside the lock."""
     seen = []
 
     def judge(exc):
@@ -1122,8 +1122,8 @@ SETTINGS = ["ignore", "exclude", "include"]
 def test_a_predicate_of_any_setting_that_raises_did_not_match(
     setting, error, guard, caplog
 ):
-    """It is logged; the exception is then a failure, or where it was to be included
-    a success, and reaches the caller untouched."""
+    """The function's exception counts as a failure (with `include`, as a success) and
+    reaches the caller untouched; what the predicate raised is logged."""
     breaker = CircuitBreaker(5, **{setting: [raising(error)]})
     odd = Odd()
     with pytest.raises(Odd) as raised:
@@ -1138,7 +1138,7 @@ def test_a_predicate_of_any_setting_that_raises_did_not_match(
 def test_an_interruption_in_a_predicate_of_any_setting_decides_nothing(
     setting, error, circuit, guard, recorder
 ):
-    """It reaches the caller over what the function raised; the place is free."""
+    """The interruption hides what the function raised; the place is free."""
     breaker = CircuitBreaker(1, TIMEOUT, **{setting: [raising(error)]})
     breaker.state = circuit
     breaker.add_listener(recorder)
@@ -1170,7 +1170,7 @@ def test_a_predicate_that_raises_about_a_result_is_only_logged(
 def test_an_interruption_in_a_predicate_about_a_result_decides_nothing(
     error, circuit, guard, recorder
 ):
-    """It reaches the caller in place of the result; the place is free."""
+    """The interruption reaches the caller, not the result; the place is free."""
     breaker = CircuitBreaker(1, TIMEOUT, failure_result=raising(error))
     breaker.state = circuit
     breaker.add_listener(recorder)

@@ -757,13 +757,13 @@ class Circuit:
         self.breaker.close()
 
     def write(self, state):
-        """As somebody else who moves the circuit."""
+        """Move the circuit in the storage, as another process does."""
         self.scheduler.touch()
         self.storage.state = state
         self.breaker.moves += 1
 
     def find(self, state):
-        """Look at once when somebody else has moved the circuit."""
+        """Move the circuit in the storage, and let the breaker look at once."""
         with self.lock:
             self.write(state)
             self.breaker.state  # noqa: B018
@@ -1782,7 +1782,7 @@ def test_promises_are_kept_in_every_order(scenario, keeps_promises):
 
 @pytest.mark.parametrize("scenario", SCENARIOS if DEEP else [], ids=str)
 def test_promises_are_kept_with_one_preemption_more(scenario, keeps_promises):
-    """Nor does one preemption more, where its orders can be counted."""
+    """Races with few enough orders are searched with one preemption more."""
     with Race(scenario) as race:
         alike = scenario.threads
         count = sum(1 for _ in explore(race.run, PREEMPTIONS, alike))
@@ -1793,13 +1793,13 @@ def test_promises_are_kept_with_one_preemption_more(scenario, keeps_promises):
 
 @pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)
 def test_a_library_without_a_lock_is_found_out(name):
-    """With a lock that lets everybody in, the same races are lost."""
+    """With a lock that lets every thread in, these races break a promise."""
     assert first_violation(named(name), lock=NoLock)
 
 
 @pytest.mark.parametrize("name", LOST_WITHOUT_ERAS)
 def test_a_library_that_compares_no_eras_is_found_out(name):
-    """Where a late outcome counts, the same races are lost."""
+    """Where a late outcome counts, these races break a promise."""
     assert first_violation(named(name), module=without_eras())
 
 
@@ -1941,7 +1941,7 @@ def test_what_threads_share_makes_a_step():
 
 
 def test_a_sample_has_more_preemptions_than_all_orders_that_were_run():
-    """And some of them two more."""
+    """Some orders of the sample have two preemptions more."""
     with Race(named("a trip against a look")) as race:
         counts = [
             preemptions_in(race.scheduler.trail) for _ in every_order(race, PREEMPTIONS)

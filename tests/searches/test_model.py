@@ -87,7 +87,7 @@ class Marked(Boom, Marker):
 
 
 class Gone(BaseException):
-    """A failure, too."""
+    """A BaseException that counts as a failure."""
 
 
 ABANDONING = (KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit)
@@ -199,7 +199,7 @@ class OldStorage(CircuitBreakerStorage):
 
 
 class Ask:
-    """Awaits an answer of whoever drives the coroutine."""
+    """Awaits an answer of the code that drives the coroutine."""
 
     def __init__(self, question):
         self.question = question
@@ -1338,7 +1338,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([None, 0, 3.0, 30, math.inf]))
     def open_for(self, seconds):
-        """Somebody opens the circuit for a time, and says why."""
+        """The program opens the circuit for a time, and gives the reason."""
         about = {"seconds": seconds, "reason": "the service is being mended"}
         self.both(
             lambda: move(self.breaker, OPEN, **about),
@@ -1390,7 +1390,7 @@ class Circuit(RuleBasedStateMachine):
     @precondition(lambda self: self.flights and not self.listeners)
     @rule(about=listeners, name=st.one_of(st.none(), states), index=indexes)
     def begin_to_listen(self, about, name, index):
-        """Somebody comes to hear of a call that has begun when nobody was there."""
+        """A listener is added while a call runs that began without listeners."""
         if name is not None:
             self.model.move(name)
             move(self.breaker, name)
@@ -1400,7 +1400,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(about=interrupters, way=plain_ways, exc=endings)
     def interrupt(self, about, way, exc):
-        """Somebody presses Ctrl-C while a listener is told of a call."""
+        """A listener is interrupted, as by Ctrl-C, while it is told of a call."""
         self.add_listener(about)
         self.call(way, "new", exc, [])
 
@@ -1630,7 +1630,7 @@ def search(clocks, kind, reached):
 
 @pytest.mark.parametrize("kind", list(STORAGES))
 def test_the_library_does_what_the_model_says(clocks, kind, record_property):
-    """And the search for a difference comes to each corner, if it may take its time."""
+    """A search that may take its time also reaches each corner."""
     reached = collections.Counter()
     of_a_kind = {"fleet": CORNERS_OF_A_FLEET, "memory": CORNERS_OF_A_WINDOW}
     corners = CORNERS + of_a_kind.get(kind, "")
