@@ -82,13 +82,13 @@ def test_every_block_is_of_a_kind_that_is_run(block):
     ("page", "tests"), RUN_ELSEWHERE.items(), ids=list(RUN_ELSEWHERE)
 )
 def test_page_of_a_companion_is_run_by_the_tests_of_the_companion(page, tests):
-    """They read the page that they are named with here."""
+    """The test file reads the page beside which it is named here."""
     assert Path(page).stem in source_of(tests)
 
 
 @pytest.mark.parametrize("path", RUN_ELSEWHERE)
 def test_page_of_a_companion_has_no_block_that_is_not_run(path):
-    """Its Python is run elsewhere, and its commands can be given in the repository."""
+    """Other tests run the page's Python, and its commands work in the repository."""
     for block in blocks_of(source_of(path), path):
         kinds = {"python", "text", *OTHER_KINDS.get(path, ())}
         if block.kind not in kinds:
@@ -99,7 +99,7 @@ def test_page_of_a_companion_has_no_block_that_is_not_run(path):
     ("path", "section"), [pytest.param(*each, id=" ".join(each)) for each in SECTIONS]
 )
 def test_section_runs_as_it_is_written(documents, path, section):
-    """Its blocks in order, after those of the first example."""
+    """The blocks of the section run in order, after the first example's blocks."""
     documents.run(path, section)
 
 
@@ -120,7 +120,7 @@ def test_table_of_arguments_has_each_one_with_its_default():
 
 
 def test_reference_has_every_public_name():
-    """Those of the module, and those of each companion."""
+    """The reference has the public names of the module and of each companion."""
     reference = source_of("docs/reference.rst")
     module, found = "", set()
     for directive, name in re.findall(r"^\.\. (\S+):: (\S+)$", reference, re.MULTILINE):
@@ -204,7 +204,7 @@ def test_instances_have_a_breaker_each_where_bound_methods_are_guarded(page, ser
 
 
 def test_call_hands_on_the_other_arguments(page, service):
-    """And gives back what the function returns."""
+    """`call` returns what the function returns."""
     example = page.run("guarding", "call")
     assert service.requests == ["/forecast/paris"]
     assert example.answer.text == "21.5"
@@ -221,7 +221,7 @@ def test_coroutines_are_guarded_for_their_whole_run(page, service):
 
 
 def test_generator_is_rejected_at_its_first_step(page, service):
-    """And so is no call that only makes it."""
+    """A call that only makes the generator is not rejected."""
     example = page.run("guarding", "Generators")
     assert list(example.readings("https://station.example")) == [21.5]
     example.weather.open()
@@ -310,7 +310,7 @@ def test_transitions_are_logged_and_calls_are_not(page, caplog):
 
 
 def test_what_listeners_and_predicates_raise_is_logged(page, caplog):
-    """With its traceback, and a predicate that raised did not exclude."""
+    """The log has the traceback, and a predicate that raised did not exclude."""
     weather = page.run(*BASIS).weather
     weather.add_excluded_exception(raiser(ZeroDivisionError()))  # takes no argument
     weather.add_listener(types.SimpleNamespace(failure=raiser(OSError())))
@@ -323,7 +323,7 @@ def test_what_listeners_and_predicates_raise_is_logged(page, caplog):
 
 
 def test_status_page_shows_infinite_times_as_null(page):
-    """It is JSON, with all there is to know."""
+    """The status page is JSON, with all that a snapshot tells."""
     with no_other_breakers():
         example = page.run("operating", "A status page")
         example.weather.open(float("inf"))
@@ -337,7 +337,7 @@ def test_status_page_shows_infinite_times_as_null(page):
 
 
 def test_only_certain_exceptions_count(page):
-    """Those that are named; every other one is an answer."""
+    """The named exceptions are failures; every other exception is a success."""
     weather = page.run("counting", "Count only certain exceptions").weather
     for exc in ConnectionRefusedError(), TimeoutError(), ValueError():
         with pytest.raises(type(exc)):
@@ -348,7 +348,7 @@ def test_only_certain_exceptions_count(page):
 
 
 def test_5xx_answers_open_the_circuit_and_4xx_answers_do_not(page, service):
-    """With a client that returns the answer."""
+    """The client returns the answer and does not raise."""
     example = page.run("counting", "Count an HTTP 5xx answer as a failure")
     service.status = 404
     for _ in range(10):
@@ -363,7 +363,7 @@ def test_5xx_answers_open_the_circuit_and_4xx_answers_do_not(page, service):
 
 @pytest.mark.parametrize(("status", "counted"), [(404, 0), (499, 0), (500, 1)])
 def test_raised_answers_count_from_500_on(page, service, status, counted):
-    """With a client that raises for every answer from 400 on."""
+    """The client raises for every answer from 400 on."""
     example = page.run("counting", "Count an HTTP 5xx answer as a failure")
     # Python 3.14 warns of an HTTPError that nobody has closed.
     with urllib.error.HTTPError("", status, "", {}, io.BytesIO()) as service.error:
@@ -416,7 +416,7 @@ def test_breakers_of_tenants_differ(page):
 
 
 def test_health_names_each_breaker_of_the_process(page):
-    """Without a list of the program's own."""
+    """The program keeps no list of breakers of its own."""
     with no_other_breakers():
         example = page.run("breakers", "All breakers of the process")
         example.weather.open()
@@ -424,7 +424,7 @@ def test_health_names_each_breaker_of_the_process(page):
 
 
 def test_observing_breaker_counts_and_never_opens(page):
-    """It knows the longest run of failures."""
+    """The breaker's listener knows the longest run of failures."""
     example = page.run("opening", "Have a breaker that only observes")
     for outcome in [OSError()] * 50 + [None] + [OSError()] * 20:
         if outcome is None:

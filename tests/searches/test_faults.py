@@ -1210,7 +1210,8 @@ def test_a_predicate_about_results_may_use_the_breaker(use, expected, guard):
 @returning
 @pytest.mark.parametrize("circuit", ["closed", "half-open"])
 def test_a_predicate_about_results_may_wait_for_another_thread(circuit, guard):
-    """It is asked outside the lock; another call is let through or rejected."""
+    """The predicate is called without the lock, so another call is admitted or rejected
+    meanwhile."""
     seen = []
 
     def judge(result):
@@ -1289,7 +1290,7 @@ class WithMetaclass(Exception, metaclass=Meta):
 
 
 class PlainBase(BaseException):
-    """No Exception, and none of those that abandon a call."""
+    """A BaseException that is no Exception and does not abandon a call."""
 
     def __repr__(self):
         raise RuntimeError("no words")
@@ -1316,7 +1317,7 @@ every_odd_error = pytest.mark.parametrize("error", ODD_ERRORS.values(), ids=ODD_
 
 @every_odd_error
 def test_an_odd_exception_is_a_failure_like_any_other(error, guard, recorder):
-    """It is counted once, told as it is, and reaches the caller."""
+    """The exception is counted once, told to listeners, and reaches the caller."""
     breaker = CircuitBreaker(listeners=[recorder])
     caught = caught_from(guard, breaker, raising(error))
     assert breaker.fail_counter == 1
@@ -1334,7 +1335,7 @@ def test_an_odd_exception_is_a_failure_like_any_other(error, guard, recorder):
 def test_an_odd_exception_opens_the_circuit_like_any_other(
     error, circuit, new_error, guard, caplog
 ):
-    """With the error that says so, or as it is; and the opening is logged."""
+    """The caller gets CircuitBreakerError or the exception; the opening is logged."""
     breaker = CircuitBreaker(1, throw_new_error_on_trip=new_error, name="odd")
     breaker.state = circuit
     caplog.clear()
@@ -1354,7 +1355,7 @@ def test_an_odd_exception_opens_the_circuit_like_any_other(
 
 @every_odd_error
 def test_an_odd_exception_can_be_excluded_like_any_other(error, guard, recorder):
-    """By a predicate: what it is makes no difference to a success."""
+    """A predicate excludes the exception, whatever its class does."""
     breaker = CircuitBreaker(1, listeners=[recorder])
     breaker.add_excluded_exception(lambda exc: True)
     caught = caught_from(guard, breaker, raising(error))
@@ -1366,7 +1367,8 @@ def test_an_odd_exception_can_be_excluded_like_any_other(error, guard, recorder)
 def test_a_class_whose_metaclass_raises_can_be_excluded_and_removed(
     guard, fail, boom, caplog
 ):
-    """Of its own instances Python knows; of others it is asked, and only logged."""
+    """Python knows the instances of the class without asking the metaclass. For other
+    exceptions the metaclass raises, and the breaker logs that."""
     breaker = CircuitBreaker(5, exclude=[WithMetaclass])
     with pytest.raises(BaseException) as raised:  # noqa: B017
         guard(breaker, raising(WithMetaclass()))
@@ -1437,7 +1439,7 @@ def log_filter(request):
 
 
 def broken_listener(event):
-    """One that breaks the first time."""
+    """A listener that raises the first time."""
 
     def hear(self, cb, *args, **kwargs):
         whole, self.whole = self.whole, False
@@ -1531,8 +1533,8 @@ everything_that_is_logged = pytest.mark.parametrize(
 def test_a_log_handler_may_wait_for_a_thread_that_uses_the_breaker(
     cause, number, handler
 ):
-    """Everything is logged when the lock has been released: a handler has a lock
-    of its own, and who holds that may be about to ask for the breaker's."""
+    """Records are logged when the lock has been released: a handler has a lock of its
+    own, and a thread that holds the handler's lock may wait for the breaker's."""
     seen = []
 
     def use(record):
@@ -1555,7 +1557,7 @@ def test_a_log_handler_may_wait_for_a_thread_that_uses_the_breaker(
 def test_a_log_handler_that_raises_changes_nothing(
     cause, number, where, handler, log_filter
 ):
-    """Neither does a filter; all the records are handed over, one by one."""
+    """A filter that raises breaks nothing, and gets each of the records."""
     expected = CircuitBreaker(1, TIMEOUT)
     cause(expected)
     breaker = CircuitBreaker(1, TIMEOUT)
@@ -1599,7 +1601,7 @@ def test_a_log_handler_may_use_the_breaker_itself(handler, clock, guard):
 
 
 def test_an_interruption_in_a_log_handler_reaches_the_caller(guard, handler, clock):
-    """As anywhere else; the move that it was about stands, the place is free."""
+    """The move that the record is about stands, and the place is free."""
     armed = [KeyboardInterrupt()]
 
     def interrupt(record):
@@ -1653,7 +1655,7 @@ def test_an_interruption_in_a_log_handler_as_a_trial_is_admitted_frees_the_place
 
 
 def test_what_happens_under_a_lock_that_is_held_is_logged_after_it(handler):
-    """By whoever uses the breaker next without holding it."""
+    """The next thread that uses the breaker, without the lock, logs the record."""
     log = handler(lambda record: None)
     breaker = CircuitBreaker(name="db")
     with lock_of(breaker):

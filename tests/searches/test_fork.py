@@ -100,7 +100,7 @@ def use(breaker):
 
 
 def run(program):
-    """Runs it with the library in a Python of its own."""
+    """Runs `program` with the library in a Python of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -158,7 +158,7 @@ def test_a_child_moves_the_circuit_for_reasons_of_its_own():
 
 
 def test_a_child_may_be_forked_with_the_lock_held():
-    """Its own is free, for its other threads too."""
+    """The child's lock is free, for all threads of the child."""
     run("""
         breaker = CircuitBreaker()
 
@@ -244,8 +244,8 @@ def test_a_child_may_be_forked_while_a_listener_is_told(event):
 
 @pytest.mark.parametrize("due", [False, True])
 def test_a_child_has_no_trial_of_its_parents(due):
-    """One that runs in a thread of the parent's holds no place in the child,
-    and keeps the one that it has in the parent."""
+    """A trial that runs in a thread of the parent holds no place in the child, and
+    keeps its place in the parent."""
     run(f"""
         breaker = CircuitBreaker(reset_timeout=60)
         if {due}:
@@ -279,8 +279,8 @@ def test_a_child_has_no_trial_of_its_parents(due):
 
 
 def test_a_child_that_was_forked_within_a_trial_is_outside_of_it():
-    """It goes on in the guarded function, whose trial is its parent's: that one
-    has no place in the child, so that a call there is a trial of the child's own."""
+    """The child goes on in the guarded function. The trial around that function is the
+    parent's and has no place in the child, so a call there is the child's own trial."""
     run("""
         breaker = CircuitBreaker(reset_timeout=60, success_threshold=2)
         breaker.half_open()
@@ -312,8 +312,8 @@ def test_a_child_that_was_forked_within_a_trial_is_outside_of_it():
 
 
 def test_a_trial_that_ends_in_the_child_gives_no_place_back_there():
-    """Nor does it release what its parent was granted: the place may be somebody
-    else's by then. Its outcome counts in the child's circuit."""
+    """The trial's outcome counts in the child's circuit. The child does not release the
+    claim that the parent was granted: another process may have the place by then."""
     run("""
         released = []
 
@@ -372,7 +372,7 @@ def test_a_child_of_a_child_can_use_the_breaker_as_well():
 
 
 def test_a_child_keeps_state_counts_settings_and_listeners():
-    """Only the lock and the trial are its own; what it does stays with it."""
+    """Only lock and trial are new in the child; what the child does stays there."""
     run("""
         told = []
 
@@ -449,8 +449,8 @@ def test_every_breaker_that_equals_another_is_usable_in_the_child():
 
 @pytest.mark.parametrize("move", ["half_open", "open"])
 def test_a_move_that_was_being_made_at_the_fork_is_not_the_childs(move):
-    """The storage may take its time over it; what the child does then is its own:
-    done by hand, and so it is logged."""
+    """The storage may take its time over the parent's move. A move that the child makes
+    then is the child's own, by hand, and is logged so."""
     run(f"""
         import logging
 

@@ -289,7 +289,7 @@ def test_an_exception_is_freed_when_its_last_holder_lets_go(
 @counts_references
 @every_way
 def test_a_rejection_is_freed_when_its_last_holder_lets_go(way, no_collector):
-    """Nothing refers to it but who caught it."""
+    """Nothing refers to the error but the code that caught the error."""
     if way in (by_handle_error, by_handle_error_without_raising, by_on_failure):
         pytest.skip("what is driven by hand has passed the gate")
     breaker = CircuitBreaker()
@@ -321,8 +321,8 @@ RESULT_PATHS = {
 @counts_references
 @pairwise(way=[by_call, by_decorator, by_coroutine, by_call_async], path=RESULT_PATHS)
 def test_a_result_is_freed_when_its_last_holder_lets_go(way, path, no_collector, log):
-    """And so is the FailedResult that listeners were told, whether or not the result
-    opened the circuit."""
+    """The FailedResult that listeners were told is freed as well, whether or not the
+    result opened the circuit."""
     options, prepare, meanwhile = path
     told, alive = [], []
 
@@ -374,7 +374,7 @@ def collect():
 
 
 def grown(repeat, times):
-    """By how many bytes memory grew over that many repetitions."""
+    """By how many bytes memory grows while `repeat` is called that often."""
     import tracemalloc
 
     # Moves are logged, and the records go no further: pytest would keep them.
@@ -515,7 +515,7 @@ def test_trials_that_are_never_finished_grow_no_memory(clock):
 @counts_references
 @pytest.mark.parametrize("move", [CircuitBreaker.close, CircuitBreaker.half_open])
 def test_trials_that_another_era_overtakes_grow_no_memory(move):
-    """They have nothing left to wait for."""
+    """An overtaken trial leaves the context, since its outcome decides nothing."""
     breaker = CircuitBreaker()
 
     def repeat():
@@ -528,7 +528,7 @@ def test_trials_that_another_era_overtakes_grow_no_memory(move):
 
 @counts_references
 def test_unfinished_trials_of_breakers_that_are_gone_grow_no_memory():
-    """Nobody will ever end them."""
+    """No code will ever end these trials, and the breakers are gone."""
 
     def repeat():
         for _ in range(20):
@@ -542,7 +542,7 @@ def test_unfinished_trials_of_breakers_that_are_gone_grow_no_memory():
 
 @counts_references
 def test_breakers_that_come_and_go_grow_no_memory():
-    """One for each host, say, for as long as it is talked to."""
+    """A program may make a breaker for each host and drop the breaker later."""
 
     def repeat():
         for _ in range(20):

@@ -70,7 +70,7 @@ def trails_of_a_counter(preemptions, *, locked, threads=2, alike=()):
 
 
 def test_every_order_is_run_and_each_once():
-    """Without a limit there are as many as ways to merge the threads' steps."""
+    """Without a limit there are as many orders as ways to merge the threads' steps."""
     orders = [order for order, _ in trails_of_a_counter(math.inf, locked=False)]
     # Each thread has a beginning and two steps that touch an attribute, and
     # after the first thread's end there is one more decision, with no choice.
@@ -104,7 +104,7 @@ def orders_of_two(uses=("a", "b"), opcodes=True, tells=True):
 
 
 def test_of_orders_that_must_come_to_the_same_few_are_run():
-    """Where threads use nothing in common, one begins first, or the other does."""
+    """Where two threads use nothing in common, two orders are run."""
     assert len(orders_of_two()) == 2
     # Else all are run: of 3 steps and 4 where each instruction is one, or 3 and 3.
     assert len(orders_of_two(tells=False)) == math.comb(7, 3)
@@ -113,12 +113,12 @@ def test_of_orders_that_must_come_to_the_same_few_are_run():
 
 @pytest.mark.parametrize("uses", ["aa", ("", "a"), ("", "")])
 def test_what_uses_the_same_is_run_in_every_order(uses):
-    """Or what may use the same, as it doesn't say what it uses."""
+    """A step that does not say what it uses may use anything."""
     assert set(orders_of_two(uses)) == {(*uses,), (*reversed(uses),)}
 
 
 def test_a_thread_that_is_none_of_its_own_is_left_alone():
-    """It may run the watched code meanwhile, as a courier does that a test has left."""
+    """A thread of another test, such as a courier, may run the watched code, too."""
     mine, others, seen = COUNTER.Counter(), COUNTER.Counter(), threading.Event()
 
     def count():
@@ -165,7 +165,7 @@ def test_threads_that_differ_begin_in_any_order():
 
 
 def test_a_lost_update_takes_one_preemption():
-    """One thread after the other adds up; one that is interrupted doesn't."""
+    """Two threads in turn count to two; a thread that is interrupted loses a count."""
     assert {total for _, total in trails_of_a_counter(0, locked=False)} == {2}
     assert {total for _, total in trails_of_a_counter(1, locked=False)} == {1, 2}
 
@@ -221,7 +221,7 @@ def monitoring_tools():
 
 
 def test_a_scheduler_leaves_nothing_behind():
-    """Neither threads, nor a place taken among those who monitor the program."""
+    """No thread is left, and no tool identifier of sys.monitoring stays taken."""
     tools, running = monitoring_tools(), threading.active_count()
     trails_of_a_counter(1, locked=True)
     assert monitoring_tools() == tools
