@@ -10,7 +10,7 @@ import guards
 import pytest
 from support import Boom, boom, every, fail
 
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitMemoryStorage
 
 REJECTED = "Timeout not elapsed yet, circuit breaker still open"
 TRIPPED = "Failures threshold reached, circuit breaker opened"
@@ -285,3 +285,22 @@ def test_an_error_that_nobody_reads_makes_no_text():
     error = error_of(lambda: breaker.call(int))
     assert Name.read == 0
     assert "db" in str(error)
+
+
+def test_the_text_says_that_a_trial_is_running():
+    """The caller sees why a circuit that is half-open rejects the call."""
+    error = rejected_during_a_trial(CircuitBreaker(reset_timeout=60))
+    assert "(a trial call is running; next trial in " in str(error)
+    assert "running" in str(pickle.loads(pickle.dumps(error)))
+
+
+def test_the_text_says_that_another_breaker_runs_the_trial():
+    """The storage grants no trial, because another breaker has the claim."""
+
+    class Claimed(CircuitMemoryStorage):
+        def claim_trial(self, timeout):
+            return False
+
+    breaker = CircuitBreaker(state_storage=Claimed("half-open"))
+    error = error_of(lambda: breaker.call(int))
+    assert str(error).endswith(" (another breaker runs the trial)")

@@ -1751,3 +1751,9 @@ def test_a_copy_of_the_module_alone_says_what_the_shared_storage_lacks(monkeypat
     monkeypatch.setitem(sys.modules, "queue", None)
     with pytest.raises(ModuleNotFoundError, match="queue"):
         pybreaker.CircuitRedisStorage  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["A", "CircuitRedis", "Z", "_a", "z"])
+def test_the_module_has_no_attribute_of_any_other_name(name):
+    with pytest.raises(AttributeError, match=f"'pybreaker' has no attribute '{name}'"):
+        getattr(pybreaker, name)
