@@ -1562,7 +1562,7 @@ class Member:
     def __init__(self, refresh=REFRESH):
         self.heard = []
         self._refresh = refresh
-        self._go_away = self.heard.append
+        self._note_redis_away = self.heard.append
         self._due_at = lambda: math.inf
 
 
