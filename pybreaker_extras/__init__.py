@@ -1,2 +1,2 @@
-"""What goes with PyBreaker, for those who ask for it: each module is loaded when it is
-imported, and needs no more than `pybreaker` and the one package that it is about."""
+"""Companions of PyBreaker. Each module is loaded only when a program imports
+the module, and needs `pybreaker` and the one package that the module works with."""

@@ -1,4 +1,4 @@
-"""The client middleware of aiohttp that `pybreaker_extras.http` makes."""
+"""The client middleware for aiohttp, which `pybreaker_extras.http` exports."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 
 
 class Rejected(CircuitBreakerError, aiohttp.ClientError):
-    """A request that its breaker did not admit, so that it was not sent."""
+    """The breaker rejected the request, which was not sent."""
 
 
 class _FailedResult(FailedResult):
-    """Reasons and the log show the repr of an exception, and the repr of a response of
-    aiohttp has all headers, with cookies among them."""
+    """Hides the headers of the response, such as cookies: reasons and the log show the
+    repr of an exception, and aiohttp's repr of a response has all headers."""
 
     def __repr__(self) -> str:
         response: Any = self.result
@@ -58,7 +58,7 @@ class _AiohttpLayer(Layer):
     def is_failure(self, request: Any, exc: Exception) -> bool:
         if isinstance(exc, _FAILURES):
             return not self._is_retried(request, exc)
-        # The host answered with something else than HTTP.
+        # The host answered, but not in HTTP.
         return isinstance(exc, aiohttp.ClientResponseError) and isinstance(
             exc.__cause__, HttpProcessingError
         )
@@ -72,7 +72,7 @@ class _AiohttpLayer(Layer):
             isinstance(exc, _RETRIED)
             and not isinstance(exc, aiohttp.ClientConnectorError)
             and request.method in _IDEMPOTENT
-            # A body may be used up after the first sending; there is no second then.
+            # aiohttp sends no body twice, as the first sending may have used it up.
             and "Transfer-Encoding" not in request.headers
             and request.headers.get("Content-Length", "0") == "0"
             and getattr(request.session, "_retry_connection", False)
@@ -119,8 +119,8 @@ def breaker_middleware(
     opens the circuit for as long as the Retry-After says, at most for
     `retry_after_max` seconds (0: never). A rejected request raises an error that is a
     `pybreaker.CircuitBreakerError` and an `aiohttp.ClientError`. The guarded call ends
-    when the head of the response has come. An argument of the wrong kind is a
-    `TypeError`, one out of range a `ValueError`.
+    when the head of the response has come. `breaker_middleware` raises `TypeError` for
+    an argument of the wrong kind and `ValueError` for one out of range.
     """
     layer = _AiohttpLayer(
         breakers, key, failure_statuses, retry_after_statuses, retry_after_max

@@ -1,4 +1,4 @@
-"""The transports of httpx that `pybreaker_extras.http` has."""
+"""The transports for httpx, which `pybreaker_extras.http` exports."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _FAILURES = (httpx.TransportError, ConnectionError, TimeoutError)
 
 
 class Rejected(CircuitBreakerError, httpx.TransportError):
-    """A request that its breaker did not admit, so that it was not sent."""
+    """The breaker rejected the request, which was not sent."""
 
-    # httpx keeps the request here. Pickling drops the request, and the breaker.
+    # httpx keeps the request in this attribute. Pickling drops the request.
     _request: httpx.Request | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,8 +56,8 @@ class BreakerTransport(httpx.BaseTransport):
     opens the circuit for as long as the Retry-After says, at most for
     `retry_after_max` seconds (0: never). A rejected request raises an error that is a
     `pybreaker.CircuitBreakerError` and an `httpx.TransportError`. The guarded call
-    ends when the head of the response has come. An argument of the wrong kind is a
-    `TypeError`, one out of range a `ValueError`.
+    ends when the head of the response has come. The constructor raises `TypeError` for
+    an argument of the wrong kind and `ValueError` for one out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The adapter of requests that `pybreaker_extras.http` has."""
+"""The adapter for requests, which `pybreaker_extras.http` exports."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NOT_THE_HOST = (EmptyPoolError, ClosedPoolError)
 
 
 class Rejected(CircuitBreakerError, requests.RequestException):
-    """A request that its breaker did not admit, so that it was not sent."""
+    """The breaker rejected the request, which was not sent."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling drops the request, and the breaker.
+        # Pickling drops the request.
         cls, args, attributes = super().__reduce__()
         attributes["request"] = None
         return cls, args, attributes
@@ -36,8 +36,8 @@ class _RequestsLayer(Layer):
     def is_failure(self, request: Any, exc: Exception) -> bool:
         if not isinstance(exc, _FAILURES):
             return False
-        # The first argument of exc is what urllib3 raised, or a MaxRetryError that has
-        # what urllib3 raised as its reason.
+        # The first argument of exc is an exception of urllib3: the cause itself, or a
+        # MaxRetryError whose attribute `reason` is the cause.
         cause = exc.args[0] if exc.args else None
         return not isinstance(getattr(cause, "reason", cause), _NOT_THE_HOST)
 
@@ -60,8 +60,8 @@ class BreakerAdapter(BaseAdapter):
     `retry_after_max` seconds (0: never). A rejected request raises an error that is a
     `pybreaker.CircuitBreakerError` and a `requests.RequestException`. The guarded call
     ends when the head of the response has come; the retries of `adapter` are part of
-    the call. An argument of the wrong kind is a `TypeError`, one out of range a
-    `ValueError`.
+    the call. The constructor raises `TypeError` for an argument of the wrong kind and
+    `ValueError` for one out of range.
     """
 
     def __init__(

@@ -12,16 +12,19 @@
 middleware of aiohttp. Each of these names imports its client when first used.
 """
 
-# One request through a breaker: Layer finds the breaker and makes an
-# _Attempt, whose send() or send_async() is what the breaker guards. The _Attempt
-# translates what the client did into what a breaker understands:
+# How it works
 #
-#   a failure, by the client's exceptions   is raised as it is
-#   a response with a failure status        FailedResult, with the response in it
-#   anything else that the client raises    _Ignored, which abandons the call
+# A Layer finds the breaker of a request and makes an _Attempt, whose send() or
+# send_async() the breaker guards. The guarded function raises, so that the breaker
+# needs no settings for HTTP:
 #
-# _Attempt.answer translates back when the breaker is done, so that the caller gets
-# what the client gave or raised. No setting of the breaker is touched.
+#   the client's own exception   where that exception is a failure
+#   a FailedResult               for a response with a failure status
+#   _Ignored                     for any other exception of the client; _Ignored
+#                                abandons the call
+#
+# When the breaker has settled the call, _Attempt.answer finds what the caller gets: the
+# response or the exception of the client.
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ _CLIENTS = {
     "breaker_middleware": "aiohttp",
 }
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
-_LONGEST_HEADER = 100  # characters of a Retry-After that may mean something
+_LONGEST_HEADER = 100  # characters; a longer Retry-After is nonsense
 
 
 def __getattr__(name: str) -> Any:
@@ -86,8 +89,8 @@ def __dir__() -> list[str]:
 
 
 def host_and_port(url: str) -> str | None:
-    """The key of a URL's breaker where no `key` is given, such as
-    ``"api.example.org:443"``; None for a URL that names no host."""
+    """The host and the port of a URL, such as ``"api.example.org:443"``; None if the
+    URL names no host. This is the key of a breaker where no `key` is given."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme)
@@ -101,8 +104,8 @@ def host_and_port(url: str) -> str | None:
 
 
 def seconds_to_wait(header: str | None) -> float:
-    """The seconds that a Retry-After header asks for, by a number of seconds or a
-    date. 0.0 for a missing header, a past date or nonsense."""
+    """The seconds that a Retry-After header asks for, as a number or by a date. 0.0 for
+    a missing header, a past date or nonsense."""
     text = (header or "")[: _LONGEST_HEADER + 1].strip()
     if len(text) > _LONGEST_HEADER:
         return 0.0
@@ -114,16 +117,16 @@ def seconds_to_wait(header: str | None) -> float:
 
     try:
         date = parsedate_to_datetime(text)
-        if date.tzinfo is None:  # as in asctime's format, which HTTP knows too
+        if date.tzinfo is None:  # HTTP allows asctime's format, which has no zone
             date = date.replace(tzinfo=timezone.utc)
         return max(0.0, date.timestamp() - time.time())
-    except Exception:  # of any kind: no header of a server may raise here
+    except Exception:  # a server may send anything, and no header may raise here
         return 0.0
 
 
 class Layer:
-    """Sends each request through its breaker. A subclass knows one client. The
-    constructor raises `TypeError` or `ValueError` for a setting that is wrong."""
+    """Sends each request through its breaker. Each client has a subclass. The
+    constructor raises `TypeError` or `ValueError` for a wrong setting."""
 
     def __init__(
         self,
@@ -155,7 +158,7 @@ class Layer:
         )
         self.retry_after_max = _checked_maximum(retry_after_max)
 
-    # What a subclass knows of the client.
+    # Subclasses override these methods for their client.
 
     def url_of(self, request: Any) -> str:
         return str(request.url)
@@ -167,18 +170,19 @@ class Layer:
         return FailedResult(response)
 
     def is_failure(self, request: Any, exc: Exception) -> bool:
-        """Whether an exception of the client says that the host is in trouble."""
+        """Whether an exception of the client is a failure of the host."""
         raise NotImplementedError
 
     def rejection(self, request: Any) -> CircuitBreakerError:
-        """The error for a rejected request, which is also one of the client's."""
+        """The error for a rejected request: a `CircuitBreakerError` that is also an
+        exception of the client's own kind."""
         raise NotImplementedError
 
     async def discard(self, response: Any) -> None:
-        """Close a response that its caller will never see."""
+        """Close a response that the caller does not get."""
         response.close()
 
-    # A request through its breaker: send and send_async differ by the word await.
+    # send and send_async differ only by the word await.
 
     def send(self, request: Any, send: Any) -> Any:
         attempt = self._attempt(request, send)
@@ -223,8 +227,8 @@ class Layer:
             del raised  # else the exception, its traceback and this frame are a cycle
 
     def _attempt(self, request: Any, send: Any) -> _Attempt | None:
-        """An attempt to send the request through its breaker; None where the URL
-        names no host: the client then raises what it raises for such a URL."""
+        """The attempt to send the request through its breaker. None if the URL names no
+        host, for which the client has an error of its own."""
         if self.key is None:
             key: Hashable = host_and_port(self.url_of(request))
             if key is None:
@@ -270,13 +274,13 @@ class _Attempt:
         self._exc: BaseException | None = None  # what the client raised
         self._has_run = False
         self._era: Any = None  # the breaker's state when the request began to run
-        self._wait = 0.0  # seconds for which the response's Retry-After opens
-        # A call within a trial, or one that a dry run does not reject, decides
-        # nothing. Such a call runs while retry_after is above 0.
+        self._wait = 0.0  # seconds for which the response asks the circuit to open
+        # A call within a trial decides nothing, nor does a call that runs only because
+        # of a dry run. While such a call runs, retry_after is above 0.
         is_closed = breaker._state.name == STATE_CLOSED
         self._decides = is_closed or not breaker.retry_after
 
-    # What the breaker guards.
+    # The breaker guards send() or send_async().
 
     def send(self, request: Any) -> Any:
         self._begin()
@@ -332,11 +336,11 @@ class _Attempt:
             raise layer.failed_result(response)
         return response
 
-    # When the breaker is done.
+    # After the breaker has settled the call.
 
     def answer(self, raised: BaseException | None = None) -> BaseException | None:
-        """What the caller is to get after the breaker has `raised` an exception, or
-        None: an exception, or None for the response."""
+        """The exception that the caller gets, or None if the caller gets the response.
+        `raised` is the exception that the breaker raised, or None."""
         exc, self._exc = self._exc, None  # else exc, its traceback and self are a cycle
         self._open_as_asked()
         if not self._has_run:
@@ -344,12 +348,12 @@ class _Attempt:
                 return self._rejection(raised)
             return raised
         if isinstance(raised, (CircuitBreakerError, FailedResult, _Ignored)):
-            return exc  # None if the response made the call a failure
+            return exc  # None if the call failed by the status of the response
         return raised
 
     def give(self, exc: BaseException | None) -> Any:
-        """Return the response, or raise `exc`. Called when no exception is being
-        handled, so that none is chained to `exc`."""
+        """Return the response, or raise `exc` unless None. The caller handles no
+        exception at that time, so that Python chains none to `exc`."""
         try:
             if exc is not None:
                 raise exc
@@ -365,27 +369,27 @@ class _Attempt:
         return rejection
 
     def _open_as_asked(self) -> None:
-        """Open the circuit for as long as the response asked for, unless the circuit
-        stays open for longer anyway."""
+        """Open the circuit for the seconds that the response asked for, unless the
+        circuit stays open for longer anyway."""
         breaker, wait = self.breaker, self._wait
         if not wait:
             return
         with breaker._lock:
             now = breaker._state
-            # The settlement of this call may have moved the circuit, to a state with
-            # another name. If the name is the same, the move was made by hand.
+            # The settlement of this call may have moved the circuit, but only to a
+            # state with another name. A new state of the same name is a move by hand.
             if now is not self._era and now.name == self._era.name:
                 return
             if now.name == STATE_OPEN and breaker.retry_after >= wait:
                 return
             status = self._layer.status_of(self.response)
             _open(breaker, wait, f"status {status} with Retry-After: {wait:.0f} s")
-        # Reading the state hands the log records of open() on, now without the lock.
+        # Reading the state hands the log records of open() on, without the lock.
         str(breaker.state)
 
 
 def _open(breaker: CircuitBreaker, seconds: float, reason: str) -> None:
-    """Open the circuit by `breaker.open`, which in a subclass may take fewer
+    """Open the circuit by `breaker.open()`, which in a subclass may take fewer
     arguments."""
     method: Any = breaker.open
     if getattr(method, "__func__", None) is CircuitBreaker.open:
@@ -407,9 +411,9 @@ def _open(breaker: CircuitBreaker, seconds: float, reason: str) -> None:
 
 
 def _is_lazy(function: Any) -> bool:
-    """Whether what a function returns is a coroutine or a generator, which can be
-    hashed, and is another one for each request."""
-    import inspect  # which takes long
+    """Whether the function returns a coroutine or a generator. Such an object can be
+    hashed, but would be another key for each request."""
+    import inspect  # imported here, as importing inspect takes long
 
     return any(
         is_lazy(each)
@@ -444,7 +448,7 @@ def _checked_maximum(seconds: Any) -> float:
             f"retry_after_max must be a number of seconds, not {seconds!r}; "
             f"0 leaves Retry-After out of account"
         )
-    if not seconds >= 0:  # which is so for NaN, too
+    if not seconds >= 0:  # also refuses NaN
         raise ValueError(
             f"retry_after_max must be at least 0 seconds, not {seconds!r}; "
             f"0 leaves Retry-After out of account"

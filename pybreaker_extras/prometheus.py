@@ -1,31 +1,31 @@
-"""What breakers do, as metrics for Prometheus; needs prometheus-client.
+"""Metrics of breakers for Prometheus. Needs the package prometheus-client.
 
     from pybreaker_extras.prometheus import PrometheusMetrics
 
     metrics = PrometheusMetrics()
     metrics.watch(weather, payments)
 
-The metrics are then at the endpoint that the program has already, or at that of
-`prometheus_client.start_http_server`. docs/metrics.rst says what each one means.
+Prometheus then finds the metrics at the program's own endpoint or at the endpoint of
+`prometheus_client.start_http_server`. docs/metrics.rst says what each metric means.
 """
 
 # How it works
 #
 # A scrape calls `collect`, which reads every breaker at that moment, so that no gauge
-# can be out of date: a breaker that was renamed or moved by its storage is shown as it
-# is, and one that was thrown away is not shown. Calls, transitions and the times of
-# transitions cannot be read afterwards, so the listener counts them.
+# is out of date: a scrape sees a breaker's present name and state, and no breaker that
+# the program has dropped. Calls, transitions and the times of transitions cannot be
+# read afterwards, so the listener counts and keeps them.
 #
-# Counters belong to a name, and not to a breaker: when one of two breakers with the
-# same name goes, or a breaker is made anew, no counter goes back.
+# A counter belongs to a name and not to a breaker: the counter does not go back when
+# one of two breakers with the same name is dropped, or when a breaker is made anew.
 #
-# In multiprocess mode a scrape reads files that each process keeps, and asks no
-# collector. So a thread in each process writes what `collect` gives into these files.
+# In multiprocess mode a scrape reads files that each process keeps, and calls no
+# collector. So a thread in each process writes the values of `collect` into the files.
 #
-# A breaker and its state refer to each other, so a breaker that the program has thrown
-# away is alive until Python collects garbage, which some processes never do. A scrape
-# would show its circuit as open for all that time. Therefore garbage is collected now
-# and then before breakers are read, while some circuit looks as if nobody called it.
+# A breaker and its state refer to each other, so a breaker that the program has dropped
+# is alive until Python collects garbage, which some processes never do. Until then a
+# scrape would show the breaker's circuit. Therefore `_read` collects garbage now and
+# then, while some circuit looks as if the program had dropped its breaker.
 
 from __future__ import annotations
 
@@ -60,21 +60,22 @@ from prometheus_client.metrics_core import (
 
 __all__ = ("PrometheusMetrics",)
 
-PUBLISHED_EVERY = 5.0  # seconds, in multiprocess mode
+PUBLISHED_EVERY = 5.0  # seconds from one writing of the files to the next
 KEPT = 300.0  # seconds for which a name's counters outlive its last breaker
 COLLECTED_EVERY = 120.0  # seconds, at least, from one collection of garbage to the next
-COLLECTING = 0.01  # the share of the time, at most, in which garbage is collected
-PATIENCE = 0.1  # seconds that a scrape waits, in all, for breakers whose lock is held
+COLLECTING = 0.01  # the greatest share of the time that collecting garbage may take
+PATIENCE = 0.1  # seconds that one scrape waits, in all, for locks and storages
 
 logger = logging.getLogger("pybreaker")
 
 STATES = (pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN)
 CLOSED, OPEN, HALF_OPEN = STATES
 
-# The value of the label `cause`, by what `move.by` says.
+# The value of the label `cause`, by the value of `move.by`.
 CAUSES = {"count": "failures", "trial": "trial", "outcome": "trial", "hand": "hand"}
 UNKNOWN = "unknown"
-# The values of the labels `to` and `cause` that each breaker has, from 0 on.
+# The labels `to` and `cause` of the series that each breaker has, even where the value
+# is still 0.
 MOVES = (
     (OPEN, "failures"),
     (HALF_OPEN, "trial"),
@@ -85,8 +86,8 @@ MOVES = (
 
 
 class _Family(NamedTuple):
-    """A metric. `mode` says how multiprocess mode shows the gauges of the processes:
-    their sum (``"livesum"``), or each with the number of its process."""
+    """A metric. `mode` says how multiprocess mode shows the gauges of the processes: as
+    a sum (``"livesum"``), or as one series for each process (``"liveall"``)."""
 
     name: str
     help: str
@@ -163,19 +164,19 @@ _Series = dict[_Labels, float]
 
 
 class PrometheusMetrics:
-    """A collector of what breakers are, and a listener that counts what they do.
+    """A collector that reads breakers, and a listener that counts calls and moves.
 
-    A scrape shows every breaker that is alive in this process, or those in `breakers`
-    (an iterable, no iterator, as each scrape goes through it anew). Calls and
-    transitions are counted for breakers given to `watch`. The label `breaker` is the
-    breaker's name.
+    A scrape shows the breakers in `breakers`, by default every breaker that is alive in
+    this process. `breakers` is an iterable that each scrape goes through anew, so an
+    iterator is a `TypeError`. Calls and transitions are counted for breakers given to
+    `watch`. The label `breaker` is the breaker's name.
 
     The constructor registers the collector in `registry`, by default
     `prometheus_client.REGISTRY`. One collector serves any number of breakers; a second
-    one in the same registry is a `ValueError`.
+    collector in the same registry is a `ValueError`.
     """
 
-    only_watches = True  # so that a breaker of CircuitBreakers can go
+    only_watches = True  # so that CircuitBreakers may drop an idle breaker
 
     def __init__(
         self,
@@ -183,12 +184,13 @@ class PrometheusMetrics:
         breakers: Iterable[pybreaker.CircuitBreaker] | None = None,
     ) -> None:
         self._chosen = _checked_breakers(breakers)
-        # Reentrant, as a signal's handler or a finalizer may make a guarded call while
-        # this thread counts another. A thread that holds this lock waits for nothing.
+        # Reentrant: while a thread counts a call, a signal handler or a finalizer may
+        # make a guarded call in that thread. A thread that holds this lock waits for
+        # nothing.
         self._lock = threading.RLock()
         self._tallies = _Tallies()
         self._stories: dict[int, _Story] = {}
-        self._has_idle = False  # whether some circuit looked idle, at the last reading
+        self._has_idle = False  # whether the last reading saw a circuit that looks idle
         self._next_collection = -math.inf
         self._publisher: _Publisher | None = None
         (prometheus_client.REGISTRY if registry is None else registry).register(self)
@@ -198,9 +200,9 @@ class PrometheusMetrics:
         _instances.add(self)
 
     def watch(self, *breakers: pybreaker.CircuitBreaker) -> None:
-        """Count the calls and the transitions of these breakers from now on: each gets
-        this object as a listener, unless it has this listener already. Watching keeps
-        no breaker alive. `TypeError` for anything else than a breaker."""
+        """Count the calls and the transitions of these breakers from now on. Each
+        breaker gets this object as a listener, but only once. Watching keeps no breaker
+        alive. Raises `TypeError` for anything but a breaker."""
         for breaker in breakers:
             _checked_breaker("watch() takes breakers", breaker)
         for breaker in breakers:
@@ -213,13 +215,14 @@ class PrometheusMetrics:
 
     def publish(self) -> None:
         """In multiprocess mode, write the metrics of this process into its files now;
-        else do nothing. A thread writes them every five seconds, and `atexit` once
-        more when the process ends."""
+        else do nothing. A thread writes the files every five seconds, and `atexit`
+        writes them when the process ends."""
         if self._publisher is not None:
             self._publisher.publish()
 
-    # The listener. The breaker's lock is held. The parameters are positional-only,
-    # because keyword arguments of guarded functions may have the same names.
+    # The methods of the listener. The breaker's lock is held. The parameters are
+    # positional-only, because keyword arguments of guarded functions may have the same
+    # names.
 
     def success(self, cb: pybreaker.CircuitBreaker, /) -> None:
         with self._lock:
@@ -260,22 +263,23 @@ class PrometheusMetrics:
                 story.outage = 0.0
             elif old_state.name == CLOSED:
                 story.outage = now
-            # Between open and half-open the outage goes on.
+            # A move between open and half-open neither begins nor ends an outage.
 
     def _hears(self, breaker: pybreaker.CircuitBreaker) -> bool:
         return any(listener is self for listener in breaker.listeners)
 
     def _story_of(self, breaker: pybreaker.CircuitBreaker) -> _Story:
-        """The story of the breaker, new or known. This object's lock is held."""
+        """The breaker's story, which is made if there is none. The caller holds this
+        object's lock."""
         story = self._stories.get(id(breaker))
         if story is None or story.breaker() is not breaker:
             story = self._stories[id(breaker)] = _Story(breaker, self._stories)
         return story
 
-    # The collector.
+    # The methods of the collector.
 
     def describe(self) -> Iterable[Metric]:
-        """The metrics without values, so that a registry finds names that it has."""
+        """The metrics without values, so that a registry can find taken names."""
         return [_metric(family, {}) for family in FAMILIES]
 
     def collect(self) -> Iterator[Metric]:
@@ -301,7 +305,7 @@ class PrometheusMetrics:
                 _put(series[LAST_TRANSITION], (label,), story.moved, max)
             if not seen:  # the storage is out of reach, or has never answered
                 continue
-            if story.outage or seen["state"] == CLOSED:  # else it is not known
+            if story.outage or seen["state"] == CLOSED:  # else the start is not known
                 _put(series[OUTAGE_START], (label,), story.outage, _earlier)
             _show(series, label, seen)
             has_idle = has_idle or _looks_idle(seen)
@@ -312,9 +316,9 @@ class PrometheusMetrics:
         return series
 
     def _collect_garbage(self) -> None:
-        """Let breakers go that the program has thrown away, but not often."""
+        """Free breakers that the program has dropped, but not often."""
         now = time.monotonic()
-        # A program that has switched the collector off has its reasons.
+        # A program may have switched Python's collector off on purpose.
         if self._has_idle and now >= self._next_collection and gc.isenabled():
             gc.collect()
             took = time.monotonic() - now
@@ -323,9 +327,10 @@ class PrometheusMetrics:
     def _begin_to_look(
         self, breaker: pybreaker.CircuitBreaker, deadline: float
     ) -> _Story:
-        """The breaker's story. A storage of the user's own, which may hang or wait for
-        a network, is looked at from now on in a thread. All such threads begin before
-        the scrape waits for one, so a storage that hangs takes no time from others."""
+        """The breaker's story. If the storage is of the user's own, which may hang or
+        wait for a network, start a thread that looks at the breaker. All such threads
+        start before the scrape waits for one of them, so that a storage that hangs
+        takes no time from others."""
         with self._lock:
             story = self._story_of(breaker)
         if not _may_be_read(breaker) and not (story.looker and story.looker.is_alive()):
@@ -335,15 +340,16 @@ class PrometheusMetrics:
             try:
                 looker.start()
                 story.looker = looker
-            except RuntimeError:  # no thread can start, as when Python ends
+            except RuntimeError:  # no thread can start, such as when Python ends
                 story.looker = None
         return story
 
     def _end_look(
         self, breaker: pybreaker.CircuitBreaker, story: _Story, deadline: float
     ) -> dict[str, Any]:
-        """What is seen of the breaker; from `deadline` (monotonic) on, what was seen
-        before, without the wait, which has become shorter since."""
+        """The breaker's snapshot. If there is no new snapshot at `deadline`
+        (monotonic), the last snapshot without `retry_after`, which is out of date.
+        Empty if no snapshot could be taken."""
         if _may_be_read(breaker):
             self._look(breaker, story, deadline)
             return story.seen
@@ -357,15 +363,16 @@ class PrometheusMetrics:
     def _look(
         self, breaker: pybreaker.CircuitBreaker, story: _Story, deadline: float
     ) -> None:
-        """Keep a snapshot in the story. If another thread holds the breaker's lock
-        until `deadline`, it is only what can be read without the lock."""
+        """Keep the breaker's snapshot in the story. If another thread holds the lock of
+        the breaker until `deadline` (monotonic), keep only the values that can be read
+        without the lock."""
         lock = breaker._lock
         try:
             if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 try:
-                    # The lock is held for both. Otherwise: thread A sees the circuit
-                    # closed, thread B trips it, and A wipes out the beginning of the
-                    # outage.
+                    # The lock is held for both calls. Otherwise thread A may see the
+                    # circuit closed, thread B may trip the circuit, and thread A would
+                    # then erase the beginning of the outage.
                     self._find_outage(breaker, breaker.snapshot())
                 finally:
                     lock.release()
@@ -376,7 +383,7 @@ class PrometheusMetrics:
                     "fail_max": breaker.fail_max,
                     "dry_run": breaker.dry_run,
                 }
-        except Exception:  # a storage out of reach must not hide other breakers
+        except Exception:  # a storage that raises must not hide other breakers
             story.seen = {}
             logger.warning("%r could not be read", breaker.name, exc_info=True)
 
@@ -389,8 +396,8 @@ class PrometheusMetrics:
             if seen["state"] == CLOSED:
                 story.outage = 0.0
             elif not story.outage and seen.get("opened_at"):
-                # No listener heard the outage begin: the breaker is not watched, or was
-                # not yet. The outage is at least as old as this opening.
+                # The outage began before the breaker was watched, or the breaker is not
+                # watched. The outage is at least as old as the circuit's last opening.
                 story.outage = datetime.fromisoformat(seen["opened_at"]).timestamp()
 
     # Forks.
@@ -404,7 +411,7 @@ class PrometheusMetrics:
             self._publisher.start()
 
     def _after_fork_in_child(self) -> None:
-        """The child process counts from 0; the parent goes on with its own counts."""
+        """Let the child count from 0. The parent goes on with its own counts."""
         self._lock = threading.RLock()
         self._tallies = _Tallies()
         if self._publisher is not None:
@@ -412,11 +419,11 @@ class PrometheusMetrics:
             self._publisher.start()
 
 
-# What is remembered.
+# Counts and snapshots.
 
 
 class _Tally:
-    """What has been counted of the breakers with one name."""
+    """The counts of all breakers with one name."""
 
     __slots__ = (
         "success",
@@ -432,16 +439,16 @@ class _Tally:
         self.success = self.failure = self.abandoned = 0
         self.rejected = self.would_be_rejected = 0
         self.moves: dict[tuple[str, str], int] = {}
-        self.alive = time.monotonic()  # when a breaker with the name was last seen
+        self.alive = time.monotonic()  # when a reading last saw a breaker of the name
 
 
 class _Tallies(dict[Optional[str], _Tally]):
-    """The tally of each name. The lock of `PrometheusMetrics` is held."""
+    """The tally of each name. Callers hold the lock of the `PrometheusMetrics`."""
 
     _enough = 1024
 
     def __missing__(self, name: str | None) -> _Tally:
-        if len(self) >= self._enough:  # without scrapes, nothing else drops tallies
+        if len(self) >= self._enough:  # only a scrape or this call drops tallies
             alive = {breaker.name for breaker in pybreaker.breakers()}
             self.current(self.keys() & alive)
             self._enough = max(1024, 2 * len(self))
@@ -451,9 +458,9 @@ class _Tallies(dict[Optional[str], _Tally]):
     def current(
         self, names: Iterable[str | None]
     ) -> Iterable[tuple[str | None, _Tally]]:
-        """The tallies to show, by name: of the watched breakers, which have these
-        `names`, and of breakers that were alive in the last `KEPT` seconds. Drops all
-        other tallies."""
+        """The tallies to show, by name: the tallies of `names`, which watched breakers
+        have now, and of names that watched breakers had in the last `KEPT` seconds.
+        Drops all other tallies."""
         now = time.monotonic()
         for name in names:
             self[name].alive = now
@@ -464,9 +471,9 @@ class _Tallies(dict[Optional[str], _Tally]):
 
 
 class _Story:
-    """When a breaker last moved, and since when it has not been closed, in Unix time; 0
-    is never. Also what was seen of the breaker last, as by `snapshot`, or nothing.
-    `stories` loses the story when the breaker goes."""
+    """The times and the last snapshot of a breaker. At the Unix time `moved` the
+    circuit last moved; since the Unix time `outage` the circuit has not been closed.
+    0 stands for no time. `stories` drops the story when the breaker is freed."""
 
     __slots__ = ("breaker", "moved", "outage", "seen", "looker")
 
@@ -476,7 +483,8 @@ class _Story:
         key = id(breaker)
 
         def forget(reference: object) -> None:
-            # Without reference counting, another breaker may have the id by now.
+            # In an interpreter without reference counting, another breaker may have the
+            # id by now.
             story = stories.get(key)
             if story is not None and story.breaker is reference:
                 stories.pop(key, None)
@@ -484,27 +492,27 @@ class _Story:
         self.breaker = weakref.ref(breaker, forget)
         self.moved = 0.0
         self.outage = 0.0
-        self.seen: dict[str, Any] = {}
-        self.looker: threading.Thread | None = None  # looks at the breaker
+        self.seen: dict[str, Any] = {}  # the last snapshot, or empty
+        self.looker: threading.Thread | None = None  # runs _look
 
 
-# What is read.
+# Reading.
 
 
 def _may_be_read(breaker: pybreaker.CircuitBreaker) -> bool:
-    """Whether the breaker's storage says that it may be read at any time."""
+    """Whether the storage's class promises that reading does not block."""
     return bool(vars(type(breaker._state_storage)).get("_is_plain", False))
 
 
 def _looks_idle(seen: dict[str, Any]) -> bool:
-    """Whether a circuit that is not closed may belong to a breaker that nobody has: a
-    trial is due, which the next call would begin, or the circuit waits for ever."""
+    """Whether the program may have dropped the breaker: its circuit is not closed, and
+    a trial is due or never will be."""
     return seen["state"] != CLOSED and seen.get("retry_after", 1) in (0, None)
 
 
 def _show(series: dict[_Family, _Series], label: str, seen: dict[str, Any]) -> None:
-    # Of breakers with the same name the numbers of circuits are added up. Of other
-    # values the one is shown that should worry an operator more.
+    # For breakers with the same name, numbers of circuits are added up. Of any other
+    # values, a scrape shows the one that should worry an operator most.
     for state in STATES:
         _put(series[STATE], (label, state), seen["state"] == state, _sum)
     _put(series[DRY_RUN], (label,), seen["dry_run"], _sum)
@@ -532,7 +540,8 @@ def _put(
     value: float,
     both: Callable[[float, float], float],
 ) -> None:
-    """Write a value, by `both` with the value of another breaker of the same name."""
+    """Write a value into the series. If another breaker of the same name has written a
+    value, write the result of `both` for the two values."""
     series[labels] = both(series[labels], value) if labels in series else float(value)
 
 
@@ -552,9 +561,9 @@ def _or_infinity(number: float | None) -> float:
 def _cause(
     breaker: pybreaker.CircuitBreaker, state: pybreaker.CircuitBreakerState
 ) -> str:
-    """What caused the move to `state`; `UNKNOWN` if the storage does not know."""
+    """The cause of the move to `state`, or `UNKNOWN`."""
     move = breaker._state_storage.last_move()
-    # A listener that was told first may have moved the circuit on.
+    # Another listener may have moved the circuit in the meantime.
     if move is None or breaker._state is not state or move.state != state.name:
         return UNKNOWN
     return CAUSES.get(getattr(move, "by", ""), UNKNOWN)
@@ -582,8 +591,8 @@ def _is_multiprocess() -> bool:
 
 
 class _Publisher:
-    """Writes what `read` returns into this process's files of multiprocess mode, by
-    metrics that are in no registry."""
+    """Writes the series that `read` returns into the files that this process has in
+    multiprocess mode. The metrics that write the files are in no registry."""
 
     def __init__(
         self,
@@ -595,7 +604,7 @@ class _Publisher:
         self._last: dict[_Family, _Series] = {}
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        # After a fork the metrics of prometheus_client open files of the child's own.
+        # After a fork the parent's metrics write into files of the child's own.
         self._metrics: Any = parents._metrics if parents else _metrics_in_files()
 
     def start(self) -> None:
@@ -609,8 +618,8 @@ class _Publisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread before a fork: locks that the thread held at the fork would
-        never be released in the child."""
+        """End the thread before a fork. The child would never release a lock that the
+        thread held at the fork."""
         if self._thread is not None:
             self._stopping.set()
             self._thread.join(1.0)
@@ -632,13 +641,14 @@ class _Publisher:
                 for labels in {**last, **now}:
                     child = metric.labels(*labels)
                     if not family.is_counter:
-                        child.set(now.get(labels, 0.0))  # 0 if no breaker has them now
+                        child.set(now.get(labels, 0.0))  # 0: the breaker is gone
                     elif labels in now:
                         written = last.get(labels, 0.0)
-                        if now[labels] < written:  # forgotten since, and counted anew
+                        if now[labels] < written:  # the tally was begun anew
                             written = 0.0
                         child.inc(now[labels] - written)
-                    # At once, as the next labels may raise, such as for a full disk.
+                    # This is noted at once, as writing the next series may raise, such
+                    # as for a full disk.
                     if labels in now:
                         last[labels] = now[labels]
                     else:

@@ -1,10 +1,10 @@
-"""For the tests of programs that have breakers. No clock has to be faked.
+"""Tools for the tests of programs that have breakers. No test has to fake a clock.
 
-In the ``conftest.py`` of a test suite for pytest:
+A test suite for pytest has this line in its ``conftest.py``:
 
     pytest_plugins = ["pybreaker_extras.testing"]
 
-and in its ``pytest.ini``, so that no test leaves an open circuit to the next:
+and this line in its ``pytest.ini``, so that no test leaves an open circuit to the next:
 
     usefixtures = fresh_breakers
 
@@ -28,8 +28,8 @@ from pybreaker import (
     breakers,
 )
 
-# In the order in which _restore sets them: after it has switched off the limits, the
-# settings that the limits bound come first, then the limits.
+# _restore switches off the limits and then sets the settings in this order: first the
+# settings that the limits bound, then the limits.
 _SETTINGS = (
     "name",
     "fail_max",
@@ -53,9 +53,9 @@ def restoring_breakers() -> Iterator[None]:
     """A context manager for a test: when the block ends, every living breaker on a
     `CircuitMemoryStorage` is closed, without failures.
 
-    Those that were alive when the block began get back the settings and the listeners
-    of that moment. Neither listeners nor the log are told. Breakers on
-    other storages are left alone.
+    Such a breaker that was alive when the block began also gets back the settings and
+    the listeners of that moment. Listeners and the log are told nothing. Breakers on
+    other storages stay as they are.
     """
     before = [(each, _settings_of(each), each.listeners) for each in _in_memory()]
     try:
@@ -108,9 +108,9 @@ def _close_silently(breaker: CircuitBreaker) -> None:
 
 
 def let_timeout_pass(breaker: CircuitBreaker) -> None:
-    """Make an open circuit as old as its timeout: the next call is the trial.
+    """Make an open circuit older than its timeout, so that the next call is the trial.
 
-    `ValueError` if the circuit is not open.
+    Raises `ValueError` if the circuit is not open.
     """
     with breaker._lock:
         if breaker.state.name != STATE_OPEN:
@@ -121,23 +121,23 @@ def let_timeout_pass(breaker: CircuitBreaker) -> None:
         storage: Any = breaker._state_storage
         moment: datetime | None = storage.opened_at
         if moment is not None:  # None says that the timeout has passed
-            # Another `opened_at` may let another random length be drawn for an opening
-            # of growing length. The length is at least 0.9 of the longest one.
+            # For the new `opened_at` the breaker may draw another random length of the
+            # opening. The shortest length is 0.9 of the longest.
             length = (storage.open_for() + breaker.retry_after) / 0.9
             try:
                 moment -= timedelta(seconds=length + 1)
-            except OverflowError:  # infinite, or longer than a timedelta can be
+            except OverflowError:  # the length is infinite or too long for a timedelta
                 moment = None
         storage.opened_at = moment
 
 
 @contextlib.contextmanager
 def refusing(breaker: CircuitBreaker) -> Iterator[CircuitBreaker]:
-    """A context manager, which gives the breaker: in the block the breaker rejects
+    """A context manager that returns the breaker. Within the block the breaker rejects
     every call, even with `dry_run`.
 
-    When the block ends, the circuit goes back to the state and the failures from
-    before. Listeners are told of both moves, as they are in an outage.
+    When the block ends, the circuit goes back to its former state and failures.
+    Listeners are told of both moves, as they are in an outage.
     """
     before, failures = breaker.state, breaker.fail_counter
     wait, is_dry = breaker.retry_after, breaker.dry_run
@@ -159,7 +159,7 @@ def refusing(breaker: CircuitBreaker) -> Iterator[CircuitBreaker]:
 
 try:
     import pytest
-except ImportError:  # with unittest alone there is no fixture
+except ImportError:  # without pytest there is no fixture
 
     def __getattr__(name: str) -> Any:
         if name == "fresh_breakers":

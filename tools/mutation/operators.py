@@ -1,18 +1,20 @@
-"""What Cosmic Ray does not do to a program: statements left out, questions not asked,
-and locks held for less than all of a block."""
+"""Mutations that Cosmic Ray does not have: a statement removed, a condition answered
+without evaluation, a lock held for less than its whole block."""
 
 import parso
 from cosmic_ray.operators.operator import Example, Operator
 
 
 def _replaced(node, code):
-    """The code in the node's place. The lines below keep their numbers."""
+    """A node of `code` with as many lines as `node`: no line below gets another
+    number."""
     lost = node.get_code().count("\n") - code.count("\n")
     return parso.parse(code + "\n" * lost)
 
 
 class RemoveStatement(Operator):
-    """Leave out a statement that is no import, docstring or pass."""
+    """Replace a simple statement by pass, unless the statement is an import, a
+    docstring or pass."""
 
     def mutation_positions(self, node):
         if node.type == "simple_stmt":
@@ -31,9 +33,9 @@ class RemoveStatement(Operator):
 
 
 class _Answer(Operator):
-    """Does not ask a question that is among the children of a node, as if it knew."""
+    """Replaces a condition among the children of a node by a constant answer."""
 
-    questions = {}  # by type of node: where they are, and what the answer is
+    questions = {}  # by type of node: the slice of the conditions, and the answer
 
     def mutation_positions(self, node):
         for question in self.asked(node):
@@ -42,7 +44,8 @@ class _Answer(Operator):
     def asked(self, node):
         where, _ = self.questions.get(node.type, (None, None))
         questions = node.children[where] if where else ()
-        return [q for q in questions if q.type != "operator"]  # the colon of an "else"
+        # The slice may end with the colon of an "else", which is an operator.
+        return [q for q in questions if q.type != "operator"]
 
     def mutate(self, node, index):
         question = self.asked(node)[index]
@@ -58,21 +61,19 @@ class _Answer(Operator):
         return []
 
 
-CONDITIONS, CONDITION = (
-    slice(1, None, 4),
-    slice(2, 3),
-)  # of "if", and of "a if b else c"
+CONDITIONS = slice(1, None, 4)  # of the node of "if a: ... elif b: ..."
+CONDITION = slice(2, 3)  # of the node of "a if b else c"
 OPERANDS = slice(None, None, 2)
 
 
 class SayYes(_Answer):
-    """Do what is done under a condition in any case."""
+    """Take a condition for true."""
 
     questions = {"if_stmt": (CONDITIONS, "True"), "ternary": (CONDITION, "True")}
 
 
 class SayNo(_Answer):
-    """Do what is done under a condition in no case."""
+    """Take a condition for false."""
 
     questions = {
         "if_stmt": (CONDITIONS, "False"),
@@ -82,7 +83,7 @@ class SayNo(_Answer):
 
 
 class DropOperand(_Answer):
-    """Ask one question less of those between which there is "and" or "or"."""
+    """Leave out one operand of "and" or "or"."""
 
     questions = {"and_test": (OPERANDS, "True"), "or_test": (OPERANDS, "False")}
 
@@ -102,7 +103,7 @@ class _ShortenLock(Operator):
 
 
 class RemoveLock(_ShortenLock):
-    """Do without the lock."""
+    """Run the block without the lock."""
 
     def is_possible(self, statements):
         return True
@@ -143,7 +144,7 @@ def _dedented(code):
 
 
 class Provider(dict):
-    """Finds the operators above by their names, as Cosmic Ray asks for them."""
+    """The operators of this module by name, in the form that Cosmic Ray asks for."""
 
     def __init__(self):
         found = (

@@ -1,21 +1,22 @@
 """Mutation testing of pybreaker.py and its companions: ``tox -e mutation``.
 
-Cosmic Ray makes the mutants, a small change to one of the modules each, and its
-session keeps what became of them. Here the tests are run on them: in one
-process pytest collects the tests once; every mutant is a fork of that, puts its
-code in the place of the functions' own, and runs the tests that reach the
-changed line until one fails: first those that have killed most mutants of the same
-function, then the quickest. A change outside of functions is imported anew, and so
-are the tests.
+Cosmic Ray makes the mutants, each with one small change to one of the modules, and
+keeps their outcomes in a database, the session. This module runs the tests on them.
+pytest collects the tests in one process, which forks a child for each mutant. The child
+gives the functions the mutant's code and runs the tests that reach the changed line
+until a test fails: first the tests that have killed most mutants of the same function,
+then the quickest. For a change outside of functions the child imports the module and
+the tests anew.
 
-The tests that search take long; with ``--searches`` they are run on what the others
-have left. What survives these must be in survivors.toml with the reason why it changes
-nothing. There a mutant is named by the function it changes, by what Cosmic Ray does to
-it, and by a number, as one thing can be done in several places of a function.
+The searching tests take long. With ``--searches`` these tests are run on the mutants
+that the other tests have left. A mutant that survives both must be in survivors.toml
+with the reason why its change has no effect. There the name of a mutant is the changed
+function, the operator of Cosmic Ray, and a number, as an operator may apply to several
+places of a function.
 
-What became of a mutant is kept for as long as its function stays as it is, in files
-that begin with the name of the session: after a change of a module the mutants of
-changed functions are run. ``--all`` runs all of them again.
+The outcome of a mutant is kept until its function changes, in files that begin with the
+name of the session. After a change of a module only the mutants of changed functions
+are run; ``--all`` runs all mutants again.
 """
 
 import argparse
@@ -57,17 +58,17 @@ MODULES = [
     ROOT / "pybreaker.py",
     *sorted((ROOT / "pybreaker_extras").glob("[!_]*.py")),
 ]
-# The folders of the tests, and of those that search for long or wait for processes:
-# these are for what the others have not killed.
+# The folders of the tests, and the folders with tests that search or wait for
+# processes: these tests take long, and are for mutants that the others have not killed.
 TESTS = ("spec", "redis", "extras")
 SEARCHES = ("searches", "redis")
-# These monitor, or fork, so it is not known which lines they reach.
+# These tests use sys.monitoring or fork, so the lines that they reach are not known.
 ALWAYS_RUN = (
     "test_interleavings.py",
     "test_fork.py",
 )
 PASS_MARK = 95.0
-MEMORY = 4 << 30
+MEMORY = 4 << 30  # bytes that a child may have
 OWN_FAULT = 70  # the exit status of a child in which this module has failed
 os.environ["PYBREAKER_PATIENCE"] = "4"
 
@@ -83,17 +84,17 @@ PYTEST = [
 
 
 def test_folders(searches):
-    """Where the tests are that search, or the others."""
+    """The folders of the tests, or of the searching tests if `searches`."""
     return [str(ROOT / "tests" / name) for name in (SEARCHES if searches else TESTS)]
 
 
 def is_search(item):
-    """Whether a test is one of those that search."""
+    """Whether a test is a searching test."""
     return "searches" in item.path.parts or item.get_closest_marker("long") is not None
 
 
 def definitions(tree):
-    """The innermost function or class of each line, by its full name."""
+    """A dict: the full name of the innermost function or class around each line."""
     names = {}
 
     def visit(node, name):
@@ -118,9 +119,10 @@ def definitions(tree):
 
 
 def statement_lines(tree):
-    """For each line the lines of its statement; of a compound one, its head's."""
+    """A dict: for each line the lines of its statement; for a line in the head of a
+    compound statement, the lines of the head."""
     lines = {}
-    for node in ast.walk(tree):  # outer ones first
+    for node in ast.walk(tree):  # outer statements first
         if isinstance(node, ast.stmt):
             body = getattr(node, "body", None)
             end = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
@@ -131,7 +133,7 @@ def statement_lines(tree):
 
 
 def spans_without_effect(tree):
-    """From where to where there is nothing but what type checkers read."""
+    """The start and the end of each piece of code that only type checkers read."""
     for node in ast.walk(tree):
         unread = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         if isinstance(node, ast.AnnAssign) and node.value is None:
@@ -158,8 +160,8 @@ def name_of(path):
 
 
 def identities(work_items, texts):
-    """For each work item its job, the mutant's name, and the text of the function or
-    class around it. As long as this stays the same, so does the mutant of that name."""
+    """For each work item: the job, the mutant's name, and the text of the function or
+    class around the change. While this text stays the same, so does the mutant."""
     places, sources = {}, collections.defaultdict(list)
     for module, text in texts.items():
         places[module] = definitions(ast.parse(text))
@@ -178,7 +180,8 @@ def identities(work_items, texts):
 
 
 def functions(code, is_inner=False):
-    """The code objects in a code object, each with whether a function is around."""
+    """The code object and all code objects in it, each with a flag that says whether
+    the code object is inside a function."""
     yield code, is_inner
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -210,7 +213,7 @@ class Module:
         return visitor.walk(self.syntax_tree).get_code()
 
     def difference(self, text):
-        """What a mutation changes, for the reader of the report."""
+        """The change from the module's text to `text`, for the reader of the report."""
         old, new = self.text.splitlines(), text.splitlines()
         start = len(os.path.commonprefix([old, new]))
         old, new = old[start:], new[start:]
@@ -230,13 +233,13 @@ def module_of(mutation):
 
 
 def own_part(code):
-    """The code object without those in it."""
+    """The code object without the code objects in it."""
     constants = (c if not isinstance(c, types.CodeType) else 0 for c in code.co_consts)
     return code.replace(co_consts=tuple(constants))
 
 
 def living_functions():
-    """The functions that the modules have made, by where their code is."""
+    """The living functions of the modules, by the place of their code."""
     living = collections.defaultdict(list)
     gc.unfreeze()  # gc.get_objects() leaves out what the tests' conftest.py has frozen
     for function in gc.get_objects():
@@ -252,7 +255,8 @@ def place_in_source(code):
 
 
 def put_in_place(module, text, living):
-    """Give the functions their mutated code; False if that is not all."""
+    """Give the living functions their mutated code. False if the mutation also changes
+    code that runs at import, so that the module must be imported anew."""
     new = list(functions(module.compiled(text)))
     if len(module.functions) != len(new):
         return False
@@ -268,7 +272,7 @@ def put_in_place(module, text, living):
         for function, after in changes:
             flags = function.__code__.co_flags | after.co_flags & ~0x100
             function.__code__ = after.replace(co_flags=flags)
-    except ValueError:  # not as many free variables as before
+    except ValueError:  # the number of free variables has changed
         return False
     return True
 
@@ -293,7 +297,7 @@ def import_anew(module, text):
 
 
 class Chosen:
-    """A pytest plugin that leaves out the tests that search, or the others."""
+    """A pytest plugin that keeps only the searching tests, or only the other tests."""
 
     def __init__(self, searches):
         self.searches = searches
@@ -303,12 +307,13 @@ class Chosen:
 
 
 class Runner:
-    """A pytest plugin that runs those of the tests that are apt, in a good order."""
+    """A pytest plugin that runs the tests for which `is_apt` is true, until one fails.
+    Tests that are likely to fail and quick tests come first."""
 
     def __init__(self, is_apt, seconds, kills, output):
         self.is_apt = is_apt
         self.seconds = seconds
-        self.kills = kills  # of mutants of the same function, by test
+        self.kills = kills  # by test, how many mutants of the function it has killed
         self.output = output
 
     def pytest_runtestloop(self, session):
@@ -323,7 +328,7 @@ class Runner:
     def run(self, session, items):
         items = sorted(filter(self.is_apt, items), key=self.turn)
         for item, following in zip(items, [*items[1:], None]):
-            # What hangs is killed, with its process.
+            # The alarm ends the child if the test hangs.
             limit = 20 + 20 * self.seconds.get(item.nodeid, 0.0)
             self.say(item.nodeid + "\n")
             signal.alarm(int(limit))
@@ -341,7 +346,7 @@ class Runner:
 
 
 class Mutants:
-    """The plugin of the outer pytest, which does all this."""
+    """The plugin of the outer pytest, which runs the mutants in place of the tests."""
 
     def __init__(self, options):
         self.options = options
@@ -355,7 +360,7 @@ class Mutants:
             self.prepare(database)
             self.measure()
             self.living = living_functions()
-            gc.freeze()  # what is collected needn't be copied in every child
+            gc.freeze()  # else each child's collector would copy all memory
             self.execute(database)
             self.verdict = report(database, self.options)
         return True
@@ -388,7 +393,7 @@ class Mutants:
                 del self.items[test]
 
     def measured(self, tests):
-        """How long each test takes, whether it passes, and what lines it reaches."""
+        """For each test: its seconds, whether it passes, and the lines it reaches."""
         cov = coverage.Coverage(data_file=None, include=[*SOURCES], config_file=False)
         seconds, passed = {}, {}
         clock = time.perf_counter
@@ -405,7 +410,7 @@ class Mutants:
         for path in SOURCES:
             for line, reaching in cov.get_data().contexts_by_lineno(path).items():
                 for test in reaching:
-                    if test in lines:  # and not what no test has run
+                    if test in lines:  # lines reached at import have no test
                         lines[test][path].append(line)
         return {test: (seconds[test], passed[test], lines[test]) for test in tests}
 
@@ -422,7 +427,8 @@ class Mutants:
         ]
 
     def is_apt(self, mutation, item):
-        """Whether the test is worth its time: that of a companion takes long."""
+        """Whether the test may run on the mutant. The tests of companions take long, so
+        they are only for mutants of companions and for ``--searches``."""
         own = item.path.parent.name in ("spec", "searches")
         return own or self.options.searches or is_companion(mutation)
 
@@ -448,14 +454,14 @@ class Mutants:
         )
 
     def bring_over(self, database):
-        """What is known of mutants of functions that have not changed."""
+        """Take over the outcomes that earlier sessions have for unchanged functions."""
         name = Path(self.options.session)
         texts = {module.name: module.text for module in SOURCES.values()}
         name.with_suffix(".texts").write_text(json.dumps(texts))
         earlier = name.parent.glob(name.name.rpartition("-")[0] + "-*.sqlite")
         earlier = sorted(earlier, key=lambda path: path.stat().st_mtime)
         known = {}
-        for path in earlier:  # what was found last wins
+        for path in earlier:  # the latest outcome wins
             if path == name or not path.with_suffix(".texts").exists():
                 continue
             earlier_texts = json.loads(path.with_suffix(".texts").read_text())
@@ -498,7 +504,7 @@ class Mutants:
             if pid not in running:
                 continue
             try:
-                os.killpg(pid, signal.SIGKILL)  # what the tests have left behind
+                os.killpg(pid, signal.SIGKILL)  # processes that the tests have left
             except ProcessLookupError:
                 pass
             work, output, folder = running.pop(pid)
@@ -514,7 +520,7 @@ class Mutants:
             diff, _, killer = said.partition("\n")
             outcome = TestOutcome.SURVIVED if survived else TestOutcome.KILLED
             if killer.strip() == "SyntaxError":
-                outcome = TestOutcome.INCOMPETENT  # no mutant at all
+                outcome = TestOutcome.INCOMPETENT  # the mutant is no Python
             if os.WIFSIGNALED(status):
                 killer = f"signal {os.WTERMSIG(status)} in {killer}"
             result = WorkResult(WorkerOutcome.NORMAL, killer.strip(), outcome, diff)
@@ -535,7 +541,7 @@ class Mutants:
         return self.options.searches or self.options.retry
 
     def note(self, work, result):
-        """Remember which test has killed it."""
+        """Remember the test that has killed the mutant."""
         if result.test_outcome == TestOutcome.KILLED:
             self.kills[place_of(work)][result.output] += 1
 
@@ -550,20 +556,20 @@ class Mutants:
             self.session.config.pluginmanager.unregister(name="terminalreporter")
             module = module_of(mutation)
             text = module.mutated(mutation)
-            # For the processes that tests start.
+            # Processes that tests start import the mutant from this folder.
             path = Path(folder, module.path.relative_to(ROOT))
             if path.parent != Path(folder):
                 shutil.copytree(module.path.parent, path.parent)
             path.write_text(text)
             sys.path.insert(0, folder)
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-            os.environ["PYTHONSAFEPATH"] = "1"  # pybreaker.py is in this folder, too
+            os.environ["PYTHONSAFEPATH"] = "1"  # else the current folder comes first
             first = module.difference(text) + "\n"
             tests = self.tests_for(mutation)
             is_apt = functools.partial(self.is_apt, mutation)
             runner = Runner(is_apt, self.seconds, self.kills[place_of(work)], output)
             runner.say = lambda said: Runner.say(runner, first + said)
-            runner.say("")  # perhaps there are no tests
+            runner.say("")  # for a mutant without tests
             try:
                 is_in_place = put_in_place(module, text, self.living)
             except SyntaxError:
@@ -576,7 +582,7 @@ class Mutants:
             else:
                 runner.say("import")
                 signal.alarm(120)
-                status = 1  # if it cannot be imported
+                status = 1  # stands if the import raises
                 import_anew(module, text)
                 chosen = Chosen(self.options.searches)
                 status = pytest.main(self.options.pytest, plugins=[chosen, runner])
@@ -585,14 +591,14 @@ class Mutants:
 
 
 def place_of(work):
-    """The innermost function or class, and its module."""
+    """The module and the innermost function or class of a mutant."""
     mutation = work.mutations[0]
     module = module_of(mutation)
     return module.name, module.definitions.get(mutation.start_pos[0], "")
 
 
 def names_of_mutants(database):
-    """By their jobs, the names that survivors.toml has for mutants."""
+    """A dict: for each job the name that the mutant has in survivors.toml."""
     texts = {module.name: module.text for module in SOURCES.values()}
     named = identities(database.work_items, texts)
     return {job: name for job, name, _ in named}
@@ -603,7 +609,8 @@ def is_companion(mutation):
 
 
 def turn(work):
-    """What to sort mutants by: first those of the library itself, in any order."""
+    """A sort key: the core's mutants come before those of companions, and each group is
+    shuffled, always in the same way."""
     mutation = work.mutations[0]
     key = f"{place_of(work)} {mutation.operator_name} {mutation.occurrence}"
     return is_companion(mutation), hashlib.sha1(key.encode()).digest()
@@ -644,13 +651,13 @@ def report(database, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--session", default=".mutation", help="where to keep what became of each")
+    add("--session", default=".mutation", help="where to keep the outcomes")
     add("--jobs", type=int, default=os.cpu_count())
-    add("--limit", type=int, help="run so many at most; the rest next time")
-    add("--only", help="run those in whose name this occurs")
-    add("--retry", action="store_true", help="run those again that survived")
-    add("--all", action="store_true", help="bring nothing over from earlier sessions")
-    add("--searches", action="store_true", help="do so with the tests that search")
+    add("--limit", type=int, help="the most mutants to run; the next run goes on")
+    add("--only", help="run the mutants whose name has this text")
+    add("--retry", action="store_true", help="run the surviving mutants again")
+    add("--all", action="store_true", help="take over no outcomes of earlier sessions")
+    add("--searches", action="store_true", help="run the searching tests")
     options = parser.parse_args()
     options.pytest = [*PYTEST, *test_folders(options.searches)]
     digest = hashlib.sha256(Path(operators.__file__).read_bytes())
@@ -659,7 +666,7 @@ def main():
     options.session += f"-{digest.hexdigest()[:12]}.sqlite"
     cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = operators.Provider()
     sys.path.insert(0, str(ROOT))
-    sys.dont_write_bytecode = False  # so that tests are rewritten once, if read often
+    sys.dont_write_bytecode = False  # pytest caches rewritten tests
     plugin = Mutants(options)
     pytest.main(options.pytest, plugins=[Chosen(options.searches), plugin])
     return plugin.verdict
