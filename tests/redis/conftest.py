@@ -1,4 +1,4 @@
-"""What tests of a shared circuit may use: servers, proxies, and fleets of workers."""
+"""Fixtures for tests of a shared circuit: servers, proxies, and fleets of workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from couriers import (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A test needs a server if it uses one, and is long if it starts processes."""
+    """Mark a test as `server` if the test uses a server, and as `long` if the test
+    starts processes."""
     for item in items:
         if "servers" in item.fixturenames:
             item.add_marker("server")
@@ -27,7 +28,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def servers():
-    """Servers of the kinds that `fleet` names, each started when first asked for."""
+    """Servers of the kinds that `fleet` names. Each starts when a test first asks for
+    it."""
     with contextlib.ExitStack() as stack:
         started = {}
 
@@ -41,31 +43,31 @@ def servers():
         yield server
 
 
-# Both servers are asked for where they may differ, and in any case if there is time.
+# Tests run with both servers where the servers may differ, and in a deep run always.
 SERVERS = ["valkey_server", "redis_server"]
 
 
 @pytest.fixture(params=SERVERS if os.environ.get("PYBREAKER_DEEP") else SERVERS[:1])
 def server(request, servers):
-    """A server that is as good as new."""
+    """A server without keys."""
     return servers(request.param)
 
 
 @pytest.fixture(params=SERVERS)
 def either_server(request, servers):
-    """Each of the servers."""
+    """Each of the two servers without keys."""
     return servers(request.param)
 
 
 @pytest.fixture
 def namespace():
-    """One that no other test has."""
+    """A namespace that no other test uses."""
     return next(fleet.names)
 
 
 @pytest.fixture
 def closing():
-    """Closes clients of Redis when the test is over and no courier opens them again."""
+    """A function that has clients closed when the test and its couriers are over."""
     with contextlib.ExitStack() as stack:
 
         def closing(client):
@@ -86,13 +88,13 @@ def unhurried(monkeypatch):
 
 @pytest.fixture
 def silence(unhurried):
-    """Undoes `unhurried`: a courier notices that Redis is silent."""
+    """Undoes `unhurried`, so that a courier notices that Redis is silent."""
     unhurried.undo()
 
 
 @pytest.fixture
 def proxies():
-    """Makes proxies, and ends them."""
+    """A function that makes a proxy. All proxies end with the test."""
     with contextlib.ExitStack() as stack:
 
         def proxy(server):
@@ -105,13 +107,14 @@ def proxies():
 
 @pytest.fixture
 def service(tmp_path):
-    """Works until it is told not to."""
+    """A service that is up."""
     return fleet.Service(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def nurseries():
-    """By the folders in front of the path of their workers."""
+    """A function that gives the nursery for the folders at the front of its workers'
+    path."""
     with contextlib.ExitStack() as stack:
         started = {}
 
@@ -126,7 +129,8 @@ def nurseries():
 
 @pytest.fixture
 def fleet_of(namespace, service, nurseries):
-    """Starts workers on a port, all at once; returns them when they are ready."""
+    """A function that starts workers on a port, all at once, and returns them when they
+    are ready."""
     with contextlib.ExitStack() as stack:
 
         def start(port, number, path=(), **settings):
@@ -139,4 +143,4 @@ def fleet_of(namespace, service, nurseries):
             return workers
 
         yield start
-        service.mode = "up"  # so that none hangs
+        service.mode = "up"  # so that no worker hangs

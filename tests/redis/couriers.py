@@ -1,4 +1,4 @@
-"""What tests need that start couriers, whichever folder they are in."""
+"""Fixtures for all tests that start couriers, in any folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def impatient_clients():
-    """Clients of Redis that find nobody try again at once, and not for a minute."""
+    """Clients of Redis wait 10 ms between attempts to connect, instead of up to a
+    minute in all."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("redis.retry", "valkey.retry"):
             with contextlib.suppress(ImportError):
@@ -23,7 +24,7 @@ def impatient_clients():
 
 
 def stop_couriers(patience):
-    """Let them end that there are, and wait for so many seconds until they have."""
+    """Let all couriers end, and wait at most `patience` seconds until they have."""
     if "pybreaker_extras.redis" in sys.modules:
         import stepwise
 
@@ -36,9 +37,9 @@ def stop_couriers(patience):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown():
-    """A test's couriers end with it. They would disturb who counts threads, objects, or
-    the numbers that chance has given."""
+    """End a test's couriers with the test: couriers would disturb later tests that
+    count threads or objects, or draw random numbers."""
     try:
         return (yield)
     finally:
-        stop_couriers(patience=5)  # some had to wait for a server that has gone on now
+        stop_couriers(patience=5)  # a courier may have waited for a paused server

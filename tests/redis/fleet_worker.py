@@ -1,7 +1,7 @@
-"""A process of the fleet: makes a breaker over a storage and does what it is told.
+"""A process of the fleet, which makes a breaker over a storage and runs commands.
 
-Each line on stdin is a JSON list of a command, its arguments and its keyword
-arguments, and is answered with a line of JSON on stdout. It ends with its stdin.
+Each line on stdin is a JSON list of a command, its arguments and its keyword arguments.
+The worker answers each with a line of JSON on stdout, and ends when stdin ends.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ pybreaker = None  # is imported when the settings are known
 
 
 def shift_clock(seconds):
-    """Have this process's wall clock differ from the other's, for all that is
-    imported from now on."""
+    """Shift this process's wall clock, for all modules that are imported afterwards."""
     import datetime as module
 
     true_time = time.time
@@ -44,7 +43,7 @@ def shift_clock(seconds):
 
 
 class Down(Exception):
-    """What the service raises."""
+    """The error of a service that is down."""
 
 
 def mode():
@@ -52,7 +51,7 @@ def mode():
 
 
 def note(what):
-    """What has happened in a call, and when, and when the call had begun."""
+    """Write the outcome of a call, its time, and the time at which the call began."""
     line = f"{time.monotonic()} {inside.call_began} {os.getpid()} {what}\n"
     with open(Path(SETTINGS["service"], "log"), "a") as log:
         log.write(line)  # in one piece, as it is short
@@ -62,7 +61,7 @@ inside = threading.local()
 
 
 def ask():
-    """The guarded function: calls the service."""
+    """The guarded function, which calls the service."""
     began = time.monotonic()
     note("in")
     try:
@@ -98,7 +97,7 @@ CALLS = {"ask": ask, "fail": fail, "ok": int}
 
 
 def make_client():
-    """The client object, of the kind that the settings name."""
+    """The client of the kind that the settings name."""
     kind, port = SETTINGS.get("client", "redis"), SETTINGS["port"]
     options = SETTINGS.get("options", {})
     if kind == "redis":
@@ -125,7 +124,7 @@ def make_client():
 
 
 class Records(logging.Handler):
-    """Remembers what is logged, and when it was."""
+    """Remembers each log record and its time."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +135,7 @@ class Records(logging.Handler):
 
 
 class Changes:
-    """A listener that remembers the moves of the circuit, and when they were."""
+    """A listener that remembers the moves of the circuit and their times."""
 
     def __init__(self):
         self.seen = []
@@ -155,14 +154,14 @@ class Changes:
 
 
 class Load:
-    """Threads that make one call after the other."""
+    """Threads that make one call after another."""
 
     def __init__(self, breaker, threads=1, pause=0.01, what="ask"):
         self._breaker, self._pause, self._what = breaker, pause, CALLS[what]
         self._stopped = threading.Event()
         self.outcomes = collections.Counter()
-        self.longest = 0.0  # that the breaker has held up a call
-        self.oversleeping = 0.0  # that the machine has held up anybody
+        self.longest = 0.0  # seconds that the breaker has delayed a call
+        self.oversleeping = 0.0  # seconds that the machine has delayed a thread
         self.strange = []
         runs = [self._run] * threads + [self._sleep]
         self._threads = [threading.Thread(target=run, daemon=True) for run in runs]
@@ -188,7 +187,7 @@ class Load:
         self.outcomes[outcome] += 1
 
     def _sleep(self):
-        # Sees how late a thread is that nothing but the machine can make late.
+        # Measures how late a thread wakes that only the machine can delay.
         while not self._stopped.is_set():
             began = time.monotonic()
             time.sleep(0.01)
@@ -210,7 +209,7 @@ class Load:
 
 
 class Commands:
-    """What a worker can be told, by the name of a method."""
+    """The commands that a worker runs, one method each."""
 
     def __init__(self):
         self._records, self._changes = Records(), Changes()
@@ -235,11 +234,11 @@ class Commands:
         )
 
     def ready(self):
-        """Is answered once all is made, with the seconds that the storage took."""
+        """The seconds that the making of the storage took."""
         return self._construction
 
     def version(self):
-        """Of the library, where that is an installed one."""
+        """The version of the library, if the library is an installed one."""
         from importlib import metadata
 
         return metadata.version("pybreaker")
@@ -248,7 +247,7 @@ class Commands:
         return sys.modules[type(self._client).__module__.partition(".")[0]].__version__
 
     def call(self, what="ask", times=1):
-        """The outcomes of so many calls."""
+        """The outcomes of this many calls."""
         load = Load(self._breaker, threads=0, what=what)
         for _ in range(times):
             load.call()
@@ -256,7 +255,7 @@ class Commands:
         return load.report()
 
     def call_async(self, timeout):
-        """A coroutine that is cancelled after so many seconds."""
+        """The outcome of a coroutine that is cancelled after this many seconds."""
         import asyncio
 
         async def main():
@@ -270,7 +269,8 @@ class Commands:
             return type(exc).__name__
 
     def call_async_until(self, state, timeout, pause):
-        """Call until the circuit is as it should be; how many were cancelled."""
+        """Call until the circuit has the given state; returns how many calls were
+        cancelled."""
         outcomes = collections.Counter()
         while self._breaker.current_state != state:
             outcomes[self.call_async(timeout)] += 1
@@ -278,7 +278,8 @@ class Commands:
         return outcomes
 
     def stall(self, seconds):
-        """The longest that an event loop stood still while it made calls."""
+        """The longest time for which an event loop stood still while the loop made
+        calls."""
         import asyncio
 
         async def main():
@@ -306,7 +307,7 @@ class Commands:
         self._load = Load(self._breaker, **how)
 
     def report(self):
-        """What has come of the load so far."""
+        """The results of the load so far."""
         return self._load.report()
 
     def unload(self):
@@ -317,7 +318,8 @@ class Commands:
         return self._breaker.current_state
 
     def look(self):
-        """The state, found in the storage, and told if it has changed."""
+        """The circuit's state. Looking makes the breaker follow the storage and tell
+        its listeners."""
         return self._breaker.state.name
 
     def see(self, *names):
@@ -333,11 +335,11 @@ class Commands:
         getattr(self._breaker, move)()
 
     def move(self, **attributes):
-        """Hand the storage a move, as a breaker does."""
+        """Give the storage a move, as a breaker does."""
         self._breaker._state_storage.move(types.SimpleNamespace(**attributes))
 
     def last_move(self, *names):
-        """What the storage knows of it, or None."""
+        """These attributes of the last move that the storage knows, or None."""
         move = self._breaker._state_storage.last_move()
         return move and [getattr(move, name) for name in names]
 

@@ -1,8 +1,8 @@
 """Processes that share a circuit through Redis, without Redis, processes and threads.
 
-Nothing happens by itself: a courier makes a pass when a test says so, and the clock is
-moved. Redis is a table of the circuit's keys. What tests use of the storage's private
-names, they use through this module.
+Nothing happens by itself: a courier makes a pass when a test says so, and the test
+moves the clock. Redis is a table of the circuit's keys. Tests use the private names of
+the storage through this module only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitRedisStorage
 from pybreaker_extras import redis as shared
 
 REFRESH = 4.0  # seconds
-EPOCH = 1_600_000_000  # when the clocks of these tests say 0, by the wall clock
+EPOCH = 1_600_000_000  # the Unix time at which the tests' clocks are 0
 LibrarysCourier = shared._Courier
 waiter, claim, view = shared._waiter, shared._Claim, shared._View
 at_exit, before_fork = shared._at_exit, shared._before_fork
@@ -43,7 +43,7 @@ class Alias:
 
 
 class OpenCourier(LibrarysCourier):
-    """The library's, for tests of its threads."""
+    """The library's courier, with public names for tests of its threads."""
 
     carry, watch, threads = Alias("_carry"), Alias("_watch"), Alias("_threads")
     signals, over = Alias("_signals"), Alias("_over")
@@ -51,13 +51,13 @@ class OpenCourier(LibrarysCourier):
 
 
 class OpenLink(shared._Link):
-    """The library's, for tests of its event loop."""
+    """The library's link, with public names for tests of its event loop."""
 
     own, loop = Alias("_own"), Alias("_loop")
 
 
 def trial_of(breaker):
-    """A call that is admitted as a trial, and begun."""
+    """The block of a call that has been admitted as a trial and has begun."""
     block = breaker.calling()
     block.__enter__()
     return block
@@ -69,7 +69,7 @@ def ends(block, exc=None):
 
 
 def let_nobody_wait(monkeypatch, wait):
-    """The storage's events call this with their timeout, and wait for nothing."""
+    """The storage's events call `wait` with the timeout and return at once."""
 
     class Event(threading.Event):
         def wait(self, timeout=None):
@@ -81,7 +81,7 @@ def let_nobody_wait(monkeypatch, wait):
 
 
 def replace(monkeypatch, module, **names):
-    """The storage finds these names in a module that it imports."""
+    """Replace these names in a module as the storage sees the module."""
     real = getattr(shared, module)
     fake = types.SimpleNamespace(**{**vars(real), **names})
     monkeypatch.setattr(shared, module, fake)
@@ -89,8 +89,8 @@ def replace(monkeypatch, module, **names):
 
 
 def set_clock(monkeypatch, clock):
-    """The storage, and a storage in memory, have the clock of the test. That may begin
-    near zero, where the machine's does."""
+    """Give the shared storage and the memory storage the test's clock, which may begin
+    near zero, as the clock of a machine may."""
     clock.now = 5.0
     fake = types.SimpleNamespace(monotonic=lambda: clock.monotonic(), sleep=time.sleep)
     monkeypatch.setattr(shared, "time", fake)
@@ -106,12 +106,12 @@ def set_clock(monkeypatch, clock):
 
 
 def leave_alone(monkeypatch):
-    """There are no couriers that other tests have left."""
+    """Hide the couriers that other tests have left."""
     monkeypatch.setattr(shared, "_couriers", {})
 
 
 def carry_by_hand(monkeypatch):
-    """Couriers have no threads, and make a pass when a test says so."""
+    """Give couriers no threads: a courier makes a pass when a test says so."""
     monkeypatch.setattr(shared, "_Courier", Courier)
 
 
@@ -128,7 +128,8 @@ WRITERS = (
 
 
 def couriers_of_old_worlds_are_gone():
-    """A client of a new world may have the id of one of an old world."""
+    """Forget all couriers: a client of a new world may have the id of a client of an
+    old world."""
     shared._couriers.clear()
 
 
@@ -137,7 +138,7 @@ def gate():
 
 
 def set_gate(monkeypatch, gate):
-    """What is held where a courier begins or ends."""
+    """Replace the lock that is held where a courier begins or ends."""
     monkeypatch.setattr(shared, "_gate", gate)
     return gate
 
@@ -155,7 +156,7 @@ def couriers():
 
 
 def stop_couriers():
-    """Let all couriers end that there are."""
+    """Let all couriers end."""
     with shared._gate:
         for courier in couriers():
             courier.stop()
@@ -166,7 +167,7 @@ def courier_of(storage):
 
 
 def let_openings_fail(monkeypatch):
-    """A storage that follows an opening of another process is interrupted."""
+    """Interrupt every storage that follows an opening of another process."""
 
     def interrupted(*_):
         raise RuntimeError("interrupted")
@@ -175,12 +176,13 @@ def let_openings_fail(monkeypatch):
 
 
 def go_at_once(storage):
-    """The courier goes to Redis and back, though there may be nothing to send."""
+    """Ask the courier for an exchange, even if there is nothing to send. Returns an
+    event that is set afterwards."""
     return storage._notify_when_sent()
 
 
 def shared_state(storage):
-    """What other threads may see or change of a storage, apart from the counts."""
+    """The objects of a storage that several threads change, apart from the counts."""
     return storage._outbox, storage._membership
 
 
@@ -189,12 +191,12 @@ def outbox(storage):
 
 
 def unconfirmed(storage):
-    """The trip that Redis may still confirm."""
+    """The trip that a view may still confirm."""
     return storage._membership.unconfirmed
 
 
 def ask(storage, timeout=60, hear=int):
-    """A claim, whose answer nobody waits for."""
+    """A claim. No call waits for the answer."""
     return storage._ask(timeout, hear)
 
 
@@ -203,20 +205,20 @@ def give_back(storage, claim):
 
 
 def is_due(storage):
-    """Whether the next pass is to take the storage along at once."""
+    """Whether the next pass takes the storage at once."""
     return storage._due_at() == -math.inf
 
 
 class Redis:
-    """The keys of one circuit, and a clock that goes with the test's."""
+    """The keys of one circuit, with the test's clock."""
 
     def __init__(self, clock):
         self.clock = clock
         self.texts = {}
-        self.lapses = {}  # when keys do, by the clock
+        self.lapses = {}  # by key, when the value lapses
 
     def __getitem__(self, key):
-        """What is there now."""
+        """The present value of a key, or None."""
         if self.lapses.get(key, math.inf) <= self.clock.now:
             self.remove(key)
         return self.texts.get(key)
@@ -261,19 +263,19 @@ class Redis:
     def __delitem__(self, key):
         self.remove(key)
 
-    # The command is called like that.
+    # The command is called DEL, which is a keyword of Python.
     locals()["del"] = lambda self, key, text: self.remove(key)
 
 
 class Client:
-    """A process's way to it."""
+    """The client of one process."""
 
     def __init__(self, keys):
         self.keys = keys
-        self.trouble = None  # is raised, instead of an answer
-        self.refusal = None  # is the answer to each write
-        self.meanwhile = None  # is called once, while an answer is on its way
-        self.seconds = 0.0  # that answers take
+        self.trouble = None  # an error that each pipeline raises
+        self.refusal = None  # the reply to each write
+        self.meanwhile = None  # a function that runs once before an answer arrives
+        self.seconds = 0.0  # seconds that each answer takes
         self.sent = []
         self.passes = self.times = 0
 
@@ -327,7 +329,8 @@ class Client:
 
 
 class Courier(LibrarysCourier):
-    """Has no threads. Who waits for it is waited for by it."""
+    """A courier without threads. If a thread would wait for an answer, wake() makes the
+    passes."""
 
     def __init__(self, client):
         super().__init__(client)
@@ -347,7 +350,7 @@ class Courier(LibrarysCourier):
             self.go()
 
     def go(self):
-        """Make a pass that takes all storages along."""
+        """Make a pass with all storages."""
         self._next_round = -math.inf
         self.is_passing = True
         try:
@@ -357,7 +360,7 @@ class Courier(LibrarysCourier):
             self.is_passing = False
 
     def looks_after_its_storages(self):
-        """Whether there are any, as before each pass."""
+        """Whether the courier has storages, as the courier asks before each pass."""
         return self._goes_on(threading.Event())
 
     def start(self):
@@ -371,7 +374,7 @@ class Courier(LibrarysCourier):
 
 
 class Process:
-    """A breaker, with its storage and its client."""
+    """A process's breaker, storage and client."""
 
     def __init__(
         self,
@@ -415,8 +418,8 @@ class Process:
 
 
 def agree(processes):
-    """Let each of them make passes until all has been sent, and see that all say what
-    Redis says. Time passes."""
+    """Let each process make passes until all has been sent, and check that all agree
+    with Redis. The clock moves."""
     for process in processes:
         process.client.trouble = process.client.refusal = None
         process.client.meanwhile = None
@@ -433,11 +436,11 @@ def check(process):
     storage, keys = process.storage, process.client.keys
     with mutex_of(storage):
         is_apart = storage._membership.is_apart
-    if is_apart:  # it has opened by a count that did not stand
+    if is_apart:  # the process opened by a count that was gone later
         assert process.state != "closed"
         return
     if process.state != "half-open" or keys["state"] != "open":
-        # (between two trials an open circuit is half-open where they run)
+        # (an open circuit is half-open in the process that runs its trials)
         assert process.state == keys["state"]
     assert storage.counter == int(keys["fail_counter"] or 0)
     assert storage.success_counter == int(keys["success_counter"] or 0)

@@ -31,10 +31,12 @@ def boom():
 
 
 def calls_are_shared(mine, theirs):
-    """All that a client is needed for: failures, an opening, a trial, a closing."""
+    """Two breakers share failures, an opening, a trial and a closing: all that a
+    storage needs a client for."""
 
     def soon(condition):
-        """Nobody waits for the next refresh: the couriers go at once."""
+        """Let the couriers go at once, so that the test need not wait for the next
+        refresh."""
 
         def looked():
             for breaker in (mine, theirs):
@@ -101,7 +103,7 @@ def share(namespace):
     ids=lambda options: "+".join(options) or "as it is",
 )
 def test_a_client_may_have_any_options(either_server, share, closing, module, options):
-    """What it returns may be bytes or text."""
+    """The client may return bytes or text."""
     client = module.Redis if module is redis else module.Valkey
     share(lambda: closing(client(port=either_server.port, **options)))
 
@@ -110,7 +112,7 @@ def test_a_client_may_have_any_options(either_server, share, closing, module, op
 def test_a_client_may_be_made_from_a_url_or_share_a_pool(
     server, share, closing, module, namespace
 ):
-    """As Django's and Flask's usual clients are."""
+    """The usual clients of Django and Flask are made so."""
     client = module.Redis if module is redis else module.Valkey
     scheme = "redis" if module is redis else "valkey"
     url = f"{scheme}://127.0.0.1:{server.port}/1"
@@ -122,7 +124,7 @@ def test_a_client_may_be_made_from_a_url_or_share_a_pool(
 
 
 def test_a_client_may_speak_through_a_unix_socket(tmp_path, servers, closing, share):
-    """Where the server offers one."""
+    """Only some servers offer a socket."""
     if not hasattr(socket, "AF_UNIX"):
         pytest.skip("needs Unix sockets")
     path = str(tmp_path / "s")
@@ -147,7 +149,7 @@ def test_a_client_may_speak_through_a_unix_socket(tmp_path, servers, closing, sh
 )
 @pytest.mark.parametrize("decode", [False, True])
 def test_a_client_may_be_for_asyncio(either_server, share, client, decode):
-    """Without a loop of its own running anywhere."""
+    """No event loop runs in the process."""
 
     async def make():  # in Python 3.9 only a coroutine can
         return client(port=either_server.port, decode_responses=decode)
@@ -161,8 +163,9 @@ def test_a_client_may_be_for_asyncio(either_server, share, client, decode):
     ids=["redis-py", "valkey-py"],
 )
 def test_the_loop_of_an_asyncio_client_is_left_alone(server, namespace, client):
-    """It goes on being used there, before, between and after; the storage opens no
-    connection in that loop and uses none of the client's."""
+    """The program uses its client in its own loop before, between and after the calls.
+    The storage opens no connection in that loop and uses none of the client's
+    connections."""
 
     async def main():
         mine = client(port=server.port)
@@ -196,7 +199,8 @@ def test_the_loop_of_an_asyncio_client_is_left_alone(server, namespace, client):
 
 
 def test_an_asyncio_client_may_be_used_by_plain_calls(server, namespace):
-    """From threads that have no loop, while a loop runs elsewhere, and after it."""
+    """The calls come from threads without a loop, while a loop runs in another thread
+    and after that loop has ended."""
 
     async def main():
         client = redis.asyncio.Redis(port=server.port)
@@ -219,7 +223,7 @@ def test_an_asyncio_client_may_be_used_by_plain_calls(server, namespace):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """One server that has all of a cluster's slots."""
+    """One server that has all slots of a cluster."""
     server = fleet.Server(fleet.valkey_server(), cluster=True)
     yield server
     server.end()
@@ -231,7 +235,7 @@ def cluster():
 def test_a_client_may_be_a_clusters(
     cluster, share, closing, module, cluster_mode, decode
 ):
-    """The keys need no hash tags, as no command has more than one."""
+    """The keys need no hash tags, as no command has more than one key."""
     client = module.RedisCluster if module is redis else module.ValkeyCluster
 
     def make():
@@ -245,13 +249,13 @@ def test_a_client_may_be_a_clusters(
 def test_cluster_mode_is_accepted_for_a_client_that_is_no_clusters(
     server, share, closing
 ):
-    """It has no meaning here, but code in the field says it."""
+    """The parameter has no effect, but programs in the field pass it."""
     share(lambda: closing(redis.Redis(port=server.port)), cluster_mode=True)
 
 
 @pytest.mark.parametrize("kind", ["redis", "redis.asyncio", "redis.cluster"])
 def test_redis_py_may_be_as_old_as_5(kind, server, cluster, fleet_of, namespace):
-    """Other tests have the newest there is for this Python."""
+    """The other tests use the newest release for this Python."""
     old = installed("redis==5.0.*")
     port = cluster.port if kind == "redis.cluster" else server.port
     workers = fleet_of(
@@ -275,7 +279,7 @@ def test_redis_py_may_be_as_old_as_5(kind, server, cluster, fleet_of, namespace)
 
 
 def local_proxy(client):
-    """Werkzeug's, of a client that only the thread has that makes the storage."""
+    """Werkzeug's proxy of a client that only the calling thread has."""
     local = pytest.importorskip("werkzeug.local")
     context = local.Local()
     context.client = client
@@ -283,8 +287,8 @@ def local_proxy(client):
 
 
 def test_a_client_may_be_behind_a_proxy(server, share, closing):
-    """Flask programs have one from Werkzeug. Its class has the methods of an asyncio
-    client, whatever it is the proxy of."""
+    """Flask programs have such a proxy from Werkzeug. The proxy's class has the methods
+    of an asyncio client for a client of any kind."""
     share(lambda: local_proxy(closing(redis.Redis(port=server.port))))
 
 
@@ -298,7 +302,7 @@ def test_an_asyncio_client_may_be_behind_a_proxy(server, share):
 def test_a_client_may_be_behind_an_object_that_passes_on_what_it_lacks(
     server, share, closing
 ):
-    """As the one of Flask-Redis does."""
+    """The object of Flask-Redis is of this kind."""
 
     class Passing:
         def __init__(self, client):
@@ -328,7 +332,7 @@ def test_the_client_that_was_given_is_there_by_the_name_that_programs_use(
 
 
 def test_programs_can_tell_the_storage_from_one_in_memory(server, closing, namespace):
-    """By its class, as they do where they fall back."""
+    """Programs that fall back to memory compare the storage's class."""
     client = closing(redis.Redis(port=server.port))
     storage = CircuitRedisStorage("closed", client, namespace)
     assert not isinstance(storage, pybreaker.CircuitMemoryStorage)
@@ -337,7 +341,7 @@ def test_programs_can_tell_the_storage_from_one_in_memory(server, closing, names
 
 
 class NoClient:
-    """Has a method or two of a client's."""
+    """An object with only one or two of a client's methods."""
 
     def get(self, key):
         return None
@@ -363,14 +367,14 @@ class NoClient:
     ids=lambda thing: type(thing).__name__,
 )
 def test_something_else_is_refused_with_word_of_what_is_needed(thing):
-    """At once, and before any thread is started for it."""
+    """The storage raises at once, before a thread is started."""
     with pytest.raises(TypeError, match="redis_object") as caught:
         CircuitRedisStorage("closed", thing)
     assert "Redis" in str(caught.value)
 
 
 def test_a_client_of_ones_own_class_will_do(server, share, closing):
-    """Instrumented ones are subclasses."""
+    """Instrumented clients are of subclasses."""
     commands = []
 
     class Counted(redis.Redis):
@@ -382,7 +386,7 @@ def test_a_client_of_ones_own_class_will_do(server, share, closing):
 
 
 def test_the_client_is_the_programs_to_close(server, namespace, closing):
-    """That does no harm: it opens again, as those clients do."""
+    """A program that closes its client does no harm: the client connects again."""
     client = closing(redis.Redis(port=server.port))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=0.05)
     storage.increment_counter()
@@ -393,7 +397,7 @@ def test_the_client_is_the_programs_to_close(server, namespace, closing):
 
 
 def test_the_module_needs_no_client_that_is_not_used(tmp_path):
-    """With neither package there is, all the rest of the module works."""
+    """Without both client packages the rest of the module works."""
     program = """
 import sys
 sys.modules["redis"] = sys.modules["valkey"] = None  # importing them fails
@@ -412,8 +416,8 @@ except TypeError as exc:
 
 
 def test_a_busy_pool_holds_no_call_up(server, namespace, closing):
-    """Where all of the client's connections are in use, the circuit is not shared
-    for a while, and that is all."""
+    """While all of the client's connections are in use, the circuit is not shared, and
+    calls go on."""
     pool = redis.BlockingConnectionPool(
         port=server.port, max_connections=1, timeout=None
     )

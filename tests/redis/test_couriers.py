@@ -1,5 +1,5 @@
-"""One courier for each client: many circuits cost what one costs, and what happens to
-one of them happens to no other. Over a real server."""
+"""One courier for each client, over a real server: many circuits cost what one circuit
+costs, and a fault of one circuit touches no other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def circuit(namespace, client):
 
 @pytest.fixture
 def key(server, namespace):
-    """What a key of the circuit of this number holds."""
+    """The value of a key of the circuit of this number."""
     return lambda number, name: server.key(f"{namespace}-{number}", name)
 
 
@@ -51,14 +51,14 @@ def couriers():
 
 
 def circuits_asked_for(server, namespace):
-    """The numbers of the circuits that couriers ask about during some refreshes."""
+    """The numbers of the circuits whose keys couriers read during some refreshes."""
     with server.watched() as commands:
         time.sleep(0.5)
     return circuits_in(commands, namespace)
 
 
 def circuits_in(commands, namespace):
-    """The numbers of the circuits that commands are about."""
+    """The numbers of the circuits whose keys are in these commands."""
     about = [words[1] for words in commands if len(words) > 1]
     numbers = [key[len(namespace) + 1 :].partition(":")[0] for key in about]
     return {
@@ -81,7 +81,8 @@ def test_two_hundred_circuits_have_two_threads_and_one_connection(
 
 
 def test_circuits_without_calls_make_one_round_trip_for_each_refresh(server, circuit):
-    """However many they are: the server counts what it reads."""
+    """The number of circuits makes no difference to the number of reads that the server
+    counts."""
     refresh = 0.2
     breakers = [circuit(number, refresh=refresh) for number in range(10)]
 
@@ -96,7 +97,7 @@ def test_circuits_without_calls_make_one_round_trip_for_each_refresh(server, cir
     began, before = time.monotonic(), reads()
     until(lambda: reads() - before >= 9, pause=refresh)
     made, elapsed = reads() - before, time.monotonic() - began
-    # A round may be under way.
+    # The courier may be in the middle of a round.
     assert made <= elapsed / refresh + 1
     assert len(breakers) == 10
 
@@ -104,7 +105,8 @@ def test_circuits_without_calls_make_one_round_trip_for_each_refresh(server, cir
 def test_what_one_circuit_has_to_say_travels_without_the_others(
     server, circuit, namespace, key
 ):
-    """So an opening and a trial among two hundred are as quick as those of one."""
+    """An opening and a trial of one circuit among two hundred are as quick as those of
+    a circuit that is alone."""
     breakers = [circuit(number, refresh=60) for number in range(20)]
     time.sleep(0.1)
     with server.watched() as commands:
@@ -122,7 +124,7 @@ def test_what_one_circuit_has_to_say_travels_without_the_others(
 def test_a_client_is_served_at_the_smallest_refresh_of_its_storages(
     server, circuit, refreshes, closing
 ):
-    """Whichever of them was made first."""
+    """The order in which the storages were made makes no difference."""
     mine = [circuit(number, refresh=r) for number, r in enumerate(refreshes)]
     theirs = closing(redis.Redis(port=server.port))
     for number in range(2):
@@ -131,8 +133,9 @@ def test_a_client_is_served_at_the_smallest_refresh_of_its_storages(
 
 
 def test_a_storage_that_is_collected_leaves_its_courier(server, circuit, namespace):
-    """Nothing is asked of its circuit any more, and the others go on. The courier ends
-    with the last of its storages; one that is made then gets another."""
+    """The courier does not read the circuit's keys any more, and serves the other
+    storages. The courier ends with its last storage; a storage that is made later gets
+    a new courier."""
     before = set(couriers())
     breakers = {number: circuit(number, refresh=0.05) for number in range(3)}
     mine = set(couriers()) - before
@@ -168,7 +171,7 @@ def test_threads_that_make_storages_at_once_share_one_courier(circuit):
 
 
 def test_clients_that_share_a_pool_are_still_two(circuit, server, closing):
-    """Each has a courier, as a program may close one of them."""
+    """Each client has a courier, as a program may close one of the clients."""
     pool = redis.ConnectionPool(port=server.port)
     before = set(couriers())
     made = [circuit(n, client=redis.Redis(connection_pool=pool)) for n in range(2)]
@@ -182,7 +185,7 @@ def test_clients_that_share_a_pool_are_still_two(circuit, server, closing):
 def test_a_circuit_whose_keys_are_used_otherwise_harms_no_other(
     server, circuit, namespace, key, caplog
 ):
-    """It is mended, and the others hear nothing of that."""
+    """The courier mends the circuit, and the other circuits notice nothing."""
     mine, other = circuit(0), circuit(1)
     server.client.delete(f"{namespace}-0:pybreaker:state")
     server.client.rpush(f"{namespace}-0:pybreaker:state", "a list")
@@ -194,7 +197,7 @@ def test_a_circuit_whose_keys_are_used_otherwise_harms_no_other(
 
 
 def test_a_circuit_that_redis_refuses_harms_no_other(server, circuit, namespace, key):
-    """Its user may use the keys of one circuit only."""
+    """The Redis user may use only the keys of one circuit."""
     allowed = f"~{namespace}-1:*"
     server.client.execute_command(
         *("ACL", "SETUSER", "narrow", "on", ">pw", "+@all", "resetkeys", allowed)
@@ -219,8 +222,8 @@ def test_a_circuit_that_redis_refuses_harms_no_other(server, circuit, namespace,
 def test_a_redis_that_does_not_tell_the_time_shares_all_but_openings(
     server, circuit, closing, key, caplog, namespace
 ):
-    """Some servers forbid the command. A circuit that opens goes away with it, and is
-    announced when the time is told."""
+    """Some servers forbid the command TIME. For a circuit that opens, Redis is away
+    until the server tells the time; then the opening is announced."""
     may_tell = []
 
     class Timeless(redis.Redis):
@@ -244,7 +247,7 @@ def test_a_redis_that_does_not_tell_the_time_shares_all_but_openings(
 def test_a_pipeline_that_fails_loses_the_news_of_no_circuit(
     server, circuit, closing, key
 ):
-    """All openings are sent when it works again."""
+    """The courier sends all openings when the pipeline works again."""
     failing = []
 
     class Broken(redis.Redis):
@@ -265,7 +268,7 @@ def test_a_pipeline_that_fails_loses_the_news_of_no_circuit(
 
 
 def test_a_trial_of_one_circuit_does_not_wait_for_the_others(circuit, key):
-    """Twenty circuits are due at once, and all trials are run."""
+    """The trials of twenty circuits are due at once, and all of them run."""
     breakers = [circuit(number, refresh=60) for number in range(20)]
     for breaker in breakers:
         breaker.half_open()
@@ -285,7 +288,7 @@ def test_a_trial_of_one_circuit_does_not_wait_for_the_others(circuit, key):
 
 
 class TestSmallestRefresh:
-    """Step by step, without a server."""
+    """Tests step by step, without a server."""
 
     @pytest.fixture
     def clock(self, clock, monkeypatch):
@@ -333,7 +336,8 @@ class TestSmallestRefresh:
         assert client.times == 1
 
     def test_a_clock_that_fails_is_asked_once(self, clock):
-        """A timeout of five seconds for each of two hundred circuits would be long."""
+        """If each of two hundred circuits waited five seconds for the time, a pass
+        would take too long."""
         client = stepwise.Client(stepwise.Redis(clock))
         storages = [self.storage(client, 60, str(n)) for n in range(3)]
         for storage in storages:

@@ -1,5 +1,5 @@
-"""Faults of Redis, while calls run and the guarded service fails as well. Losing
-it is never worse than not having shared."""
+"""Faults of Redis, while calls run and the guarded service fails as well. A circuit
+that loses Redis works no worse than a circuit that was never shared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTS_AND_STATE = ("state", "fail_counter", "success_counter", "opened_at")
 
 
 class Fault:
-    """Something that happens to Redis. `away` says whether it does not answer."""
+    """A fault of Redis. `away` says whether Redis gives no answers."""
 
     away = True
 
@@ -63,9 +63,9 @@ class Silent(Fault):
 
 
 class Slow(Fault):
-    """300 ms for each answer: longer than `patience`, and than two `refresh`."""
+    """Each answer takes 300 ms: longer than `patience` and than two `refresh`."""
 
-    away = None  # which is for the storage to say
+    away = None  # the storage decides whether a slow Redis is away
 
     def begin(self):
         self.proxy.delay = 0.3
@@ -75,7 +75,7 @@ class Slow(Fault):
 
 
 class OutOfMemory(Fault):
-    """It answers, but refuses to write."""
+    """Redis answers, but refuses writes."""
 
     away = None
 
@@ -99,7 +99,7 @@ class Flushed(Fault):
 
 
 class Restarted(Fault):
-    """At once, and empty."""
+    """Redis restarts at once, and is empty."""
 
     away = None
 
@@ -108,11 +108,11 @@ class Restarted(Fault):
         self.server.start()
 
     def end(self):
-        """It is back already."""
+        """Redis has come back already."""
 
 
 class WrongType(Fault):
-    """Somebody uses the same keys for something else."""
+    """Another program uses the same keys for other values."""
 
     away = None
 
@@ -123,7 +123,7 @@ class WrongType(Fault):
             at_once.execute()
 
     def end(self):
-        with contextlib.suppress(Exception):  # what there is now may be right
+        with contextlib.suppress(Exception):  # the value may be valid again by now
             self.server.client.delete(*self.server.client.keys("*"))
 
 
@@ -144,7 +144,7 @@ FAULTS = [
 ]
 
 
-# Those that differ most, for what takes long.
+# The faults that differ most, for the tests that take long.
 FEW = FAULTS if DEEP else [Stopped, Paused, Flushed]
 
 
@@ -168,12 +168,12 @@ def scene(server, proxies, namespace, service, fleet_of):
             return ask_all(self.workers, "state")
 
         def all_are(self, state):
-            """Every process, and Redis."""
+            """Every process and Redis have this state."""
             until(lambda: set(self.states()) == {state})
             until(lambda: server.key(namespace, "state") == state)
 
         def judge(self):
-            """What holds whatever the fault is."""
+            """The rules that hold for every fault."""
             for report in ask_all(self.workers, "unload"):
                 assert report["strange"] == []
                 assert set(report["outcomes"]) <= {"ok", "Down", "CircuitBreakerError"}
@@ -202,8 +202,8 @@ def said_that_it_is_away(workers):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_calls_go_on_while_redis_and_the_service_fail(scene, fault, service):
-    """The service fails and comes back while Redis is away; then Redis is back, and
-    the circuit opens and closes for both processes again."""
+    """The service fails and recovers while Redis is away. After Redis is back, the
+    circuit opens and closes for both processes again."""
     scene = scene(fault)
     scene.all_are("closed")
     scene.fault.begin()
@@ -227,14 +227,15 @@ def test_calls_go_on_while_redis_and_the_service_fail(scene, fault, service):
 
 @pytest.mark.parametrize("fault", FEW, ids=lambda fault: fault.__name__)
 def test_an_open_circuit_outlives_a_fault(scene, fault, service, namespace, server):
-    """It is open when Redis fails, and the service is still down when that is back."""
+    """The circuit is open when Redis fails, and the service is still down when Redis is
+    back."""
     scene = scene(fault)
     scene.all_are("closed")
     service.mode = "down"
     scene.all_are("open")
     scene.fault.begin()
     time.sleep(FAULTS_LAST)
-    # Each may be running a trial of its own.
+    # Each process may be running a trial of its own.
     assert "closed" not in scene.states()
     scene.fault.end()
     if scene.fault.away:
@@ -255,17 +256,18 @@ def test_an_open_circuit_outlives_a_fault(scene, fault, service, namespace, serv
 
 
 def test_no_event_loop_stalls_while_redis_is_paused(server, service, fleet_of):
-    """Calls fail, circuits open, trials are asked for: all without a stop."""
+    """Calls fail, circuits open and trials are claimed without a stall of the loop."""
     (worker,) = fleet_of(
         server.port,
         1,
         breaker={"fail_max": 3, "reset_timeout": 0.3},
         storage={"refresh": REFRESH, "patience": 1},
-        unhurried=True,  # so that each trial waits for as long as the patience lasts
+        unhurried=True,  # so that each trial waits for the whole `patience`
     )
 
     def goes_on():
-        """In one of several attempts, if the machine stops the loop at times."""
+        """Whether one of several attempts shows no stall: a busy machine may stop the
+        loop at times."""
         server.pause()
         service.mode = "down"
         stalled = worker.ask("stall", 2)
@@ -275,14 +277,14 @@ def test_no_event_loop_stalls_while_redis_is_paused(server, service, fleet_of):
         return stalled < 0.5
 
     until(goes_on)
-    # There were trials that waited for as long as their patience lasted.
+    # Some trials have waited for the whole `patience`.
     assert any(each.at - each.call_began > 0.9 for each in service.arrivals)
 
 
 def test_a_process_that_starts_while_redis_is_away_joins_the_fleet_later(
     server, proxies, service, fleet_of, namespace
 ):
-    """It says once that Redis is away, and once that it is back."""
+    """The process logs once that Redis is away, and once that Redis is back."""
     proxy = proxies(server)
     proxy.cut()
     settings = {"storage": {"refresh": REFRESH}, "unhurried": True}
@@ -301,7 +303,7 @@ def test_a_process_that_starts_while_redis_is_away_joins_the_fleet_later(
 def test_a_server_that_comes_and_goes_is_told_of_each_time(
     server, proxies, service, fleet_of
 ):
-    """Two lines for each time that it is away."""
+    """Each time that Redis is away makes two log records."""
     proxy = proxies(server)
     (worker,) = fleet_of(proxy.port, 1, storage={"refresh": 0.05}, unhurried=True)
     for times in (1, 2, 3):
@@ -312,7 +314,7 @@ def test_a_server_that_comes_and_goes_is_told_of_each_time(
 
 
 def test_the_lines_name_nothing_secret(server, fleet_of, proxies):
-    """Not the password that the client was given."""
+    """No log record has the password that the client was given."""
     proxy = proxies(server)
     (worker,) = fleet_of(
         proxy.port,

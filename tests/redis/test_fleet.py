@@ -1,5 +1,5 @@
-"""Fleets of real processes that share a circuit: one opening, one trial, and
-nobody who is shut out by somebody else's trouble."""
+"""Fleets of real processes that share a circuit: the fleet opens once, runs one trial
+at a time, and one process's own fault shuts no other process out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ONLY = {"ok", "Down", "CircuitBreakerError"}  # how a call may end
 
 @pytest.fixture
 def workers(server, fleet_of):
-    """Starts workers with the settings that most tests here need. No worker takes
-    Redis for lost because the machine is busy."""
+    """A function that starts workers with the settings that most tests here need. No
+    worker takes Redis for lost because the machine is busy."""
 
     def start(number, fail_max=5, reset_timeout=1, success_threshold=1, **settings):
         breaker = {"fail_max": fail_max, "reset_timeout": reset_timeout}
@@ -37,7 +37,7 @@ def all_are(workers, state):
 
 
 def open_all(workers, service):
-    """The service goes down under load, until all know."""
+    """Take the service down under load until every process is open."""
     service.mode = "down"
     ask_all(workers, "load", threads=2, pause=0.03)
     until(lambda: all_are(workers, "open"))
@@ -45,14 +45,15 @@ def open_all(workers, service):
 
 
 def end_timeout(server, namespace):
-    """Have the circuit be open for longer than any timeout here. Returns since when."""
+    """Make the opening older than every timeout here. Returns when."""
     moment = str(int(time.time()) - 1000)
     server.client.set(f"{namespace}:pybreaker:opened_at", moment)
     return moment
 
 
 def closes_for_all(workers, service, server, namespace):
-    """It is up, and all processes find out; then they have no more to do."""
+    """The service is up, and the circuits of all processes close. After that the
+    processes have nothing more to do."""
     service.mode = "up"
     until(lambda: all_are(workers, "closed"))
     until(lambda: server.key(namespace, "state") == "closed")
@@ -67,8 +68,8 @@ def closes_for_all(workers, service, server, namespace):
 def test_one_trial_goes_out_for_each_timeout(
     workers, service, server, namespace, timeout
 ):
-    """From eight processes under load, to a service that is getting up. A trial
-    whose process is killed, or which hangs, is followed by one after its lease."""
+    """Eight processes under load call a service that recovers. A trial whose process is
+    killed, or that hangs, is followed by another trial after its lease."""
     eight = workers(8, reset_timeout=timeout)
     began = open_all(eight, service)
     rounds = 4 if DEEP else 2
@@ -83,7 +84,7 @@ def test_one_trial_goes_out_for_each_timeout(
     killed.kill()
     others = [worker for worker in eight if worker is not killed]
 
-    # The one after that hangs, for longer than its lease; and so does the next.
+    # The next two trials hang for longer than their leases.
     until(lambda: len(service.present(began)) >= 3)
     assert_gaps(service.since(began), timeout)
 
@@ -91,8 +92,8 @@ def test_one_trial_goes_out_for_each_timeout(
 
 
 def assert_gaps(trials, timeout):
-    """No trial is claimed before the claim of the trial before it, which was made in
-    that call, is as old as the timeout: nearly, as clocks differ."""
+    """No trial is claimed before the former claim is as old as the timeout. Clocks
+    differ, so a little less will do."""
     for earlier, later in zip(trials, trials[1:]):
         assert later.at - earlier.call_began > 0.9 * timeout, trials
 
@@ -100,7 +101,7 @@ def assert_gaps(trials, timeout):
 def test_a_trial_that_is_cancelled_is_followed_by_another_at_once(
     workers, service, server, namespace
 ):
-    """One at a time, however: the claim is released first."""
+    """There is still one trial at a time: the claim is released first."""
     four = workers(4, reset_timeout=60)
     began = open_all(four, service)
     ask_all(four, "unload")
@@ -109,11 +110,12 @@ def test_a_trial_that_is_cancelled_is_followed_by_another_at_once(
         worker.tell("call_async_until", "closed", timeout=0.2, pause=0.02)
 
     def let_them_try():
-        """End the timeout, also of an opening that a process tells of later."""
+        """End the timeout, and also the timeout of an opening that a process announces
+        later."""
         if int(server.key(namespace, "opened_at") or time.time()) > time.time() - 500:
             end_timeout(server, namespace)
 
-    # A test is too short for two of the timeouts.
+    # A test is too short for two such timeouts.
     until(lambda: let_them_try() or len(service.since(began)) >= 5)
     assert service.most_at_once(began) == 1
     service.mode = "up"
@@ -127,7 +129,7 @@ def test_a_trial_that_is_cancelled_is_followed_by_another_at_once(
 def test_trials_of_two_processes_reach_the_threshold_together(
     workers, service, server, namespace
 ):
-    """It takes three successes, of whichever process."""
+    """The circuit closes after three successes, of either process."""
     two = workers(2, fail_max=3, reset_timeout=0.5, success_threshold=3)
     began = open_all(two, service)
     until(lambda: service.since(began))
@@ -137,7 +139,8 @@ def test_trials_of_two_processes_reach_the_threshold_together(
 
 
 def test_successes_of_two_processes_are_added(workers, service, server, namespace):
-    """With one trial in each, in turns: the second closes the circuit."""
+    """The two processes run one trial each, in turns, and the second trial closes the
+    circuit."""
     mine, theirs = workers(2, reset_timeout=0.3, success_threshold=2)
     mine.ask("do", "open")
     until(lambda: theirs.ask("state") == "open")
@@ -150,7 +153,7 @@ def test_successes_of_two_processes_are_added(workers, service, server, namespac
 
 def test_the_fleet_opens_after_few_failures(workers, service):
     """All processes together have few more failures than fail_max. If each process
-    counted by itself, each would have fail_max, and all together eight times that."""
+    counted by itself, all together would have eight times fail_max."""
     eight = workers(8, fail_max=60, reset_timeout=60)
     service.mode = "down"
     ask_all(eight, "load", threads=1, pause=REFRESH / 2)
@@ -161,11 +164,11 @@ def test_the_fleet_opens_after_few_failures(workers, service):
 
 
 def test_an_idle_process_learns_of_an_opening_within_two_refreshes(workers):
-    """And of any move by hand within one."""
+    """The process learns of a move by hand within one refresh."""
     refresh = 0.5
     idle, busy = workers(2, fail_max=3, reset_timeout=30, storage={"refresh": refresh})
 
-    # Which sees how late the machine makes them.
+    # The load measures how much the machine delays the processes.
     ask_all([idle, busy], "load", threads=0)
 
     def seconds_until_it_knows(state):
@@ -191,9 +194,10 @@ def test_an_idle_process_learns_of_an_opening_within_two_refreshes(workers):
 
 
 def test_a_bad_host_shuts_nobody_else_out(workers, service):
-    """Its network is broken: all of its calls fail, and none of the others'."""
+    """All calls of one host fail because of its network, and no calls of the other
+    hosts fail."""
     good = workers(3, fail_max=3, storage={"refresh": 0.1})
-    # The others have so long to object.
+    # The other processes have this time to reset the count.
     (bad,) = workers(1, fail_max=3, reset_timeout=0.3, storage={"refresh": 1})
     ask_all(good, "load", threads=1, what="ok")
     bad.ask("load", threads=1, what="fail")
@@ -205,7 +209,8 @@ def test_a_bad_host_shuts_nobody_else_out(workers, service):
 
 
 def test_clocks_that_differ_change_nothing(workers, service, server, namespace):
-    """A hundred seconds to either side: openings last as long as they should."""
+    """With wall clocks a hundred seconds off to either side, openings last as long as
+    they should."""
     late = workers(1, reset_timeout=30, clock=-100)
     right = workers(1, reset_timeout=30)
     early = workers(1, reset_timeout=30, clock=100)
@@ -227,7 +232,8 @@ def test_clocks_that_differ_change_nothing(workers, service, server, namespace):
 
 @pytest.fixture
 def mixed(workers):
-    """Starts four workers with this library, and four with release 1.4.1."""
+    """A function that starts four workers with this library and four with release
+    1.4.1."""
 
     def start(reset_timeout=60):
         old = installed("pybreaker==1.4.1")
@@ -240,8 +246,8 @@ def mixed(workers):
 
 
 def test_half_a_fleet_may_be_of_the_old_release(mixed, service, server, namespace):
-    """It opens and recovers as a whole and loses nothing. The old ones send a trial
-    each; ours leave their keys as they want them."""
+    """The fleet opens and recovers as a whole and loses nothing. Each old process sends
+    a trial of its own; the new processes leave the keys valid for the old ones."""
     ours, theirs = mixed(reset_timeout=2)
     both = ours + theirs
     ask_all(both, "load", threads=2, pause=0.03)
@@ -263,7 +269,8 @@ def test_half_a_fleet_may_be_of_the_old_release(mixed, service, server, namespac
 
 
 def test_old_and_new_count_together(mixed, service, server, namespace):
-    """Each other's failures; and each opens the circuit for the other."""
+    """Old and new processes add to one count, and each kind opens the circuit for the
+    other."""
     ours, theirs = mixed()
     ours[0].ask("call", "fail", times=2)
     until(lambda: server.key(namespace, "fail_counter") == "2")
@@ -304,9 +311,9 @@ def opening(seconds=None, failed_trials=0, by="hand"):
 def test_old_processes_go_by_their_timeout_whatever_belongs_to_an_opening(
     mixed, server, namespace
 ):
-    """They do not know of its length, its reason and the failed trials, which only the
-    new ones share. What an old one does next is an opening of its own, or a closing,
-    and nothing of that belongs to it."""
+    """Old processes do not know the length, the reason and the failed trials of an
+    opening, which only new processes share. The next opening or closing by an old
+    process has none of these."""
     ours, theirs = mixed()
 
     def known():
@@ -326,12 +333,12 @@ def test_old_processes_go_by_their_timeout_whatever_belongs_to_an_opening(
     opened_at = end_timeout(server, namespace)
     until(lambda: theirs[0].ask("call", "fail") and opened_at != moment())
     until(lambda: all_are(ours, "open") and known() == [None] * 4)
-    # The next one succeeds.
+    # The next trial succeeds.
     end_timeout(server, namespace)
     until(lambda: theirs[0].ask("call", "ok")["outcomes"] == {"ok": 1})
     until(lambda: all_are(ours, "closed"))
     assert known() == [None] * 4
-    # An opening by a new one is shared among the new ones again.
+    # An opening by a new process is shared among the new processes again.
     ours[1].ask("move", **opening(seconds=7))
     until(lambda: known() == [["why", 7, 0]] * 4)
     assert ask_all(theirs, "state") == ["open"] * 4
@@ -343,7 +350,8 @@ def test_old_processes_go_by_their_timeout_whatever_belongs_to_an_opening(
 def test_a_process_that_is_killed_takes_nothing_with_it(
     workers, service, server, namespace
 ):
-    """Whenever that is. The others go on with the same circuit."""
+    """The process is killed at any moment, and the other processes go on with the same
+    circuit."""
     four = workers(4, reset_timeout=0.5)
     ask_all(four, "load", threads=2)
     time.sleep(0.2)
@@ -356,7 +364,7 @@ def test_a_process_that_is_killed_takes_nothing_with_it(
 
 
 def test_a_process_that_ends_leaves_the_fleet_as_it_is(workers, server, namespace):
-    """Also the one that opened the circuit a moment ago."""
+    """This holds also for the process that has just opened the circuit."""
     mine, theirs = workers(2)
     mine.ask("do", "open")
     assert mine.leave() < PATIENCE / 2

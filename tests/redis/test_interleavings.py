@@ -1,14 +1,14 @@
-"""A shared circuit's calls and its courier, in every order that they can take turns in.
+"""A shared circuit's calls and its courier, in every order of their turns.
 
-One thread makes calls and moves in a process, another makes passes to Redis and
-back. `scheduler` runs them one instruction at a time, in every order with one
-preemption. Whatever comes of an order has to come of one, too, in which the threads
-take turns only where the storage's lock has been given back, where Redis has answered,
-and where somebody waits: what is done with the lock held is done at one moment, with
-all that was looked at for it. And in the end this process says what Redis says.
+One thread makes calls and moves in a process; another thread makes passes to Redis.
+`scheduler` runs the two one instruction at a time, in every order with one preemption.
+Each order must have an outcome that is also possible if the threads take turns only
+where the storage's lock is released, where Redis has answered, and where a thread
+waits. So whatever a thread does with the lock held happens at one moment. In the end
+the process agrees with Redis.
 
-With ``PYBREAKER_DEEP=1`` it is two preemptions as well, between lines. It takes Python
-3.12.
+With ``PYBREAKER_DEEP=1`` the orders with two preemptions between lines run as well.
+These tests need Python 3.12.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done before the race, and by the thread that races with the passes, in
-    words that are methods of `World`."""
+    """The steps before the race, and the steps of the thread that races with the
+    passes, as names of methods of `World`."""
 
     name: str
     before: str
@@ -66,7 +66,8 @@ class Scenario:
 
 
 class Mutex(Lock):
-    """The storage's. Lets others in when it has been given back."""
+    """The storage's mutex. A thread that releases the mutex lets the other thread
+    run."""
 
     def __exit__(self, *_):
         self.release()
@@ -74,7 +75,7 @@ class Mutex(Lock):
 
 
 class NoMutex(Mutex):
-    """Lets everybody in."""
+    """A mutex that excludes no thread."""
 
     def acquire(self):
         return True
@@ -82,11 +83,11 @@ class NoMutex(Mutex):
     __enter__ = acquire
 
     def release(self):
-        """There is nothing to give back."""
+        """Release nothing."""
 
 
 class World:
-    """This process and another, and what is done in them."""
+    """Two processes, and the steps that run in them."""
 
     def __init__(self, scenario, scheduler, clock, mutex):
         clock.now = 5.0
@@ -197,10 +198,10 @@ class World:
         )
 
     def outcome(self):
-        """What came of it, then, and when all has been sent."""
+        """The outcome of the race, at once and after all has been sent."""
         found = [tuple(sorted(self.results.items())), self.seen()]
         self.is_mended()
-        for _ in range(2):  # at the second a count is judged
+        for _ in range(2):  # the second pass confirms a count
             self.waits()
             self.mine.makes_passes(2)
         check(self.mine)
@@ -220,7 +221,8 @@ class Listener(pybreaker.CircuitBreakerListener):
 
 @functools.cache
 def shared_names():
-    """The names of what a storage and its claims write, and of the lock."""
+    """The names of the attributes that a storage and its claims write, and of the
+    lock."""
     names = {"_mutex", "_lock"}
     for each in stepwise.WRITERS:
         names |= written_names(compile(inspect.getsource(each), "<class>", "exec"))
@@ -228,7 +230,7 @@ def shared_names():
 
 
 class Race:
-    """Runs a scenario again and again, by steps of the library, or by whole moments."""
+    """Runs a scenario again and again, by steps of the library or by whole moments."""
 
     def __init__(self, scenario, clock, steps="lines", mutex=Mutex):
         self.scenario = scenario
@@ -346,7 +348,7 @@ STEPS = ["instructions", "lines"] if DEEP else ["instructions"]
 
 @functools.cache
 def possible(scenario, clock):
-    """All that it can come to where the threads take turns between moments only."""
+    """All outcomes that are possible if the threads take turns only between moments."""
     found = set()
     with Race(scenario, clock, "moments") as race:
         for _ in explore(race.run, math.inf if DEEP else 3):
@@ -355,8 +357,8 @@ def possible(scenario, clock):
 
 
 def orders(scenario, clock, steps="lines", **version):
-    """Run it in all orders, and see that each comes to something that is possible.
-    Returns how many they were."""
+    """Run the scenario in all orders, and check that each outcome is possible. Returns
+    the number of orders."""
     expected = possible(scenario, clock)
     count = 0
     with Race(scenario, clock, steps, **version) as race:
@@ -372,19 +374,19 @@ def orders(scenario, clock, steps="lines", **version):
 def test_what_is_done_with_the_lock_is_done_at_one_moment(
     scenario, steps, clock, record_property
 ):
-    """No order of steps comes to what no order of whole moments comes to."""
+    """No order of steps has an outcome that no order of whole moments has."""
     count = orders(scenario, clock, steps)
     record_property("schedules", [scenario.name, count])
 
 
 class Unlocked(BaseException):
-    """Something that threads share was used without the lock."""
+    """A thread used a shared object without the lock."""
 
 
 class Watched(pybreaker.CircuitRedisStorage):
-    """Sees to it that the lock is held, from when it is the scheduler's."""
+    """Checks that the lock is held, once the scheduler runs the threads."""
 
-    # These are read with the lock as well.
+    # These attributes are read with the lock held, too.
     to_do = {"_outbox", "_claim", "_lapsing", "_membership"}
     known = {"_state", "_fail_counter", "_success_counter", "_opening"}
     known |= {"_view", "_last_move"}
@@ -408,7 +410,7 @@ class Watched(pybreaker.CircuitRedisStorage):
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypatch):
-    """Whether or not it could go wrong."""
+    """The rule holds also where a use without the lock would do no harm."""
     monkeypatch.setattr(stepwise, "CircuitRedisStorage", Watched)
     with Race(scenario, clock, "moments") as race:
         for _ in explore(race.run, 1):
@@ -416,7 +418,7 @@ def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypa
             stepwise.go_at_once(storage)
             storage.opened_at = storage.opened_at
             stepwise.is_due(storage)
-            # One trial follows another, whose claim is still on its way back.
+        # The second trial follows while the first claim is still being given back.
             claim = stepwise.ask(storage, TIMEOUT)
             race.world.passes()
             stepwise.give_back(storage, claim)
@@ -426,13 +428,13 @@ def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypa
 
 @pytest.mark.parametrize("name", LOST_WITHOUT_THE_LOCK)
 def test_a_storage_without_a_lock_is_found_out(name, clock):
-    """With one that lets everybody in, the same races are lost."""
+    """With a mutex that excludes no thread, the same races are lost."""
     with pytest.raises(AssertionError):
         orders(named(name), clock, mutex=NoMutex)
 
 
 def test_a_race_that_was_lost_is_lost_again(clock):
-    """By the schedule that it prints."""
+    """The schedule that is printed for a lost race loses the race again."""
     with pytest.raises(AssertionError) as lost:
         orders(named("a failure"), clock, mutex=NoMutex)
     said = str(lost.value) + "".join(getattr(lost.value, "__notes__", ()))

@@ -1,5 +1,5 @@
-"""What a process has counted and decided reaches the fleet, however short it lives and
-whenever Redis answers first. Over a real server."""
+"""The counts and moves of a process reach the fleet, however short the process lives
+and whenever Redis first answers. Over a real server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(server, namespace):
 
 @pytest.fixture
 def key(server, namespace):
-    """What a key of the circuit holds."""
+    """The value of a key of the circuit."""
     return lambda name, number="": server.key(namespace + number, name)
 
 
@@ -73,7 +73,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 def test_a_command_that_is_run_again_and_again_opens_the_circuit(run, key):
-    """Each run makes one call and ends, long before the count could be confirmed."""
+    """Each run makes one call and ends, long before a view could confirm the count."""
     program = "fail(breaker_of())"
     failed = ["the service is called", "ZeroDivisionError"]
     assert run(program) == failed
@@ -84,7 +84,8 @@ def test_a_command_that_is_run_again_and_again_opens_the_circuit(run, key):
 
 
 def test_all_circuits_of_a_program_are_delivered_at_its_end(run, key):
-    """Also those of other clients, and those that the program has let go."""
+    """This holds also for circuits of other clients, and for storages that the program
+    has dropped."""
     run("""
         client = redis.Redis(port=port)
         for number in range(50):
@@ -97,7 +98,8 @@ def test_all_circuits_of_a_program_are_delivered_at_its_end(run, key):
 
 @needs_fork
 def test_an_asyncio_client_may_look_names_up_after_a_fork_and_at_the_end(run, key):
-    """A process that ends has no threads for that, and a fork wants none."""
+    """A process that ends can start no thread for that, and a process that forks should
+    not."""
     run("""
         import atexit, redis.asyncio, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork
@@ -164,7 +166,7 @@ def test_a_child_that_trips_and_ends_at_once_opens_the_fleets_circuit(run, key):
 
 @needs_fork
 def test_a_grandchild_delivers_its_counts_too(run, key):
-    """So do the parent and the child, each once."""
+    """The parent, the child and the grandchild each deliver their counts once."""
     run("""
         breaker = breaker_of(10, refresh=60)
         fork = multiprocessing.get_context("fork")
@@ -184,7 +186,8 @@ def test_a_grandchild_delivers_its_counts_too(run, key):
 
 @needs_fork
 def test_a_child_has_one_courier_for_all_circuits_of_a_client(run, key):
-    """And so has its parent afterwards. All circuits of both are delivered."""
+    """The parent has one courier afterwards, too. All circuits of both are
+    delivered."""
     run("""
         client = redis.Redis(port=port)
         breakers = [breaker_of(9, f"-{n}", client) for n in range(20)]
@@ -211,7 +214,7 @@ def test_a_child_has_one_courier_for_all_circuits_of_a_client(run, key):
 
 @needs_fork
 def test_a_child_waits_no_longer_than_its_patience(run, proxies, server):
-    """For a server that does not answer."""
+    """The server does not answer."""
     proxy = proxies(server)
     proxy.swallow()
     (took,) = run(
@@ -235,7 +238,8 @@ def test_a_child_waits_no_longer_than_its_patience(run, proxies, server):
 def test_a_trip_made_before_redis_first_answered_stands_and_is_sent(
     server, proxies, namespace, closing, key, how
 ):
-    """Redis is empty when it answers: it does not say that the circuit is closed."""
+    """Redis is empty when Redis first answers, and does not say that the circuit is
+    closed."""
     proxy = proxies(server)
     getattr(proxy, how)()
     client = closing(redis.Redis(port=proxy.port))
