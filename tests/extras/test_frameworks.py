@@ -1,4 +1,4 @@
-"""docs/frameworks.rst: each recipe, run with the real framework in a process of its
+"""docs/frameworks.rst: each recipe runs with the real framework in a process of its
 own."""
 
 from __future__ import annotations

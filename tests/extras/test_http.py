@@ -1,4 +1,4 @@
-"""pybreaker_extras.http: clients that have a breaker for each host, against a real
+"""pybreaker_extras.http: clients with a breaker for each host, against a real
 server."""
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def service():
 
 @pytest.fixture
 def make_client(request):
-    """Makes a client of the kind that the test is run for, and closes it."""
+    """A function that makes a client of the kind that the test runs for, and closes the
+    client when the test is over."""
     kind = request.param
     pytest.importorskip(kind.package)
     made = []
@@ -62,15 +63,15 @@ def make_client(request):
 
 
 def raised_by(client, url, **options):
-    """What the client raises."""
+    """The exception that the client raises."""
     with pytest.raises(Exception) as caught:
         client.get(url, **options)
     return caught.value
 
 
 def outcome_of(client, url):
-    """What the client returns, or the class of what it raises. (requests notices a
-    short body since urllib3 2.)"""
+    """The client's response, or the class of the exception that the client raises.
+    (requests notices a short body since urllib3 2.)"""
     try:
         return client.get(url)
     except Exception as exc:
@@ -160,7 +161,7 @@ def test_a_failure_status_counts_and_the_caller_gets_the_response(
     breakers = CircuitBreakers(fail_max=2)
     client = make_client(breakers)
     expected = int(path[-3:]), "hello"
-    # The second one opens the circuit.
+    # The second failure opens the circuit.
     assert [client.get(service.url + path) for _ in range(2)] == [expected] * 2
     assert breakers[service.key].current_state == "open"
 
@@ -191,7 +192,7 @@ def test_the_failure_statuses_can_be_chosen(make_client, service):
 def test_a_connection_that_fails_counts_and_raises_what_the_client_raises(
     make_client, service, place, throw_new_error_on_trip
 ):
-    """The failure that opens the circuit is no exception to that."""
+    """The failure that opens the circuit raises the client's exception, too."""
     breakers = CircuitBreakers(
         fail_max=2, throw_new_error_on_trip=throw_new_error_on_trip
     )
@@ -318,8 +319,8 @@ def test_a_listener_is_told_of_a_failed_result_for_a_status(make_client, service
 
 @for_each_client
 def test_the_settings_of_the_breakers_decide_too(make_client, service):
-    """A breaker that excludes an exception, or has a predicate for results, does so
-    here as elsewhere."""
+    """The exclusions of exceptions and the predicate for results work as for other
+    calls."""
     breakers = CircuitBreakers(
         fail_max=1, exclude=[Exception], failure_result=lambda response: True
     )
@@ -336,7 +337,7 @@ def test_requests_leave_the_settings_of_the_breakers_alone(make_client, service)
     client = make_client(breakers)
     client.get(service.url)
     client.get(service.other_url)
-    # The first one has gone, as nobody can tell it from a new one.
+    # The mapping has dropped the first breaker, which was as good as new.
     assert list(breakers) == [service.other_key]
 
 
@@ -419,11 +420,11 @@ def test_nothing_keeps_a_response_that_failed_alive(make_client, service):
 
 
 class Down(Exception):
-    """What the hosts of `FakeLayer` raise."""
+    """The exception that the hosts of `FakeLayer` raise."""
 
 
 class FakeLayer(http.Layer):
-    """A client whose hosts are all down."""
+    """The layer of a client whose hosts are all down."""
 
     def url_of(self, request):
         return request
@@ -436,7 +437,7 @@ class FakeLayer(http.Layer):
 
 
 def is_freed(send):
-    """Whether the exception of send() is freed although the collector is off."""
+    """Whether the exception of send() is freed while Python's collector is off."""
     ref = None
     gc.disable()
     try:
@@ -461,7 +462,8 @@ async def send_async(request):
 )
 @pytest.mark.parametrize("is_async", [False, True])
 def test_nothing_keeps_what_a_caller_gets_alive(is_async):
-    """Not where the failure counts, nor where it opens the circuit, nor a rejection."""
+    """The caller gets the exception of a failure that counts, that of one that opens
+    the circuit, or a rejection."""
     breakers = CircuitBreakers(fail_max=2)
     layer = FakeLayer(breakers, None, (500,), (503,), 300)
 
@@ -532,7 +534,7 @@ def test_a_dry_run_sends_what_it_would_reject(make_client, service):
 
 
 def opened(make_client, service, text, **settings):
-    """The seconds for which a 503 with that Retry-After opens a circuit."""
+    """The seconds for which a 503 with this Retry-After opens a circuit."""
     breakers = CircuitBreakers()
     client = make_client(breakers, **settings)
     client.get(f"{service.url}/status/503?after={text}")
@@ -599,7 +601,7 @@ def time_zone(request, monkeypatch):
     ],
 )
 def test_a_retry_after_in_any_form_of_date_is_in_universal_time(time_zone, form):
-    """HTTP has three forms of dates, of which one names no zone."""
+    """HTTP has three forms of dates, and one of them names no zone."""
     future = time.strftime(form, time.gmtime(time.time() + 100))
     assert 50 < http.seconds_to_wait(future) <= 100
 
@@ -678,7 +680,7 @@ def test_a_retry_after_from_another_era_is_late(make_client, service, move):
 
     def send_and_move(*args, **kwargs):
         response = send(*args, **kwargs)
-        # The response is here, and the guarded call has not ended.
+        # The response has come, and the guarded call has not ended.
         getattr(breaker, move)()
         return response
 
@@ -770,7 +772,7 @@ def test_connections_are_used_again(make_client, service):
 def test_a_request_that_aiohttp_itself_sends_again_counts_once(
     make_client, service, method
 ):
-    """aiohttp does so where a connection that it kept was closed by the host."""
+    """aiohttp sends a request again if the host has closed the kept connection."""
     breakers = CircuitBreakers(fail_max=1)
     client = make_client(breakers)
     for _ in range(3):
@@ -782,7 +784,7 @@ def test_a_request_that_aiohttp_itself_sends_again_counts_once(
 
 @pytest.mark.parametrize("make_client", [Aiohttp], indirect=True)
 def test_a_host_that_always_hangs_up_on_aiohttp_opens_its_circuit(make_client, service):
-    """Of each request, the second attempt counts."""
+    """The second sending of each request counts."""
     breakers = CircuitBreakers(fail_max=3)
     client, plain = make_client(breakers), make_client()
     expected = type(raised_by(plain, f"{service.url}/reset"))
@@ -790,7 +792,7 @@ def test_a_host_that_always_hangs_up_on_aiohttp_opens_its_circuit(make_client, s
         assert type(raised_by(client, f"{service.url}/reset")) is expected
         assert breakers[service.key].fail_counter == count
     assert breakers[service.key].current_state == "open"
-    # One that has a body is not sent again, as far as this layer knows.
+    # The layer takes it that aiohttp does not send a request with a body again.
     raised_by(client, f"{service.other_url}/reset", method="PUT", data=b"body")
     assert breakers[service.other_key].fail_counter > 0
 
@@ -972,7 +974,7 @@ def test_a_rule_for_retries_can_leave_rejections_alone(make_client, service):
 def test_a_rule_for_connections_that_failed_does_not_retry_a_rejection(
     make_client, service
 ):
-    """Such rules name a narrow kind of the client's errors."""
+    """Such rules name a narrow class of the client's errors."""
     tenacity = pytest.importorskip("tenacity")
     breakers = CircuitBreakers(fail_max=2)
     client = make_client(breakers)
@@ -1105,7 +1107,7 @@ class CoroutineFunction:
     ],
 )
 def test_a_key_function_whose_result_nobody_would_run_is_refused(make_client, key):
-    """Each request would have a key, and so a breaker, of its own."""
+    """Otherwise each request would have a key, and so a breaker, of its own."""
     make_client()  # which skips the test where the package is missing
     with pytest.raises(TypeError, match="key must be a plain function"):
         make_layer(make_client, CircuitBreakers(), key=key)

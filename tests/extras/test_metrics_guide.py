@@ -1,4 +1,5 @@
-"""docs/metrics.rst: its code runs, with the real SDK, and its list is complete."""
+"""docs/metrics.rst: the code runs with the real SDK, and the list of metrics is
+complete."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def alone(monkeypatch):
 
 
 def run(namespace, *sections):
-    """Run the Python of these sections of the guide, in their order."""
+    """Run the Python code of these sections of the guide, in the guide's order."""
     for block in blocks_of(SOURCE):
         if block.section in sections and block.kind == "python":
             # The empty lines make a traceback name the line in the guide.
@@ -40,12 +41,12 @@ def run(namespace, *sections):
 
 
 def test_guide_renders_without_a_warning():
-    """As on any site that shows it."""
+    """Any site that shows the guide can render the page."""
     assert parse(SOURCE).astext().startswith("Metrics")
 
 
 def test_every_piece_of_code_in_the_guide_is_run():
-    """By one of the tests that follow."""
+    """One of the tests below runs each piece."""
     assert {block.section for block in blocks_of(SOURCE) if block.kind == "python"} == {
         "Prometheus",
         "Several processes",
@@ -55,7 +56,7 @@ def test_every_piece_of_code_in_the_guide_is_run():
 
 
 def test_list_of_the_guide_names_every_metric_and_label():
-    """And no others are named anywhere in the guide."""
+    """The guide names no other metrics and labels."""
     rows = re.findall(
         r"^``(circuit_breaker_\w+)``((?:, with)?(?: ``\w+``,?)*)$", SOURCE, re.M
     )
@@ -68,7 +69,7 @@ def test_list_of_the_guide_names_every_metric_and_label():
 
 
 def test_name_makes_as_many_series_as_the_guide_says():
-    """Those of a breaker to which nothing has happened."""
+    """The number is that of a breaker without calls."""
     registry = prometheus_client.CollectorRegistry()
     weather = CircuitBreaker(name="weather")
     PrometheusMetrics(registry, breakers=[weather]).watch(weather)
@@ -77,7 +78,7 @@ def test_name_makes_as_many_series_as_the_guide_says():
 
 
 def test_prometheus_is_used_as_the_guide_says(monkeypatch):
-    """What it shows of two breakers, and of those of a mapping, is at the endpoint."""
+    """The endpoint shows two breakers, and the breakers of a mapping."""
     registry = prometheus_client.CollectorRegistry()
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     names = run({}, "Prometheus")
@@ -91,7 +92,8 @@ def test_prometheus_is_used_as_the_guide_says(monkeypatch):
 
 
 def test_endpoint_for_several_processes_works(monkeypatch, tmp_path):
-    """It answers, and the hook for gunicorn takes away what a process has left."""
+    """The endpoint answers, and the hook for gunicorn removes the files of a dead
+    process."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     names = run({}, "Several processes")
     answers = []
@@ -106,8 +108,8 @@ def test_endpoint_for_several_processes_works(monkeypatch, tmp_path):
 
 @pytest.fixture
 def telemetry(monkeypatch):
-    """The guide's listener, and a function that collects what the SDK has: for each
-    metric its points, by their attributes, and what it is."""
+    """The guide's listener, and a function that collects the SDK's metrics: for each
+    metric its points by their attributes, and its kind."""
     export = pytest.importorskip("opentelemetry.sdk.metrics.export")
     from opentelemetry import metrics
     from opentelemetry.sdk.metrics import MeterProvider
@@ -128,7 +130,7 @@ def telemetry(monkeypatch):
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:
                     if not metric.name.startswith("circuit_breaker."):
-                        continue  # the SDK's own
+                        continue  # the SDK's own metrics
                     points = {
                         tuple(sorted(point.attributes.items())): point.value
                         for point in metric.data.data_points
@@ -146,7 +148,7 @@ def attributes(name="weather", **more):
 
 
 def test_opentelemetry_counts_calls_and_transitions(telemetry, fail):
-    """Monotonic sums, in units of calls and transitions."""
+    """The metrics are monotonic sums, in units of calls and transitions."""
 
     def cancel():
         raise KeyboardInterrupt
@@ -173,7 +175,8 @@ def test_opentelemetry_counts_calls_and_transitions(telemetry, fail):
 
 
 def test_opentelemetry_counts_each_call_of_a_dry_run_once(telemetry, fail):
-    """By its outcome. That it would have been rejected is counted apart."""
+    """The call counts by its outcome. A counter of its own says that the call would
+    have been rejected."""
     weather, collect = telemetry
     weather.dry_run = True
     for func in fail, fail, int, int, int:
@@ -193,8 +196,8 @@ def test_opentelemetry_counts_each_call_of_a_dry_run_once(telemetry, fail):
 
 
 def test_opentelemetry_shows_the_state_as_it_is(telemetry):
-    """An UpDownCounter, which follows a change of name and counts breakers with one
-    name together."""
+    """The state is an UpDownCounter, which follows a change of the name and counts the
+    breakers with one name together."""
     weather, collect = telemetry
     weather.open()
 
@@ -218,7 +221,7 @@ def test_opentelemetry_shows_the_state_as_it_is(telemetry):
 
 
 def test_opentelemetry_shows_the_wait_in_seconds(telemetry):
-    """The longest one of the breakers with a name."""
+    """Of breakers with one name, the longest wait is shown."""
     weather, collect = telemetry
     weather.open(1000)
     wait, points = collect()["circuit_breaker.retry_after"]

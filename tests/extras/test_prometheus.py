@@ -1,4 +1,4 @@
-"""pybreaker_extras.prometheus: what a scrape says of the breakers."""
+"""pybreaker_extras.prometheus: what a scrape shows of breakers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ MIDNIGHT = 1_700_000_000.0
 
 
 class Scrape:
-    """What one scrape found: the values of each metric, by the values of labels."""
+    """The result of one scrape: the values of each metric, by the values of the
+    labels."""
 
     def __init__(self, text):
         self.text = text
@@ -54,8 +55,8 @@ class Scrape:
         return found
 
     def of(self, metric, name="weather"):
-        """The value of a metric that has no label but the name; None if it is not
-        there."""
+        """The value of a metric that has no label but the name; None if there is no
+        such series."""
         return self.values(metric, "breaker").get((name,))
 
     def calls(self, name="weather"):
@@ -66,11 +67,11 @@ class Scrape:
         }
 
     def states(self):
-        """The states that there are, and how many circuits are in each."""
+        """The states that the scrape shows, with the number of circuits in each."""
         return {k: n for k, n in self.values("state", "breaker", "state").items() if n}
 
     def transitions(self):
-        """Those that there were."""
+        """The transitions that have happened, with their numbers."""
         moves = self.values("transitions_total", "breaker", "to", "cause")
         return {labels: count for labels, count in moves.items() if count}
 
@@ -87,7 +88,7 @@ def metrics(registry):
 
 @pytest.fixture
 def scrape(registry):
-    """Scrapes, and gives what was found."""
+    """A function that scrapes and returns a `Scrape`."""
     return lambda: Scrape(prometheus_client.generate_latest(registry).decode())
 
 
@@ -100,7 +101,8 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def clock(clock, monkeypatch):
-    """The same clock for the metrics; the wall clock moves with it."""
+    """The test's clock, which the metrics use, too. The wall clock moves with the
+    clock."""
     fake = types.SimpleNamespace(
         monotonic=clock.monotonic, time=lambda: MIDNIGHT + clock.now - 1000
     )
@@ -116,7 +118,7 @@ def weather(metrics, clock):
 
 
 def attempt(breaker, func, times=1):
-    """Calls whose errors are of no interest here."""
+    """Make calls and drop their exceptions."""
     for _ in range(times):
         try:
             breaker.call(func)
@@ -125,12 +127,12 @@ def attempt(breaker, func, times=1):
 
 
 def outcomes(**counts):
-    """How many calls had each outcome: none, but for those that are given."""
+    """How many calls had each outcome; 0 for an outcome that is not given."""
     return {"success": 0, "failure": 0, "abandoned": 0, "rejected": 0, **counts}
 
 
 class Deaf(pybreaker.CircuitBreakerStorage):
-    """A storage as older releases knew it, which remembers no move."""
+    """A storage such as those of older releases, which remembers no move."""
 
     state, counter, opened_at = "closed", 0, None
 
@@ -283,8 +285,8 @@ def test_nothing_is_lost_when_many_threads_call(metrics, scrape, fail):
 
 
 def test_call_that_interrupts_the_counting_of_another_is_counted(metrics, scrape):
-    """A signal's handler or a finalizer may make a guarded call at any line, here where
-    the name is asked for, and must not wait for the call that it interrupts."""
+    """A signal handler or a finalizer may make a guarded call at any line, here where
+    the name is read. That call must not wait for the call that it interrupts."""
     interrupting = CircuitBreaker(name="interrupting", listeners=[metrics])
 
     class Interrupted(CircuitBreaker):
@@ -307,7 +309,7 @@ def test_call_that_interrupts_the_counting_of_another_is_counted(metrics, scrape
 
 
 def test_successful_call_does_little_more_than_with_a_listener_that_hears_all(metrics):
-    """It runs at most two functions more: the two counters."""
+    """The call runs at most two functions more: the two counters."""
 
     class HearsAll:
         def before_call(self, cb, func, *args, **kwargs):
@@ -331,8 +333,8 @@ def test_successful_call_does_little_more_than_with_a_listener_that_hears_all(me
 
 
 def test_watching_twice_counts_once(metrics, scrape):
-    """It does not matter whether the breaker was made with the listener, nor how many
-    threads watch it at once."""
+    """The breaker may have been made with the listener, and several threads may watch
+    it at once."""
     breaker = CircuitBreaker(name="weather", listeners=[metrics])
     other = CircuitBreaker(name="other")
     start = threading.Barrier(8)
@@ -392,7 +394,7 @@ def test_scrape_tells_how_far_the_circuit_is_from_the_next_trial(
     assert waits() == (0, 1)
     assert weather.current_state == "open", "the scrape has moved the circuit"
     weather.call(lambda: seen.append(waits()))
-    assert seen == [(60, 0)]  # until the trial would lose its place
+    assert seen == [(60, 0)]  # seconds until the trial would lose its place
     assert waits() == (0, 0)
     weather.half_open()
     assert waits() == (0, 1)
@@ -401,7 +403,8 @@ def test_scrape_tells_how_far_the_circuit_is_from_the_next_trial(
 
 
 def test_scrape_tells_the_failures_and_the_limit(weather, scrape, fail):
-    """They are those of the moment of the scrape, whoever has set them."""
+    """The values are those at the moment of the scrape, in whichever way they were
+    set."""
     attempt(weather, fail)
     assert scrape().of("failures") == 1
     assert scrape().of("failures_limit") == 2
@@ -421,7 +424,7 @@ def test_failures_that_time_has_forgotten_are_not_shown(metrics, scrape, clock, 
 
 
 def test_breaker_that_nobody_watches_is_shown_without_counters(metrics, scrape):
-    """A counter of 0 would say that there were no calls, so there is none."""
+    """A counter of 0 would say that there were no calls, so there is no counter."""
     breaker = CircuitBreaker(name="weather")
     breaker.call(int)
     breaker.open()
@@ -434,7 +437,7 @@ def test_breaker_that_nobody_watches_is_shown_without_counters(metrics, scrape):
 
 
 def test_only_chosen_breakers_are_shown_where_a_list_is_given(registry, scrape):
-    """A list is gone through anew at each scrape."""
+    """Each scrape goes through the list anew."""
     weather, payments = (CircuitBreaker(name=name) for name in ("weather", "payments"))
     chosen = [weather]
     PrometheusMetrics(registry, breakers=chosen)
@@ -444,7 +447,8 @@ def test_only_chosen_breakers_are_shown_where_a_list_is_given(registry, scrape):
 
 
 def test_breaker_made_with_the_listener_is_shown_at_once(metrics, scrape):
-    """Where nobody called watch(), the counters are 0 before the first call, too."""
+    """The counters are 0 before the first call, also where the program has not called
+    watch()."""
     breaker = CircuitBreaker(name="weather", listeners=[metrics])
     assert scrape().calls() == outcomes()
     breaker.call(int)
@@ -452,7 +456,8 @@ def test_breaker_made_with_the_listener_is_shown_at_once(metrics, scrape):
 
 
 def assert_slow_is_shown_without_its_wait(found):
-    """The breaker "slow" has two failures of three, and is not to be asked just now."""
+    """The breaker "slow" has two failures of three, and cannot be read at the
+    moment."""
     assert found.states()["slow", "closed"] == 1
     assert found.of("failures", "slow") == 2
     assert found.of("failures_limit", "slow") == 3
@@ -463,7 +468,8 @@ def assert_slow_is_shown_without_its_wait(found):
 
 
 def test_breaker_whose_lock_is_held_does_not_hold_the_scrape_up(metrics, scrape):
-    """What needs no lock is shown of it all the same, and all of the others."""
+    """The scrape shows the values of this breaker that need no lock, and all values of
+    the others."""
     held, let = threading.Event(), threading.Event()
 
     class Slow:
@@ -492,8 +498,8 @@ def test_breaker_whose_lock_is_held_does_not_hold_the_scrape_up(metrics, scrape)
 
 @pytest.mark.parametrize("is_called", [True, False])
 def test_storage_that_hangs_does_not_hold_the_scrape_up(metrics, scrape, is_called):
-    """Whether a call or nobody but the scrape waits for the storage, the breaker is
-    shown as it was seen last."""
+    """The scrape shows the breaker's last snapshot, whether or not a call waits for the
+    storage as well."""
     storage = Hanging()
     slow = CircuitBreaker(name="slow", fail_max=3, state_storage=storage)
     storage._fail_counter = 2
@@ -517,7 +523,7 @@ def test_storage_that_hangs_does_not_hold_the_scrape_up(metrics, scrape, is_call
 
 
 def test_storage_that_has_never_answered_leaves_the_counters(metrics, scrape):
-    """No state is made up."""
+    """The scrape shows no state for the breaker."""
     storage = Hanging()
     breaker = CircuitBreaker(name="slow", state_storage=storage, listeners=[metrics])
     storage.let.clear()
@@ -538,8 +544,8 @@ def patient(monkeypatch):
 
 
 def test_storages_that_may_hang_are_asked_at_once(scrape, registry, patient):
-    """A storage that hangs takes no time from another one: here the first answers as
-    soon as the second was asked."""
+    """A storage that hangs takes no time from another storage: the first answers here
+    as soon as the second is read."""
     storages = first, second = Hanging(), Hanging()
     breakers = [
         CircuitBreaker(name=f"number {number}", state_storage=storage)
@@ -554,7 +560,7 @@ def test_storages_that_may_hang_are_asked_at_once(scrape, registry, patient):
 def test_breaker_whose_storage_is_out_of_reach_does_not_cost_the_others(
     metrics, scrape, caplog, patient
 ):
-    """Of the breaker itself there are counters only, and the error is logged."""
+    """The scrape shows only counters of this breaker, and the error is logged."""
 
     class Away(Deaf):
         broken = False
@@ -577,7 +583,7 @@ def test_breaker_whose_storage_is_out_of_reach_does_not_cost_the_others(
 def test_looking_at_a_storage_in_a_thread_keeps_no_breaker_alive(
     metrics, scrape, patient
 ):
-    """Neither the thread nor what was seen refers to the breaker afterwards."""
+    """Neither the thread nor the snapshot refers to the breaker afterwards."""
     breaker = CircuitBreaker(name="weather", state_storage=Deaf("deaf"))
     assert scrape().states() == {("weather", "closed"): 1}
     del breaker
@@ -589,8 +595,8 @@ def test_looking_at_a_storage_in_a_thread_keeps_no_breaker_alive(
 
 
 def test_transitions_are_counted_by_their_cause(weather, scrape, clock, fail):
-    """A trip, a failed trial and one that succeeds, and moves by hand, with reasons of
-    their own, too."""
+    """The causes are a trip, a failed trial, a successful trial, and moves by hand,
+    also with reasons of their own."""
     attempt(weather, fail, 2)
     for outcome in fail, int:
         clock.advance(60)
@@ -610,7 +616,7 @@ def test_transitions_are_counted_by_their_cause(weather, scrape, clock, fail):
 
 
 def test_cause_is_unknown_where_the_storage_knows_no_moves(metrics, scrape, fail):
-    """Older storages are not told who moves the circuit."""
+    """An older storage is not told the cause of a move."""
     breaker = CircuitBreaker(
         fail_max=1, name="weather", state_storage=Deaf("deaf"), listeners=[metrics]
     )
@@ -620,8 +626,8 @@ def test_cause_is_unknown_where_the_storage_knows_no_moves(metrics, scrape, fail
 
 @pytest.mark.parametrize("move", ["close", "open"])
 def test_cause_is_unknown_where_the_circuit_has_moved_on(metrics, scrape, fail, move):
-    """Another listener moves the circuit by hand as soon as it trips: what is heard
-    last is the trip, of which the storage knows nothing any more."""
+    """Another listener moves the circuit by hand as soon as the circuit trips. Then
+    this listener is told of the trip, which the storage does not know any more."""
 
     class Mover:
         def state_change(self, cb, old_state, new_state):
@@ -640,7 +646,7 @@ def test_cause_is_unknown_where_the_circuit_has_moved_on(metrics, scrape, fail, 
 def test_cause_is_unknown_of_a_move_that_something_else_made_in_the_storage(
     metrics, scrape
 ):
-    """What the storage knows is how it came to be open."""
+    """The storage still knows the earlier move, which opened the circuit."""
     breaker = CircuitBreaker(name="weather", listeners=[metrics])
     breaker.open()
     breaker._state_storage.state = "closed"
@@ -681,7 +687,7 @@ def test_outage_begins_with_the_trip_and_not_with_each_trial(
 def test_outage_that_was_there_before_begins_with_the_opening_that_is_known(
     metrics, scrape, clock, fail, trials
 ):
-    """Trials that fail later do not change it."""
+    """Trials that fail later do not change the beginning."""
     breaker = CircuitBreaker(name="weather", reset_timeout=60)
     breaker.open()
     opened_at = breaker._state_storage.opened_at.timestamp()
@@ -695,8 +701,8 @@ def test_outage_that_was_there_before_begins_with_the_opening_that_is_known(
 def test_outage_of_a_breaker_that_nobody_watches_is_shown_from_the_first_scrape_on(
     metrics, scrape, clock, fail
 ):
-    """It begins with the opening that the scrape met. Of a circuit that was never open
-    and is not closed, the beginning is not known, and not shown."""
+    """The outage begins with the opening that the scrape found. For a circuit that was
+    never open and is not closed, the beginning is not known and not shown."""
 
     def start():
         return scrape().of("outage_start_timestamp_seconds")
@@ -719,8 +725,8 @@ def test_outage_of_a_breaker_that_nobody_watches_is_shown_from_the_first_scrape_
 
 
 def test_trip_during_a_scrape_is_the_beginning_of_the_outage(metrics, scrape, clock):
-    """The scrape has seen the circuit closed. Another thread trips it before the scrape
-    has gone on, which must not take the closed circuit for the news."""
+    """The scrape has seen the circuit closed. Another thread trips the circuit before
+    the scrape goes on, and the scrape must not erase the beginning."""
 
     class Tripping(CircuitBreaker):
         is_armed = False
@@ -745,7 +751,7 @@ def test_trip_during_a_scrape_is_the_beginning_of_the_outage(metrics, scrape, cl
 
 
 def test_each_breaker_has_its_own_series(metrics, scrape, fail):
-    """Its name is its label, whatever is in it; one listener serves them all."""
+    """The name is the label, with any characters; one listener serves all breakers."""
     names = ["weather", 'a "b" \\ c\nd/\N{SNOWMAN}', None]
     breakers = [CircuitBreaker(name=name) for name in names]
     metrics.watch(*breakers)
@@ -765,8 +771,8 @@ def test_name_that_cannot_be_written_does_not_cost_the_scrape(metrics, scrape):
 
 
 def test_breakers_with_one_name_do_not_hide_each_other(metrics, scrape, clock, fail):
-    """Circuits and calls are added up; of times and counts that cannot be, the one is
-    shown that should worry an operator more."""
+    """Circuits and calls are added up. Of times and counts that cannot be added, the
+    scrape shows the value that should worry an operator most."""
     breakers = [
         CircuitBreaker(fail_max=limit, reset_timeout=timeout, name="weather")
         for limit, timeout in ((5, 60), (2, 90), (9, 30))
@@ -791,7 +797,7 @@ def test_breakers_with_one_name_do_not_hide_each_other(metrics, scrape, clock, f
 def test_no_counter_goes_back_when_one_of_two_breakers_with_a_name_goes(
     metrics, scrape, fail
 ):
-    """To Prometheus a counter that goes back is one that began again at 0."""
+    """Prometheus takes a counter that goes back for one that has begun again at 0."""
     stays, goes = (CircuitBreaker(name="weather") for _ in range(2))
     metrics.watch(stays, goes)
     attempt(stays, int, 2)
@@ -804,8 +810,8 @@ def test_no_counter_goes_back_when_one_of_two_breakers_with_a_name_goes(
 
 
 def test_renamed_breaker_leaves_no_state_behind(weather, scrape, clock, fail):
-    """A series that says open for ever would be a lie. Calls are counted under the
-    name that the breaker has at the time."""
+    """A series that says open for ever would be wrong. Calls count under the name that
+    the breaker has at the time."""
     attempt(weather, fail, 2)
     assert scrape().states() == {("weather", "open"): 1}
     weather.name = "climate"
@@ -819,8 +825,8 @@ def test_renamed_breaker_leaves_no_state_behind(weather, scrape, clock, fail):
 
 
 def test_breaker_that_has_gone_is_shown_no_more(metrics, scrape, clock):
-    """Its counters stay for five minutes, so that the last calls are scraped, by a
-    second Prometheus, too."""
+    """The counters of the name stay for five minutes, so that every Prometheus scrapes
+    the last calls."""
     breaker = CircuitBreaker(name="weather")
     metrics.watch(breaker)
     breaker.call(int)
@@ -839,8 +845,7 @@ def test_breaker_that_has_gone_is_shown_no_more(metrics, scrape, clock):
 
 @pytest.fixture
 def uncollected():
-    """Python collects no garbage of its own accord, as in a process that keeps nothing
-    new."""
+    """Python collects no garbage by itself, as in a process that allocates little."""
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
     yield
@@ -851,8 +856,9 @@ def uncollected():
 def test_breaker_that_was_thrown_away_does_not_stay_open(
     metrics, scrape, clock, uncollected, seconds
 ):
-    """A breaker and its state refer to each other, and would be there until Python
-    collects garbage. A scrape sees to that, once nobody seems to call the circuit."""
+    """A breaker and its state refer to each other, and would live until Python collects
+    garbage. A scrape collects garbage when the circuit looks as if the program had
+    dropped its breaker."""
     breaker = CircuitBreaker(name="weather")
     breaker.open(seconds)
     del breaker
@@ -864,8 +870,8 @@ def test_breaker_that_was_thrown_away_does_not_stay_open(
 
 @pytest.fixture
 def collections(clock, monkeypatch):
-    """The times at which garbage was collected, and whether Python is to do so. A
-    collection takes as long as the process is big."""
+    """The times at which garbage was collected, and whether Python's collector is on. A
+    collection takes longer in a bigger process."""
     collections = types.SimpleNamespace(times=[], take=0, are_on=True)
 
     def collect():
@@ -879,8 +885,9 @@ def collections(clock, monkeypatch):
 
 @pytest.mark.parametrize(("take", "pause"), [(0, 120), (5, 500)])
 def test_garbage_is_collected_seldom(metrics, weather, clock, collections, take, pause):
-    """At most once in two minutes, and for one hundredth of the time, while nobody
-    calls the circuit; not for one that is closed, nor for one that waits."""
+    """A scrape collects at most once in two minutes, for at most one hundredth of the
+    time, and only while some circuit looks idle: not for a closed circuit, nor for one
+    that waits."""
 
     def scrapes(seconds):
         end = clock.now + seconds
@@ -906,7 +913,7 @@ def test_garbage_is_collected_seldom(metrics, weather, clock, collections, take,
 def test_garbage_is_not_collected_where_the_program_has_switched_that_off(
     weather, scrape, clock, collections
 ):
-    """Such a program has its reasons, as where processes share their memory."""
+    """A program may do so on purpose, such as where processes share their memory."""
     collections.are_on = False
     weather.open(0)
     for _ in range(10):
@@ -916,7 +923,7 @@ def test_garbage_is_not_collected_where_the_program_has_switched_that_off(
 
 
 def test_counters_of_a_breaker_that_is_made_anew_go_on(metrics, scrape):
-    """A name's counters do not depend on which breaker has the name."""
+    """The counters belong to the name, whichever breaker has the name."""
     for expected in 1, 2, 3:
         breaker = CircuitBreaker(name="weather", listeners=[metrics])
         breaker.call(int)
@@ -926,7 +933,7 @@ def test_counters_of_a_breaker_that_is_made_anew_go_on(metrics, scrape):
 
 
 def test_scrape_does_not_keep_a_mapping_of_breakers_from_making_room(registry, scrape):
-    """Breakers of a mapping that were scraped are forgotten like others."""
+    """The mapping drops breakers that were scraped like others."""
     metrics = PrometheusMetrics(registry)
     hosts = CircuitBreakers(maxsize=2, listeners=[metrics])
     for number in range(10):
@@ -939,7 +946,8 @@ def test_scrape_does_not_keep_a_mapping_of_breakers_from_making_room(registry, s
 
 
 def test_breaker_of_a_mapping_that_was_watched_later_can_go(metrics, scrape):
-    """The counters of its name go on when it was made anew and is watched again."""
+    """The counters of its name go on when the breaker is made anew and watched
+    again."""
     hosts = CircuitBreakers(maxsize=2)
     for number in [*range(10), 0]:
         metrics.watch(hosts[number])
@@ -949,8 +957,8 @@ def test_breaker_of_a_mapping_that_was_watched_later_can_go(metrics, scrape):
 
 
 def test_breakers_that_have_gone_are_forgotten_where_nothing_scrapes(metrics, clock):
-    """Of five thousand, one a second, the counters of those are left that have gone not
-    long ago, and of what cannot be shown any more nothing."""
+    """Of five thousand breakers, one a second, the counters of the latest are left, and
+    nothing of those that cannot be shown any more."""
     for number in range(5000):
         breaker = CircuitBreaker(name=str(number), listeners=[metrics])
         breaker.call(int)
@@ -970,7 +978,7 @@ def test_scrape_over_http_says_what_each_metric_is(metrics, registry, weather):
     server, thread = prometheus_client.start_http_server(
         0, addr="127.0.0.1", registry=registry
     )
-    # Without proxies: the way to this very machine must not lead through one.
+    # No proxy: a request to this machine must not go through one.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         url = f"http://127.0.0.1:{server.server_port}/metrics"
@@ -1004,14 +1012,15 @@ def test_scrape_has_nothing_that_promtool_complains_of(weather, scrape, fail):
 def test_metrics_are_in_the_default_registry_unless_another_is_given(
     monkeypatch, registry, scrape
 ):
-    """Where the endpoint that a program has already finds them."""
+    """The program's endpoint reads the default registry."""
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     PrometheusMetrics().watch(breaker := CircuitBreaker(name="weather"))
     assert scrape().states() == {(breaker.name, "closed"): 1}
 
 
 def test_second_collector_in_a_registry_is_refused(metrics, registry):
-    """Each series would be there twice, which costs Prometheus the whole scrape."""
+    """Otherwise each series would appear twice, and Prometheus would drop the whole
+    scrape."""
     with pytest.raises(ValueError, match="circuit_breaker_state"):
         PrometheusMetrics(registry)
 
@@ -1029,7 +1038,8 @@ def test_breakers_that_cannot_be_shown_are_refused(registry, scrape, breakers):
 
 
 def test_watch_takes_all_or_none(metrics):
-    """What is no breaker is a TypeError that shows it."""
+    """If one argument is no breaker, watch() raises a TypeError that shows the
+    argument."""
     breaker = CircuitBreaker()
     with pytest.raises(TypeError, match=r"^watch\(\) takes breakers, not 'weather'"):
         metrics.watch(breaker, "weather")
@@ -1037,7 +1047,7 @@ def test_watch_takes_all_or_none(metrics):
 
 
 def test_what_to_install_is_said_where_prometheus_client_is_missing():
-    """The error names the package, and how to get it."""
+    """The error names the package and the command that installs the package."""
     code = """
         import sys
         sys.modules["prometheus_client"] = None
@@ -1053,7 +1063,7 @@ def test_what_to_install_is_said_where_prometheus_client_is_missing():
 
 
 def run(code, **environment):
-    """What a program prints. It must end well, and say nothing else."""
+    """The output of a program, which must end well and print nothing else."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
@@ -1070,8 +1080,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 @needs_fork
 def test_forked_child_counts_what_it_does_itself(metrics, weather):
-    """The child's counters begin at 0, the parent's go on, and a lock that another
-    thread held at the fork holds no child up."""
+    """The child's counters begin at 0 and the parent's go on. A lock that another
+    thread held at the fork does not block the child."""
     weather.call(int)
     weather.open()
     held, let = threading.Event(), threading.Event()
@@ -1169,7 +1179,7 @@ def parts(output):
 
 
 def scrape_of_files(directory):
-    """A scrape of what processes have left in the directory of multiprocess mode."""
+    """A scrape of the files of multiprocess mode in a folder."""
     return Scrape(
         run(
             """
@@ -1186,9 +1196,9 @@ def scrape_of_files(directory):
 
 @needs_fork
 def test_multiprocess_mode_adds_up_what_all_processes_say(tmp_path):
-    """Two workers open their circuits, and one of them ends: circuits that are gone
-    are no longer counted, calls are. Nothing has happened before the first scrape, and
-    all counters are there."""
+    """Two workers open their circuits, and one worker ends: its circuit does not count
+    any more, and its calls do. Before the first scrape nothing has happened, and all
+    counters are there."""
     output = run(
         textwrap.dedent(WORKERS)
         + textwrap.dedent("""
@@ -1228,8 +1238,8 @@ def test_multiprocess_mode_adds_up_what_all_processes_say(tmp_path):
 
 @needs_fork
 def test_multiprocess_mode_writes_again_and_again_and_when_python_ends(tmp_path):
-    """Calls reach the files without publish(), a forked child's, too, and none is
-    counted twice."""
+    """Calls reach the files without publish(), also the calls of a forked child, and no
+    call counts twice."""
     output = run(
         textwrap.dedent(WORKERS)
         + textwrap.dedent("""
@@ -1265,7 +1275,8 @@ def test_multiprocess_mode_writes_again_and_again_and_when_python_ends(tmp_path)
 
 
 def test_last_calls_are_written_when_python_ends_whatever_the_storage(tmp_path):
-    """Some Pythons start no thread any more when they end, as to look at a storage."""
+    """Some Pythons start no thread when they end, not even one that looks at a
+    storage."""
     run(
         """
         import prometheus_client
@@ -1300,8 +1311,8 @@ PUBLISHES_WHEN_TOLD = """
 
 
 def test_error_while_files_are_written_makes_no_call_count_again(tmp_path):
-    """Here one counter cannot be written at one time, as on a full disk. Each counter
-    is written later what has not been written of it."""
+    """One counter cannot be written once, as on a full disk. Later each counter gets
+    only the calls that it does not have yet."""
     run(
         textwrap.dedent(PUBLISHES_WHEN_TOLD)
         + textwrap.dedent("""
@@ -1328,8 +1339,9 @@ def test_error_while_files_are_written_makes_no_call_count_again(tmp_path):
 
 
 def test_counters_that_were_forgotten_and_are_there_again_go_on(tmp_path):
-    """Between two writings a breaker goes, its counters are forgotten among a thousand
-    others, and another breaker has the name: its calls count from 0, and are added."""
+    """Between two writings a breaker is freed, its counters are dropped among a
+    thousand others, and another breaker gets the name. The calls of that breaker count
+    from 0 and are added."""
     run(
         textwrap.dedent(PUBLISHES_WHEN_TOLD)
         + textwrap.dedent("""

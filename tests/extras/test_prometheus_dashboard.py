@@ -1,4 +1,5 @@
-"""examples/grafana_dashboard.json: that Grafana can show it, and what it asks for."""
+"""examples/grafana_dashboard.json: Grafana can show the dashboard, whose queries name
+existing metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ DASHBOARD = json.loads((EXAMPLES / "grafana_dashboard.json").read_text("utf-8"))
 RULES = (EXAMPLES / "prometheus_rules.yml").read_text("utf-8")
 PANELS = DASHBOARD["panels"]
 
-# What Grafana has under these names, since version 10.
+# The variables that Grafana has had since version 10.
 PANEL_TYPES = {"bargauge", "stat", "state-timeline", "table", "timeseries"}
 BUILT_IN = {"__rate_interval", "__range", "__all"}
 WIDTH = 24
@@ -31,11 +32,11 @@ LABELS = {
     family.name + ("_total" if family.is_counter else ""): set(family.labels)
     for family in FAMILIES
 }
-TARGET_LABELS = {"job", "instance"}  # which Prometheus adds
+TARGET_LABELS = {"job", "instance"}  # labels that Prometheus adds
 
 
 def expressions():
-    """Every query that the dashboard makes, with where it stands."""
+    """Every query of the dashboard, with its place."""
     for panel in PANELS:
         for target in panel["targets"]:
             yield f"{panel['title']}, {target['refId']}", target["expr"]
@@ -58,8 +59,8 @@ def unknown(text):
 
 
 def test_panels_have_what_grafana_needs():
-    """Each has a number of its own, a known type, a title, a description, and queries
-    whose letters differ, to the data source that was chosen."""
+    """Each panel has a number of its own, a known type, a title, a description, and
+    queries with different letters to the chosen data source."""
     assert len({panel["id"] for panel in PANELS}) == len(PANELS) > 0
     for panel in PANELS:
         assert panel["type"] in PANEL_TYPES
@@ -73,7 +74,7 @@ def test_panels_have_what_grafana_needs():
 
 
 def lost(before, after, where=""):
-    """The parts of a dashboard that are missing afterwards, or have changed."""
+    """The parts of a dashboard that are missing afterwards or have changed."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key, value in before.items():
             if key in after:
@@ -88,8 +89,8 @@ def lost(before, after, where=""):
 
 
 def test_grafana_knows_every_part_of_the_dashboard():
-    """Its own model reads the dashboard and writes it again with all that was there,
-    but for the empty number that a dashboard has where no Grafana has it yet."""
+    """Grafana's own model reads the dashboard and writes it again with all parts,
+    except the empty number of a dashboard that is not yet in a Grafana."""
     model = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
     encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
     plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
@@ -100,7 +101,7 @@ def test_grafana_knows_every_part_of_the_dashboard():
 
 
 def test_panels_fill_the_width_and_do_not_overlap():
-    """Every square of the grid is one panel's."""
+    """Every square of the grid belongs to one panel."""
     taken = [
         square
         for panel in PANELS
@@ -115,7 +116,8 @@ def test_panels_fill_the_width_and_do_not_overlap():
 
 
 def test_dashboard_can_be_imported_anywhere():
-    """It has no number of one Grafana's, and asks which Prometheus to use."""
+    """The dashboard has no number of a certain Grafana, and asks the user which
+    Prometheus to query."""
     assert DASHBOARD["id"] is None
     assert DASHBOARD["title"]
     assert DASHBOARD["schemaVersion"] >= 36
@@ -125,7 +127,7 @@ def test_dashboard_can_be_imported_anywhere():
 
 
 def test_every_variable_is_defined():
-    """Those of Grafana's own aside."""
+    """Grafana itself defines some variables."""
     defined = {each["name"] for each in DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD)))
     assert used - BUILT_IN == defined
@@ -133,26 +135,27 @@ def test_every_variable_is_defined():
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))
 def test_dashboard_asks_only_for_what_is_exposed(where, expression):
-    """Its metrics and labels are those of pybreaker_extras.prometheus."""
+    """The metrics and labels are those of pybreaker_extras.prometheus."""
     assert "circuit_breaker_" in expression
     assert list(unknown(expression)) == []
 
 
 def test_rules_ask_only_for_what_is_exposed():
-    """The alert rules likewise."""
+    """The metrics and labels are those of pybreaker_extras.prometheus."""
     assert "circuit_breaker_" in RULES
     assert list(unknown(RULES)) == []
 
 
 def test_dashboard_shows_every_metric():
-    """But the time of the last transition, which the list of transitions shows."""
+    """The exception is the time of the last transition, which the list of transitions
+    shows."""
     shown = set(re.findall(r"circuit_breaker_\w+", json.dumps(DASHBOARD)))
     assert set(LABELS) - shown == {"circuit_breaker_last_transition_timestamp_seconds"}
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
 def test_prometheus_understands_every_query(tmp_path):
-    """With the values of variables in their places, each could be a rule."""
+    """With values for the variables, each query could be a rule."""
     rules = []
     for _, expression in expressions():
         expression = re.sub(r"^label_values\((.*), \w+\)$", r"\1", expression)

@@ -1,4 +1,4 @@
-"""docs/metrics.rst, "Several processes": what a scrape of a real gunicorn says."""
+"""docs/metrics.rst, "Several processes": a scrape of a real gunicorn."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ APPLICATION = """
 
 
 class Server:
-    """A gunicorn of two workers; the endpoint and the configuration are the guide's."""
+    """A gunicorn with two workers, and with the endpoint and the configuration of the
+    guide."""
 
     def __init__(self, directory):
         metrics_app, child_exit = (
@@ -85,7 +86,7 @@ class Server:
                 stdout=log,
                 stderr=log,
             )
-        # Without proxies: the way to this very machine must not lead through one.
+        # No proxy: a request to this machine must not go through one.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def address(self):
@@ -97,12 +98,12 @@ class Server:
             return answer.read().decode()
 
     def sample(self, series):
-        """The value of one series in a scrape; None if it is not there."""
+        """The value of one series in a scrape; None if there is no such series."""
         found = re.search(f"^{re.escape(series)} (.*)$", self.get("/metrics"), re.M)
         return found and float(found[1])
 
     def circuits(self):
-        """How many are closed, and how many are open."""
+        """The number of closed circuits and the number of open circuits."""
         series = 'circuit_breaker_state{{breaker="weather",state="{}"}}'
         return tuple(self.sample(series.format(state)) for state in ("closed", "open"))
 
@@ -122,7 +123,7 @@ def server(tmp_path):
 
 def test_worker_that_was_killed_leaves_its_calls_and_not_its_circuit(server):
     """Two workers trip. One is killed, and gunicorn starts another, whose circuit is
-    closed: no scrape says that the dead one's is open, and no counter goes back."""
+    closed: no scrape shows the dead worker's circuit, and no counter goes back."""
     failures = 'circuit_breaker_calls_total{breaker="weather",outcome="failure"}'
     until(server.address)
     until(lambda: server.circuits() == (2, 0))

@@ -1,7 +1,7 @@
 """examples/prometheus_rules.yml: which alerts fire, and when, by promtool.
 
-The series are scraped from real breakers while a clock is moved, so that the rules are
-tested with what the metrics really say.
+The test scrapes real breakers while it moves a clock, so that the rules meet the real
+values of the metrics.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ pytestmark = pytest.mark.skipif(
 
 
 class World:
-    """Instances of a service, each with its breaker, that a Prometheus scrapes."""
+    """Instances of a service, each with a breaker, and a Prometheus that scrapes
+    them."""
 
     def __init__(self):
         self.now = 0
@@ -48,19 +49,20 @@ class World:
         self.used = set(re.findall(r"circuit_breaker_\w+", RULES.read_text()))
 
     def start(self, instance="a", **settings):
-        """A new process of an instance: its breaker is closed, its counters are 0."""
+        """Start a new process of an instance, with a closed circuit and counters of
+        0."""
         return self.start_workers(1, instance, **settings).breakers[0]
 
     def start_workers(self, number, instance="a", **settings):
-        """The same with so many breakers of one name, which the metrics add up as
-        multiprocess mode adds up the breakers of workers."""
+        """Start an instance with this many breakers of one name, which the metrics add
+        up as multiprocess mode adds up workers."""
         registry = self.registries[instance] = prometheus_client.CollectorRegistry()
         breakers = [CircuitBreaker(name="weather", **settings) for _ in range(number)]
         PrometheusMetrics(registry, breakers=breakers).watch(*breakers)
         return Workers(breakers)
 
     def sleep(self, seconds):
-        """Time passes, and Prometheus scrapes."""
+        """Let time pass while Prometheus scrapes."""
         for _ in range(seconds):
             if self.now % INTERVAL == 0:
                 self.scrape()
@@ -82,7 +84,7 @@ class World:
         self.scrapes += 1
 
     def values(self, name, **labels):
-        """What was scraped of the series with these labels."""
+        """The scraped values of the series with these labels."""
         found = set()
         for series, values in self.series.items():
             if series.startswith(name) and all(
@@ -92,7 +94,8 @@ class World:
         return found
 
     def call(self, breaker, minutes, every=5, is_up=True, takes=0):
-        """A client calls so many minutes long; a service that is down lets it wait."""
+        """Let a client call for this many minutes; a service that is down delays the
+        client."""
 
         def service():
             self.sleep(takes)
@@ -109,7 +112,7 @@ class World:
 
 
 class Workers:
-    """The workers of one instance: a client's call is one of each worker."""
+    """The workers of one instance. A client's call goes to each worker."""
 
     def __init__(self, breakers):
         self.breakers = breakers  # which the instance's metrics show
@@ -189,7 +192,7 @@ def check_alerts(world, check):
 
 
 def test_promtool_finds_no_fault_in_the_rules():
-    """They are what Prometheus reads."""
+    """Prometheus can read the rules."""
     done = subprocess.run(
         ["promtool", "check", "rules", str(RULES)], capture_output=True, text=True
     )
@@ -198,7 +201,7 @@ def test_promtool_finds_no_fault_in_the_rules():
 
 @pytest.mark.parametrize(("takes", "first"), [(0, 16), (10, 17), (30, 18)])
 def test_outage_of_an_hour_is_one_alert(world, check_alerts, takes, first):
-    """With a trial a minute, which scrapes meet or do not, the alert fires from five
+    """With a trial a minute, which a scrape may meet or miss, the alert fires from five
     minutes after the trip until five minutes after the recovery."""
     weather = world.start()
     world.call(weather, 10)
@@ -220,7 +223,7 @@ def test_trip_that_recovers_is_no_alert(world, check_alerts):
 
 
 def test_circuit_that_nobody_calls_is_one_alert(world, check_alerts):
-    """It is another one than that of an outage, which does not fire. It ends five
+    """The alert is not that of an outage, which does not fire. The alert ends five
     minutes after a call has closed the circuit."""
     weather = world.start()
     world.call(weather, 10)
@@ -231,8 +234,9 @@ def test_circuit_that_nobody_calls_is_one_alert(world, check_alerts):
 
 
 def test_outage_that_callers_meet_after_a_quiet_night_is_an_alert(world, check_alerts):
-    """The alert that nobody calls ends half an hour after the first call, and another
-    one tells of the outage meanwhile. Both end with the outage, or before."""
+    """The alert about a circuit without calls ends half an hour after the first
+    call, and the alert about the outage fires meanwhile. Both end with the outage
+    or before."""
     weather = world.start()
     world.call(weather, 5)
     world.call(weather, 1, is_up=False)
@@ -243,8 +247,8 @@ def test_outage_that_callers_meet_after_a_quiet_night_is_an_alert(world, check_a
 
 
 def test_circuit_that_a_new_process_finds_open_is_no_alert(world, check_alerts):
-    """Its first scrape says that a trial is due, as its storage was open before: that
-    says nothing about how long the trial has been due."""
+    """Its first scrape says that a trial is due, as the storage was open before. The
+    scrape does not say how long the trial has been due."""
     world.sleep(10 * MINUTE)
     weather = world.start(state_storage=pybreaker.CircuitMemoryStorage("open"))
     world.sleep(2 * MINUTE)
@@ -290,8 +294,8 @@ def test_outage_lasts_through_restarts_of_the_process(world, check_alerts):
 
 
 def test_outage_that_all_instances_see_is_one_alert(world, check_alerts):
-    """However many processes have the breaker; one that nobody calls among them does
-    not hide the others, and has its own alert."""
+    """The number of processes with the breaker makes no difference. An instance without
+    calls does not hide the others, and has an alert of its own."""
     weather = [world.start(instance) for instance in "ab"]
     for _ in range(60):
         for breaker in weather:
@@ -303,7 +307,7 @@ def test_outage_that_all_instances_see_is_one_alert(world, check_alerts):
 
 
 def test_outage_in_a_dry_run_is_no_alert(world, check_alerts):
-    """Callers get no errors but those of the service."""
+    """Callers get only the errors of the service."""
     weather = world.start(dry_run=True)
     world.call(weather, 10)
     world.call(weather, 60, is_up=False)
@@ -327,7 +331,7 @@ def test_dry_run_hides_no_circuit_that_refuses_calls(world, check_alerts):
 
 
 def test_circuit_that_trips_again_and_again_is_one_alert(world, check_alerts):
-    """It closes each time, so that no outage lasts for five minutes."""
+    """The circuit closes each time, so that no outage lasts for five minutes."""
     weather = world.start()
     for _ in range(12):
         world.call(weather, 8)
@@ -337,8 +341,8 @@ def test_circuit_that_trips_again_and_again_is_one_alert(world, check_alerts):
 
 
 def test_single_trip_of_many_workers_is_no_alert(world, check_alerts):
-    """Each of four workers trips and recovers once. When three of the workers have
-    ended, the counters still have what those did."""
+    """Each of four workers trips and recovers once. After three of the workers have
+    ended, the counters still include them."""
     workers = world.start_workers(4)
     world.call(workers, 10)
     world.call(workers, 1, is_up=False)
@@ -364,7 +368,7 @@ def test_workers_that_trip_again_and_again_are_one_alert(world, check_alerts):
 
 
 def test_circuit_that_is_opened_and_closed_by_hand_is_no_alert(world, check_alerts):
-    """An operator who closes a circuit is no recovery."""
+    """A closing by an operator is no recovery."""
     weather = world.start()
     for _ in range(6):
         world.call(weather, 8)
@@ -375,7 +379,7 @@ def test_circuit_that_is_opened_and_closed_by_hand_is_no_alert(world, check_aler
 
 
 def test_texts_of_an_alert_name_the_circuit(world, check):
-    """They are what a pager shows."""
+    """A pager shows these texts."""
     weather = world.start()
     world.call(weather, 10, is_up=False)
     check(

@@ -42,8 +42,8 @@ scrape_configs:
 
 
 class Service:
-    """A process that calls another service, as long as it is told to, through a
-    breaker. A restart makes a new breaker and new counters, at the same port."""
+    """A process that calls another service through a breaker until told to stop. A
+    restart makes a new breaker and new counters, at the same port."""
 
     def __init__(self):
         self.is_up = True
@@ -82,7 +82,7 @@ class Service:
 
 
 class Prometheus:
-    """A server with the rules, whose times are so many times shorter."""
+    """A server with the rules, whose times are divided by a factor."""
 
     def __init__(self, directory, port):
         rules = (EXAMPLES / "prometheus_rules.yml").read_text("utf-8")
@@ -102,7 +102,7 @@ class Prometheus:
                 stderr=log,
                 cwd=directory,
             )
-        # Without proxies: the way to this very machine must not lead through one.
+        # No proxy: a request to this machine must not go through one.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.url = f"http://{LOOPBACK}:{own_port}/api/v1/"
 
@@ -112,7 +112,7 @@ class Prometheus:
             return json.load(answer)["data"]
 
     def query(self, expression):
-        """The values by the values of all labels."""
+        """The result of a query: its values, by the values of all labels."""
         try:
             result = self.get("query", query=expression)["result"]
         except urllib.error.HTTPError as error:
@@ -125,7 +125,7 @@ class Prometheus:
         return {tuple(each["metric"].values()): each["value"][1] for each in result}
 
     def firing(self):
-        """The alerts that fire, and since when."""
+        """The alerts that fire, with the time since when."""
         return {
             alert["labels"]["alertname"]: alert["activeAt"]
             for alert in self.get("alerts")["alerts"]
@@ -155,9 +155,9 @@ def prometheus(tmp_path, service):
 
 
 def test_outage_is_one_alert_through_trials_and_a_restart(prometheus, service):
-    """From its beginning to its end it is the same alert, while circuits open and
-    half-open, and while the process starts again. The dashboard's queries, meanwhile,
-    are answered."""
+    """The alert is the same from the beginning of the outage to its end, while circuits
+    open and half-open and while the process restarts. Meanwhile Prometheus answers the
+    dashboard's queries."""
     assert prometheus.firing() == {}
     service.is_up = False
     began = time.time()
@@ -193,7 +193,7 @@ def test_outage_is_one_alert_through_trials_and_a_restart(prometheus, service):
 
 
 def test_renamed_breaker_leaves_no_series_that_says_open(prometheus, service):
-    """Once the new name has been scraped, the old one is not found."""
+    """Once the new name has been scraped, Prometheus does not find the old name."""
     service.breaker.open(1000)
     until(lambda: prometheus.query('circuit_breaker_state{state="open"} == 1'))
     service.breaker.name = "climate"

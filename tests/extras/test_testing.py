@@ -137,7 +137,7 @@ def test_nobody_is_told_when_the_block_ends(caplog):
 
 
 class Shared(pybreaker.CircuitBreakerStorage):
-    """A storage that is not in this process."""
+    """A storage outside of this process."""
 
     state, counter, opened_at = "closed", 0, None
 
@@ -184,7 +184,7 @@ def test_a_test_that_fails_leaves_fresh_breakers_too():
 
 
 def run(arguments, **options):
-    """Run Python on the modules that this process runs."""
+    """Run Python code with the same modules as this process."""
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -248,7 +248,7 @@ def test_the_module_works_without_pytest():
 
 
 class TestWithUnittest(unittest.TestCase):
-    """A test case of the standard library's."""
+    """A test case of the standard library."""
 
     breaker = CircuitBreaker(fail_max=1)
 
@@ -302,7 +302,8 @@ def test_the_next_call_is_the_trial_when_the_timeout_was_let_pass(settings):
 
 @pytest.mark.parametrize("make_storage", [Shared, CircuitMemoryStorage])
 def test_a_length_that_is_drawn_anew_has_passed_as_well(make_storage):
-    """A moment that other code wrote into a storage has a random length of its own."""
+    """For a moment that other code wrote into a storage, the breaker draws a random
+    length."""
     for _ in range(50):
         storage = Shared() if make_storage is Shared else CircuitMemoryStorage("closed")
         breaker = CircuitBreaker(

@@ -27,7 +27,7 @@ def client(server, closing):
 
 @pytest.fixture
 def circuit(namespace, client):
-    """Makes a breaker over the circuit of this number; all have the same client."""
+    """A function that makes a breaker over a circuit, by number. All share a client."""
 
     def circuit(number=0, client=client, fail_max=3, reset_timeout=60, **settings):
         settings.setdefault("refresh", 0.2)

@@ -177,7 +177,7 @@ def scene(server, proxies, namespace, service, fleet_of):
             for report in ask_all(self.workers, "unload"):
                 assert report["strange"] == []
                 assert set(report["outcomes"]) <= {"ok", "Down", "CircuitBreakerError"}
-                # What the machine held up is not the breaker's; several waits of
+                # A delay by the machine is not the breaker's fault; several waits of
                 # a thread for its turn may fall within one call.
                 allowed = PATIENCE + 0.1 + 3 * report["oversleeping"]
                 assert report["longest"] <= allowed, report

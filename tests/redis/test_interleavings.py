@@ -418,7 +418,7 @@ def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypa
             stepwise.go_at_once(storage)
             storage.opened_at = storage.opened_at
             stepwise.is_due(storage)
-        # The second trial follows while the first claim is still being given back.
+            # The second trial follows while the first claim is still being given back.
             claim = stepwise.ask(storage, TIMEOUT)
             race.world.passes()
             stepwise.give_back(storage, claim)

@@ -44,7 +44,7 @@ def breaker_of(fail_max=3, number="", client=None, **settings):
 
 @pytest.fixture
 def run(server, namespace):
-    """Runs a program in a process of its own. Returns the lines that it printed."""
+    """A function that runs a program in a process and returns the printed lines."""
 
     def run(program, port=server.port):
         done = subprocess.run(

@@ -1,7 +1,8 @@
-"""What a storage that is shared through Redis says there, and hears, step by step.
+"""What a shared storage writes to Redis and reads from Redis, step by step.
 
-Here no thread makes passes: they are made when a test says so, and the clock is
-moved. Redis is a table of the circuit's keys, and each breaker stands for a process.
+Here no thread makes passes: a courier makes a pass when a test says so, and the test
+moves the clock. Redis is a table of the circuit's keys, and each breaker stands for a
+process.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def keys(clock):
 
 @pytest.fixture
 def slept(clock):
-    """For how long anybody slept."""
+    """The seconds for which all threads slept."""
     slept = []
 
     def sleep(seconds):
         slept.append(seconds)
-        clock.advance(1.0)  # in an instant something else was quicker
+        clock.advance(1.0)  # other code may take long to run meanwhile
 
     clock.module.sleep = sleep
     return slept
@@ -75,7 +76,7 @@ def slept(clock):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The timeouts of those who have waited for what had not happened."""
+    """The timeouts of all waits for an event that was not set."""
     waits = []
 
     let_nobody_wait(monkeypatch, waits.append)
@@ -89,14 +90,14 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def process(monkeypatch, keys, waits, alone):
-    """Makes processes."""
+    """A function that makes processes."""
     stepwise.carry_by_hand(monkeypatch)
     return lambda **settings: Process(keys, **settings)
 
 
 @pytest.fixture
 def said(caplog):
-    """What was logged of Redis."""
+    """The log records about Redis."""
     caplog.set_level(logging.DEBUG, "pybreaker")
     return lambda: [
         (record.levelname, record.getMessage())
@@ -110,7 +111,7 @@ def levels(said):
 
 
 def test_a_shared_storage_says_what_it_is(process):
-    """As the others do."""
+    """Every storage of the library has a name."""
     assert process().storage.name == "redis"
 
 
@@ -128,7 +129,7 @@ def test_a_trip_while_redis_is_away_is_announced_when_it_is_back(process, keys):
 
 
 def test_a_trip_of_a_circuit_that_is_open_elsewhere_is_announced_at_once(process, keys):
-    """What closed it here has not been heard of there, and need not be."""
+    """This process has not read of the other opening, and does not wait to do so."""
     mine, theirs = process(), process()
     mine.breaker.open()
     mine.makes_passes()
@@ -146,8 +147,8 @@ def test_a_trip_of_a_circuit_that_is_open_elsewhere_is_announced_at_once(process
 def test_a_trip_is_announced_if_the_count_stands_after_a_refresh(
     process, keys, clock, elsewhere
 ):
-    """Then it may be higher than it takes, as others have failed too. The number is
-    the one in Redis."""
+    """The count in Redis decides, and may be above `fail_max`, as other processes have
+    failed too."""
     mine, theirs = process(), process(fail_max=2000)
     fail(mine.breaker, 3)
     assert (mine.state, theirs.state) == ("open", "closed")
@@ -164,7 +165,8 @@ def test_a_trip_is_announced_if_the_count_stands_after_a_refresh(
 
 
 def test_the_courier_comes_when_the_count_is_to_be_judged(process, clock):
-    """Neither sooner nor, where that is later, at its next refresh."""
+    """The courier comes neither sooner nor, if the next refresh is later, at the next
+    refresh."""
     mine = process()
     fail(mine.breaker, 3)
     clock.advance(1)
@@ -189,7 +191,7 @@ def test_a_count_that_does_not_stand_leaves_the_others_closed(process, keys, clo
 
 @pytest.fixture
 def apart(process, clock):
-    """Two processes, of which the first has opened, and the count did not stand."""
+    """Two processes. The first has opened, and its count was gone a refresh later."""
     mine, theirs = process(), process()
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -264,7 +266,7 @@ def test_a_process_that_is_open_alone_goes_with_the_others_at_their_next_move(
 
 
 def test_a_trip_that_is_not_judged_when_redis_goes_away_is_announced(process, keys):
-    """As nobody can tell whether the count would have stood."""
+    """No process can tell whether the count would have stood."""
     mine = process()
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -289,7 +291,7 @@ def test_a_trip_is_judged_where_a_trial_has_failed_meanwhile(process, keys, cloc
 def test_a_trip_is_judged_no_more_when_a_trial_has_closed_the_circuit(
     process, keys, clock
 ):
-    """Where the timeout is shorter than a refresh."""
+    """The timeout is shorter than a refresh."""
     mine, theirs = process(reset_timeout=1), process(fail_max=10)
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -305,7 +307,8 @@ def test_a_trip_is_judged_no_more_when_a_trial_has_closed_the_circuit(
 
 
 def test_a_view_judges_no_trip_that_is_newer_than_it(process, keys, clock, said):
-    """Between the two a move was made by hand, which all hear of."""
+    """Between the view and the trip a move by hand was made, which all processes
+    follow."""
     mine = process()
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -328,7 +331,7 @@ def test_a_view_judges_no_trip_that_is_newer_than_it(process, keys, clock, said)
 def test_a_view_judges_no_trip_where_a_later_one_was_made_at_the_same_moment(
     process, keys, clock
 ):
-    """As clocks may stand still for a while."""
+    """A clock may stand still for a while."""
     mine = process()
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -405,7 +408,8 @@ def test_a_count_may_be_set(process, keys, count):
 
 @pytest.mark.parametrize("when", ["before it", "during it", "after it"])
 def test_failures_that_could_not_be_sent_stay_here(process, keys, when):
-    """And so does a number that was set: the fleet has gone on without it."""
+    """A count that was set by hand stays in the process, too: the fleet has gone on
+    without it."""
     mine = process(fail_max=10)
     keys.texts.update(fail_counter="1", success_counter="7")
 
@@ -429,7 +433,7 @@ def test_failures_that_could_not_be_sent_stay_here(process, keys, when):
 def test_what_is_counted_while_an_exchange_fails_is_newer_than_its_outbox(
     process, keys
 ):
-    """A success, after a number that was set."""
+    """The success comes after a count that was set by hand."""
     mine = process(fail_max=10)
     mine.breaker.fail_counter = 2
     mine.client.meanwhile = lambda: mine.breaker.call(int)
@@ -460,7 +464,7 @@ def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
 def test_a_failure_after_a_success_that_could_not_be_sent_does_not_hide_it(
     process, keys, when
 ):
-    """The failure itself stays here, as others do."""
+    """The failure itself stays in the process, as other failures do."""
     mine = process()
     fail(mine.breaker, 2)
     mine.makes_passes()
@@ -484,7 +488,7 @@ def test_who_was_away_and_made_no_move_sets_no_count_back(process, keys):
 
 
 def test_who_has_opened_while_away_sets_no_failures_back(process, keys, said):
-    """The moment of the opening is that of this process, which has none here."""
+    """The process set only the state, so its opening has no moment, in Redis either."""
     mine = process()
     mine.is_cut_off()
     keys.texts.update(fail_counter="2", success_counter="1", opened_at="1")
@@ -496,7 +500,8 @@ def test_who_has_opened_while_away_sets_no_failures_back(process, keys, said):
 
 
 def test_who_has_closed_while_away_sets_all_counts_back(process, keys, said):
-    """Also where the count was 0 here, and whoever has written the state."""
+    """This holds also where the count of the process was 0, and whichever process wrote
+    the state."""
     mine = process()
     mine.is_cut_off()
     keys.texts.update(fail_counter="2", success_counter="1")
@@ -539,7 +544,8 @@ def test_a_move_is_no_opening_and_says_nothing_of_one(process):
 
 
 def test_nobody_sees_a_circuit_open_that_has_no_moment_of_opening(process, keys):
-    """It is written first, in a move as in what is put back after a flush."""
+    """The courier writes the moment before the state, both for a move and after a
+    flush."""
     mine = process()
     seen = []
     reply = mine.client.reply
@@ -590,7 +596,7 @@ def test_the_courier_goes_again_at_once_for_what_came_in_meanwhile(process, add)
 def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
     process, keys, clock
 ):
-    """By its own circuit it was open, and a trial has closed it."""
+    """The process's own circuit was open, and a trial has closed the circuit."""
     trouble = redis.ConnectionError("not yet")
     mine = process(trouble=trouble, fallback_circuit_state="open")
     keys.texts.update(state="open", opened_at="5")
@@ -601,7 +607,7 @@ def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
 
 
 def test_the_moment_that_is_sent_is_that_of_the_move_that_is_sent(process, keys, clock):
-    """Whatever happens while the clock of Redis is asked."""
+    """The circuit may move again while the courier asks for the time of Redis."""
     mine = process()
     mine.breaker.open()
     clock.advance(7)
@@ -627,7 +633,7 @@ def test_a_moment_that_is_set_by_a_process_that_is_open_alone_stays_here(apart, 
 
 
 def test_who_closes_by_hand_what_was_open_alone_tells_all(apart, keys):
-    """Who made it by hand meant the fleet."""
+    """An operator who closes one circuit means the circuit of the fleet."""
     mine, theirs = apart
     for move in ("half_open", "open", "close"):
         getattr(mine.breaker, move)()
@@ -636,11 +642,11 @@ def test_who_closes_by_hand_what_was_open_alone_tells_all(apart, keys):
         assert keys["state"] == theirs.state == mine.state
 
 
-# What belongs to an opening: its length, its reason, and the trials that have failed.
+# What belongs to an opening: its length, its reason and the number of failed trials.
 
 
 def move(state="open", by="hand", reason="why", seconds=None, failed_trials=0):
-    """A move, as a breaker hands it to its storage."""
+    """A move such as a breaker gives to its storage."""
     return types.SimpleNamespace(
         state=state,
         by=by,
@@ -652,7 +658,7 @@ def move(state="open", by="hand", reason="why", seconds=None, failed_trials=0):
 
 
 def known(process):
-    """What the storage of a process knows of the last move."""
+    """The attributes of the last move that the storage of a process knows."""
     found = process.storage.last_move()
     return found and (found.state, found.reason, found.seconds, found.failed_trials)
 
@@ -674,7 +680,7 @@ def test_what_belongs_to_an_opening_travels_with_it(
 
 
 def test_a_breaker_shows_what_belongs_to_an_opening_elsewhere(process, clock):
-    """Its wait is that of the opening, whatever its own timeout is."""
+    """The breaker waits for the length of the opening, whatever its own timeout is."""
     mine, theirs = process(), process(reset_timeout=5)
     mine.breaker.open(1000, "maintenance")
     mine.makes_passes()
@@ -694,7 +700,8 @@ def test_a_process_that_starts_later_knows_what_belongs_to_the_opening(process):
 def test_a_storage_knows_the_very_move_that_was_made_in_its_process(
     process, keys, clock
 ):
-    """Until the circuit moves again; so a breaker can tell the one from the other."""
+    """The object is the same until the circuit moves again, so that a breaker can tell
+    two moves apart."""
     mine, theirs = process(), process()
     mine.storage.counter = 3
     assert mine.storage.last_move() is None
@@ -712,7 +719,7 @@ def test_a_storage_knows_the_very_move_that_was_made_in_its_process(
 
 
 def test_the_half_opening_for_a_trial_takes_nothing_from_the_opening(process, keys):
-    """The process that runs the trial was away when it opened the circuit."""
+    """The process that runs the trial opened the circuit while Redis was away."""
     mine = process()
     mine.is_cut_off()
     mine.storage.move(move(seconds=9))
@@ -740,7 +747,7 @@ def test_an_opening_by_the_count_travels_with_its_reason_when_it_is_confirmed(
 
 
 def test_an_opening_in_the_same_second_as_the_one_before_is_news(process):
-    """Redis has the same moment for both."""
+    """Redis has the same moment for both openings."""
     mine, theirs = process(), process()
     for seconds in (None, 30, 60):
         mine.storage.move(move(seconds=seconds))
@@ -750,7 +757,7 @@ def test_an_opening_in_the_same_second_as_the_one_before_is_news(process):
 
 
 def test_what_belongs_to_another_opening_is_ignored(process, keys):
-    """Older releases open the circuit anew and leave the key as it is."""
+    """Older releases open the circuit anew and leave the key ``opening`` as it is."""
     mine = process()
     mine.storage.move(move(seconds=9, failed_trials=2))
     mine.makes_passes()
@@ -776,7 +783,7 @@ def test_closing_deletes_what_belongs_to_the_opening(process, keys):
 
 
 def test_nobody_sees_an_opening_before_what_belongs_to_it(process, keys):
-    """It is written first."""
+    """The courier writes the key ``opening`` before the state."""
     mine = process()
     seen = []
     reply = mine.client.reply
@@ -794,7 +801,7 @@ def test_nobody_sees_an_opening_before_what_belongs_to_it(process, keys):
 
 
 def test_a_moment_that_is_set_takes_what_belongs_to_the_opening_along(process, clock):
-    """It stays the same opening."""
+    """An opening whose moment is set remains the same opening."""
     mine, theirs = process(), process()
     mine.storage.move(move(seconds=9))
     mine.makes_passes()
@@ -807,7 +814,8 @@ def test_a_moment_that_is_set_takes_what_belongs_to_the_opening_along(process, c
 
 
 def test_a_state_that_is_written_alone_says_nothing_of_an_opening(process, keys):
-    """What belonged to the one before is not its own."""
+    """The reason and the length of the opening before do not belong to the new
+    state."""
     mine = process()
     mine.storage.move(move(seconds=9))
     mine.makes_passes()
@@ -829,7 +837,8 @@ def test_a_flush_loses_nothing_of_what_belongs_to_an_opening(process, keys):
 
 
 def test_what_belongs_to_an_opening_may_be_lost_alone(process, keys):
-    """As a server does that is short of memory. Who knows it goes on knowing it."""
+    """A server that is short of memory may drop the key. A process that knows the
+    opening still knows its reason and length."""
     mine = process()
     mine.storage.move(move(seconds=9))
     mine.makes_passes()
@@ -852,7 +861,8 @@ GOOD = {"opened_at": "5", "reason": "", "by": "", "seconds": None, "failed_trial
     ids=lambda nonsense: str(nonsense)[:80],
 )
 def test_nonsense_about_an_opening_is_put_in_order(process, keys, nonsense, said):
-    """By the processes that know what was there, and else deleted."""
+    """A process that knows the opening writes the key anew; a process that does not
+    deletes the key."""
     mine = process()
     mine.storage.move(move(seconds=9))
     mine.makes_passes()
@@ -868,11 +878,11 @@ def test_nonsense_about_an_opening_is_put_in_order(process, keys, nonsense, said
 
 
 def test_a_trip_made_before_redis_first_answered_stands_and_is_sent(process, keys):
-    """Redis is empty when it answers."""
+    """Redis is empty when Redis first answers."""
     mine = process(trouble=redis.ConnectionError("not yet"), patience=0.001)
     mine.client.trouble = None
     membership = stepwise.shared_state(mine.storage)[1]
-    membership.is_away = False  # as if the answer were only late
+    membership.is_away = False  # as if Redis were only late
     mine.client.meanwhile = lambda: fail(mine.breaker, 3)
     keys.texts.clear()
     mine.makes_passes()
@@ -886,7 +896,7 @@ def test_a_trip_made_before_redis_first_answered_stands_and_is_sent(process, key
 
 @pytest.fixture
 def due(process, clock, keys):
-    """Makes processes of an open circuit whose timeout is over."""
+    """A function that makes processes with an open circuit whose timeout is over."""
 
     def due(number=2, success_threshold=1, reset_timeout=60):
         processes = [
@@ -953,9 +963,9 @@ def test_a_claim_that_was_granted_without_redis_is_not_made_there_later(
 
 
 def test_a_circuit_that_closes_as_its_trial_begins_is_closed(due, keys):
-    """The news comes between the breaker's look and its move. A failure of that trial
-    is late, then, and opens nobody's circuit. (Found by test_interleavings.)
-    """
+    """The storage learns of the closing between the breaker's look and its move. A
+    failure of that trial is then late and opens no circuit. (Found by
+    test_interleavings.)"""
     mine, theirs = due()
     mine.courier.is_quick = False
     theirs.breaker.close()
@@ -989,7 +999,7 @@ def test_a_claim_that_follows_ones_own_is_made_when_that_is_given_back(due, keys
         each.breaker.half_open()
         each.makes_passes(3)
     ends(trial_of(mine.breaker))
-    assert keys["trial"] is not None  # that is still to be given back
+    assert keys["trial"] is not None  # the claim of the ended trial
     trial = trial_of(mine.breaker)
     assert keys["trial"] == mine.client.sent_to("trial")[-1][1]
     assert is_refused(theirs.breaker)
@@ -1007,7 +1017,7 @@ def test_all_who_ask_meanwhile_are_answered_when_it_is_given_back(due):
 
 
 def test_a_claim_is_not_granted_by_a_view_that_brings_news(due, keys):
-    """Though Redis has it: the circuit is another than the one it was asked for."""
+    """Redis has the claim, but the circuit has moved since the claim was made."""
     mine, theirs = due()
     mine.courier.is_quick = False
     theirs.storage.state = "half-open"
@@ -1019,7 +1029,7 @@ def test_a_claim_is_not_granted_by_a_view_that_brings_news(due, keys):
 
 
 def test_a_claim_of_nobody_lapses(due, keys, clock):
-    """Somebody's hand may have written it, without a lease."""
+    """A user may have written the key by hand, without a lease."""
     mine, _ = due()
     keys.texts["trial"] = "somebody"
     assert is_refused(mine.breaker)
@@ -1030,7 +1040,7 @@ def test_a_claim_of_nobody_lapses(due, keys, clock):
 
 
 def test_a_claim_that_was_refused_stays_refused_where_redis_is_gone_then(due, keys):
-    """When a lease is to be given to the claim that has none."""
+    """Redis goes away when the courier gives a lease to a claim without one."""
     mine, _ = due()
     keys.texts["trial"] = "somebody"
 
@@ -1049,7 +1059,7 @@ def test_the_claim_of_somebody_is_not_made_longer(due, keys, clock):
 
 
 def test_a_claim_is_refused_where_the_circuit_has_moved(due, keys):
-    """What was claimed is given back at once."""
+    """The process gives the claim back at once."""
     mine, theirs = due()
     theirs.breaker.close()
     theirs.makes_passes()
@@ -1059,8 +1069,8 @@ def test_a_claim_is_refused_where_the_circuit_has_moved(due, keys):
     assert keys["trial"] is None
 
 
-# Of a lease of a minute a quarter of a second is for the way; of one of 0.4 s a
-# quarter, and so it is for one that is nearly over.
+# The margin before the lease's end is a quarter of a second for a lease of a minute,
+# and a quarter of the lease for a lease of 0.4 s.
 @pytest.mark.parametrize(
     ("lease", "left", "is_safe"),
     [
@@ -1079,7 +1089,7 @@ def test_a_claim_is_refused_where_the_circuit_has_moved(due, keys):
 def test_a_claim_that_is_about_to_lapse_is_not_given_back(
     process, keys, clock, lease, left, is_safe
 ):
-    """When Redis hears of it, it may be another's."""
+    """When the command reaches Redis, the key may have another process's claim."""
     mine = process()
     assert mine.storage.claim_trial(lease)
     clock.now += lease - left
@@ -1097,7 +1107,7 @@ def test_without_a_claim_there_is_none_to_give_back(process):
 
 @pytest.mark.parametrize("when", ["sent", "asked meanwhile"])
 def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, when):
-    """And may go on, as it would in a while."""
+    """A call that waits for Redis may run the trial, as at the end of its patience."""
     mine = process()
     mine.courier.is_quick = False
     told, claims = [], []
@@ -1117,7 +1127,7 @@ def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, whe
 
 
 def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
-    """The event loop of who asked may be gone."""
+    """The event loop of the waiting call may be closed."""
     mine = process()
     mine.courier.is_quick = False
 
@@ -1131,7 +1141,8 @@ def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
 
 
 def test_a_trial_whose_claim_was_never_heard_of_runs(due, waits, keys):
-    """After the patience; and what it may still get is given back."""
+    """The trial runs after `patience` seconds, and a claim that Redis grants later is
+    given back."""
     mine, _ = due()
     mine.courier.is_quick = False
     trial = trial_of(mine.breaker)
@@ -1147,7 +1158,8 @@ def test_a_trial_whose_claim_was_never_heard_of_runs(due, waits, keys):
 def test_a_storage_does_not_wait_where_another_has_waited_in_vain(
     process, keys, clock, waits, silent_for, expected
 ):
-    """Two hundred would hold up the start of their program for a minute."""
+    """Two hundred storages that wait would delay the start of their program by a
+    minute."""
     mine = process()
     mine.courier.is_quick = False
     mine.courier.link.asked_at = clock.now
@@ -1180,8 +1192,8 @@ def test_redis_is_back_when_it_answers_within_two_refreshes(
 
 
 def test_a_redis_that_refuses_to_write_stays_away(process, keys, said):
-    """Though it may be read, and nothing is to be written: it is asked to keep what
-    it has. It is said once."""
+    """Redis answers reads, and there is nothing to write: the courier writes the
+    circuit as a test. One record says that Redis is away."""
     mine = process()
     mine.client.refusal = redis.ReadOnlyError("READONLY you cannot write here")
     fail(mine.breaker)
@@ -1222,7 +1234,8 @@ def test_a_redis_that_keeps_nothing_is_asked_three_times_and_is_away(
 
 @pytest.mark.parametrize("state", ["closed", "half-open", "open"])
 def test_a_flush_is_made_good(process, keys, state):
-    """State, moment and counts are put back by the first exchange after it."""
+    """The first exchange after the flush writes the state, the moment and the
+    counts."""
     mine, theirs = process(), process(fail_max=10)
     fail(theirs.breaker, 2)
     theirs.makes_passes()
@@ -1251,7 +1264,8 @@ def test_a_count_that_another_puts_back_first_stays(process, keys):
 
 
 def test_who_was_away_does_not_put_its_own_counts_where_there_are_none(process, keys):
-    """Redis has started anew, and empty. What failed meanwhile stays here."""
+    """Redis has restarted and is empty. Failures of the meantime stay in the
+    process."""
     mine = process()
     mine.is_cut_off()
     fail(mine.breaker, 2)
@@ -1301,7 +1315,7 @@ def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
 def test_an_opening_while_an_exchange_fails_is_sent_with_its_moment(
     process, keys, clock
 ):
-    """It is newer than what was under way."""
+    """The opening is newer than the outbox of that exchange."""
     process = process()
     process.makes_passes()
     process.client.meanwhile = process.breaker.open
@@ -1314,7 +1328,7 @@ def test_an_opening_while_an_exchange_fails_is_sent_with_its_moment(
 def test_a_claim_that_is_given_back_while_an_exchange_fails_is_not_lost(
     process, keys, clock
 ):
-    """Nobody else could try before it lapsed."""
+    """If the claim were lost, no process could run a trial before the claim lapsed."""
     mine = process()
     mine.breaker.half_open()
     trial = trial_of(mine.breaker)
@@ -1348,7 +1362,7 @@ def test_a_move_that_has_arrived_is_not_sent_again_with_a_claim(due, keys):
 
 
 def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process, keys):
-    """It was away, and each counted alone."""
+    """Redis was away, and each process counted alone."""
     process = process()
     process.is_cut_off()
     fail(process.breaker, 2)
@@ -1364,14 +1378,14 @@ def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process
 def test_a_count_that_is_none_is_set_to_what_is_known_here(
     process, keys, nonsense, said
 ):
-    """A failure that could not be added is in it."""
+    """The count includes the failure that Redis could not add."""
     mine = process(fail_max=10)
     fail(mine.breaker, 2)
     mine.makes_passes()
     keys.texts["fail_counter"] = nonsense
     fail(mine.breaker)
     mine.makes_passes()
-    if nonsense == "-1":  # to which one could be added
+    if nonsense == "-1":  # a number, to which Redis could add one
         assert keys["fail_counter"] == "0"
     else:
         assert keys["fail_counter"] == "3"
@@ -1399,7 +1413,7 @@ def test_no_opening_lies_in_the_future(process, keys, opened_at):
 
 
 def test_an_opening_that_has_no_moment_may_be_said_again(process, keys, said):
-    """Other software may have written the state alone. So a trial is due."""
+    """Other software may write the state alone. Then a trial is due."""
     mine = process()
     keys.texts["state"] = "open"
     mine.makes_passes()
@@ -1445,8 +1459,8 @@ def test_the_clock_of_redis_has_microseconds(process, clock):
 
 
 class AnyFleet(RuleBasedStateMachine):
-    """Three processes that do anything, in any order, over a Redis to which anything
-    happens. In the end all say the same."""
+    """Three processes that make any steps in any order, over a Redis with any faults.
+    In the end all agree."""
 
     who = st.integers(0, 2)
     states = st.sampled_from(["closed", "half-open", "open"])
@@ -1537,7 +1551,7 @@ class AnyFleet(RuleBasedStateMachine):
 
 
 def test_in_the_end_all_of_a_fleet_say_the_same(process, keys):
-    """Whatever they have done, and whatever was done to Redis."""
+    """The steps of the processes and the faults of Redis make no difference."""
     run_state_machine_as_test(
         functools.partial(AnyFleet, process, keys),
         settings=settings(
@@ -1555,7 +1569,7 @@ def test_in_the_end_all_of_a_fleet_say_the_same(process, keys):
 
 
 class Member:
-    """A storage, as a courier sees it, and a list of what it was asked."""
+    """A storage as a courier sees the storage, and a list of the calls to it."""
 
     _patience = 0.25
 
@@ -1568,8 +1582,8 @@ class Member:
 
 @pytest.fixture
 def courier(clock, alone):
-    """The library's, whose threads are not started. It has one member, and what it does
-    in a pass is for the test to say."""
+    """The library's courier with one member. The threads are not started, and the test
+    says what a pass does."""
     client = Client(Redis(clock))
     courier = stepwise.OpenCourier(client)
     courier.member = Member()
@@ -1581,7 +1595,7 @@ def courier(clock, alone):
 
 
 def test_a_courier_that_has_a_signal_is_given_no_other(courier):
-    """A million calls that fail leave one."""
+    """A million calls that fail leave one signal."""
     for _ in range(3):
         courier.wake(courier.member)
     assert courier.signals.qsize() == 1
@@ -1608,8 +1622,8 @@ def test_a_courier_that_is_started_twice_is_started_once(courier, monkeypatch):
 def test_a_courier_that_can_have_no_thread_is_started_by_the_next_storage(
     courier, monkeypatch, number
 ):
-    """The system may have no thread to give, for a while, or no second one. Then the
-    first ends."""
+    """The system may refuse a thread for a while, or refuse the second thread. Then the
+    first thread ends."""
     started = []
 
     class NoThread(threading.Thread):
@@ -1633,7 +1647,7 @@ def test_a_courier_that_can_have_no_thread_is_started_by_the_next_storage(
 
 
 class Gate:
-    """Tells whether it is held."""
+    """A lock that tells whether it is held."""
 
     def __init__(self):
         self.is_held = False
@@ -1648,7 +1662,7 @@ class Gate:
 
 
 def test_a_courier_says_at_the_gate_that_it_ends(courier, monkeypatch):
-    """So whoever starts one meanwhile starts another."""
+    """A storage that needs a courier in the meantime starts another one."""
     gate, over = stepwise.set_gate(monkeypatch, Gate()), threading.Event()
     courier.stop()
     courier.carry(over)
@@ -1681,14 +1695,15 @@ def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
     courier.signals = types.SimpleNamespace(get=get)
     courier.make_pass = lambda: next(delays)
     courier.carry(threading.Event())
-    # Told to block for 0 s, Python 3.9 may wait for ever.
+    # In Python 3.9, get() with a timeout of 0 may block for ever.
     assert waited == [(True, 7.0), (False, None), (True, 8.0)]
 
 
 def test_a_courier_that_begins_again_does_not_wait_until_its_connection_is_closed(
     courier, monkeypatch
 ):
-    """The thread that ends closes its own, and the next thread has another."""
+    """The thread that ends closes its own connection, and the next thread has
+    another."""
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     closed = []
     courier.link.close = lambda: [courier.start(), closed.append(courier.link)]
@@ -1723,7 +1738,8 @@ def test_a_courier_that_is_woken_during_its_pass_makes_another(courier):
 
 
 def test_a_courier_ends_at_once_when_its_last_storage_is_gone(courier):
-    """However long it would have slept, and not when the first is gone."""
+    """The courier ends in the middle of its idle time, and not when its first storage
+    is gone."""
     asleep, over = threading.Semaphore(0), threading.Event()
     courier.make_pass = lambda: asleep.release() or 3600.0
     other = Member()
@@ -1755,7 +1771,7 @@ def test_a_courier_ends_at_once_when_its_last_storage_is_gone(courier):
 def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
     courier, clock, asked_at, now, said
 ):
-    """The watch looks for that twice in each refresh, and tells all storages."""
+    """The watch looks twice in each refresh, and tells all storages."""
     periods, other = [], Member(refresh=2 * REFRESH)
     courier.add(other)
 
@@ -1770,7 +1786,8 @@ def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
 
 
 def test_a_watch_keeps_no_storage_alive(courier, clock):
-    """Not while it waits, also where Redis was silent when it looked last."""
+    """The watch holds no storage while waiting, even after a look that found Redis
+    silent."""
     gone = weakref.ref(courier.member)
     rounds = iter([False, True])
 
@@ -1787,7 +1804,7 @@ def test_a_watch_keeps_no_storage_alive(courier, clock):
 
 
 def test_an_answer_may_come_while_the_watch_looks_for_silence(courier, clock):
-    """Then there is none."""
+    """In that case Redis is not silent."""
     asked = [3.0, None, None]
     rounds = iter([False, False, True])
     link = type("Link", (stepwise.OpenLink,), {})
@@ -1800,7 +1817,7 @@ def test_an_answer_may_come_while_the_watch_looks_for_silence(courier, clock):
 
 
 def test_redis_is_asked_until_the_answer_has_come(process):
-    """So there is no silence between two passes."""
+    """Between two passes Redis is not silent."""
     mine = process()
     assert mine.courier.link.asked_at is None
     asked = []
@@ -1816,7 +1833,7 @@ def test_redis_is_asked_until_the_answer_has_come(process):
 def test_a_storage_that_is_collected_says_first_what_it_has_to_say(
     process, keys, clock, say
 ):
-    """Then the courier has it no more, nor while Redis is away."""
+    """The courier drops the storage after the exchange, also while Redis is away."""
     mine = process()
     courier, client, breaker = mine.courier, mine.client, mine.breaker
     gone = weakref.ref(mine.storage)
@@ -1839,13 +1856,13 @@ def test_a_storage_that_is_collected_says_first_what_it_has_to_say(
 
 
 def test_a_storage_is_not_kept_for_a_redis_that_is_away(process):
-    """It might never come back."""
+    """Redis might never come back."""
     mine = process()
     courier, gone = mine.courier, weakref.ref(mine.storage)
     mine.is_cut_off()
     mine.breaker.open()
     mine.makes_passes()
-    mine.client.trouble = None  # whose traceback has seen the storage
+    mine.client.trouble = None  # its traceback refers to the storage
     del mine
     gc.collect()
     assert gone() is None
@@ -1853,7 +1870,8 @@ def test_a_storage_is_not_kept_for_a_redis_that_is_away(process):
 
 
 def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slept):
-    """One after the other, and for no longer than it said."""
+    """The waiting thread joins one after the other, and waits no longer than the given
+    end."""
     timeouts = []
 
     def join(timeout):
@@ -1870,7 +1888,7 @@ def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slep
 def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
     courier, clock, slept
 ):
-    """Python warns of a fork where the system still has another thread."""
+    """Python warns of a fork while the system still lists another thread."""
     me = types.SimpleNamespace(
         join=lambda timeout: None, native_id=threading.get_native_id()
     )
@@ -1880,20 +1898,20 @@ def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
 
 
 def test_who_waits_for_a_couriers_end_waits_no_longer_than_that(courier, clock, slept):
-    """There is no such thread any more."""
+    """The system does not list the thread any more."""
     courier.threads = [types.SimpleNamespace(join=lambda timeout: None, native_id=-1)]
     courier.wait(clock.now + 3.0)
     assert slept == []
 
 
 def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock):
-    """They are told to stop before one is waited for."""
+    """All couriers are told to stop before the fork waits for one of them."""
     processes = [process(), process()]
     told = []
 
     def wait(end):
         told.append(("wait", end))
-        clock.now = end  # as it has waited in vain
+        clock.now = end  # the wait lasted until its end
 
     for each in processes:
         each.courier.done = told
@@ -1906,7 +1924,7 @@ def test_a_fork_waits_for_all_couriers_and_for_its_patience_once(process, clock)
 
 
 def test_a_child_begins_with_an_outbox_of_its_own(process, waits, monkeypatch):
-    """With nothing of its parent's, whatever that was in the middle of."""
+    """The child has nothing of its parent's, whatever the parent was doing."""
     mine = process()
     storage, courier = mine.storage, mine.courier
     courier.is_quick = False
@@ -1935,18 +1953,18 @@ def test_a_child_begins_with_an_outbox_of_its_own(process, waits, monkeypatch):
     assert new.link is not courier.link
     assert new.link.client is mine.client
     assert new.done == ["start"]
-    assert "start" not in courier.done[1:]  # the first was its own
+    assert "start" not in courier.done[1:]  # the process itself made the first start
     assert stepwise.couriers() == [new]
     new.is_quick = False
-    storage.release_trial()  # the parent's
+    storage.release_trial()  # gives nothing back: the claim is the parent's
     waits.clear()
     stepwise.at_exit()
     assert waits == []
 
 
 def test_a_child_that_ends_announces_no_trip_of_its_parent(process, keys, monkeypatch):
-    """The parent is there to hear whether the count stands. Whatever comes of it, the
-    child has the circuit of its parent until the fleet moves."""
+    """The parent lives to read whether the count stands. Until the fleet moves, the
+    child has the circuit of its parent."""
     stepwise.set_gate(monkeypatch, threading.RLock())
     mine, theirs = process(), process()
     fail(mine.breaker, 3)
@@ -1966,8 +1984,8 @@ def test_a_child_that_ends_announces_no_trip_of_its_parent(process, keys, monkey
 
 
 def test_an_opening_that_was_followed_by_half_is_followed_again(process, monkeypatch):
-    """A fork in the middle leaves such a storage to the child, where the courier's
-    thread does not go on."""
+    """A fork in the middle of an exchange gives such a storage to the child, where the
+    courier's thread does not go on."""
     mine, theirs = process(), process()
     theirs.breaker.open(9, "maintenance")
     theirs.makes_passes()
@@ -1981,7 +1999,7 @@ def test_an_opening_that_was_followed_by_half_is_followed_again(process, monkeyp
 
 
 def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(process, monkeypatch):
-    """In the child there is no thread that would release it."""
+    """In the child no thread would release the lock."""
     mine = process()
     mutex, gate = threading.Lock(), threading.Lock()
     mutex.acquire()
@@ -1995,7 +2013,7 @@ def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(process, monkeypa
 
 
 def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
-    """For all storages together no longer than the patience."""
+    """The process waits for all storages together no longer than the patience."""
     idle, busy, under_way = process(), process(), process()
     for each in (idle, busy, under_way):
         each.courier.is_quick = False
@@ -2014,7 +2032,7 @@ def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
 
 
 def test_the_end_waits_once_for_all_that_are_silent(process, waits, clock):
-    """What one has used up is not there for the next."""
+    """The time that one storage has used is not there for the next storage."""
     process.kept = [process(), process(), process()]
     waits.clear()
     for each in process.kept:
@@ -2027,7 +2045,8 @@ def test_the_end_waits_once_for_all_that_are_silent(process, waits, clock):
 
 
 def test_at_the_end_a_trip_that_redis_has_not_confirmed_is_announced(process, keys):
-    """The next process of its kind would make the same failing call, and so on."""
+    """Otherwise the next process of its kind would make the same failing call, and so
+    on."""
     mine = process()
     fail(mine.breaker, 3)
     mine.makes_passes()
@@ -2036,11 +2055,12 @@ def test_at_the_end_a_trip_that_redis_has_not_confirmed_is_announced(process, ke
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
-# Clients, and who waits.
+# Clients, and waiting calls.
 
 
 def test_an_asyncio_client_without_a_pool_is_refused_at_once(alone):
-    """One of a cluster. A connection of its own cannot be made like it."""
+    """An asyncio client of a cluster has no pool, so the courier cannot make
+    connections like the client's."""
 
     class Cluster:
         async def __aenter__(self):
@@ -2069,7 +2089,7 @@ def test_times_are_some_seconds(process, name, value):
 def test_a_client_that_is_a_context_manager_for_coroutines_may_be_none_for_asyncio(
     process, keys
 ):
-    """Asynchronous is what has asynchronous methods."""
+    """A client is for asyncio if its commands are coroutine functions."""
 
     class Mixed(Client):
         async def __aenter__(self):
@@ -2083,7 +2103,8 @@ def test_a_client_that_is_a_context_manager_for_coroutines_may_be_none_for_async
 
 
 class Pool:
-    """Of an asyncio client. Its connections are as they were asked for."""
+    """The pool of an asyncio client, which remembers the arguments of its
+    connections."""
 
     def __init__(self, connection_class, **connection_kwargs):
         self.connection_class = connection_class
@@ -2095,14 +2116,14 @@ class Pool:
 
 
 class AsyncClient:
-    """One for asyncio, over a client that is none."""
+    """An asyncio client over a plain client."""
 
     def __init__(self, connection_pool):
         self.connection_pool = connection_pool
         self.client = connection_pool.connection_kwargs["client"]
         self.heard = connection_pool.heard
         self.heard.append("made")
-        # Where the loop is looked for when it is made, it must be the right one.
+        # A Python that looks for the loop when a lock is made must find this loop.
         self.lock = asyncio.Lock()
 
     async def __aenter__(self):
@@ -2131,7 +2152,7 @@ class AsyncClient:
 
 
 class OldAsyncClient(AsyncClient):
-    """Closes by another name."""
+    """A client whose method for closing has the older name."""
 
     aclose = property()
 
@@ -2140,14 +2161,15 @@ class OldAsyncClient(AsyncClient):
 
 
 async def made(kind, pool):
-    """In Python 3.9 only a coroutine can make one."""
+    """Make the client in a coroutine, as Python 3.9 requires."""
     return kind(pool)
 
 
 @pytest.mark.parametrize("kind", [AsyncClient, OldAsyncClient])
 def test_an_asyncio_client_is_asked_in_a_loop_of_the_couriers(process, keys, kind):
-    """By a client of its own, with the same connections, which it closes, and the
-    loop with it. In the courier's thread, which has no loop, too."""
+    """The courier makes a client of its own with connections of the same kind, and
+    closes the client and the loop. This works also in the courier's thread, which has
+    no loop."""
     heard = []
     pool = Pool(dict, client=Client(keys), heard=heard)
     link = stepwise.OpenLink(asyncio.run(made(kind, pool)))
@@ -2181,7 +2203,7 @@ def test_an_asyncio_client_is_asked_in_a_loop_of_the_couriers(process, keys, kin
 
 
 def test_a_connection_that_was_lost_is_closed_all_the_same(keys, caplog):
-    """With a line for who looks closely."""
+    """A debug record tells of the error."""
     caplog.set_level(logging.DEBUG, "pybreaker")
     pool = Pool(dict, client=Client(keys), heard=[])
     link = stepwise.OpenLink(asyncio.run(made(AsyncClient, pool)))
@@ -2195,7 +2217,7 @@ def test_a_connection_that_was_lost_is_closed_all_the_same(keys, caplog):
 
 
 def test_a_pool_that_cannot_be_made_leaves_no_loop(keys, monkeypatch):
-    """The courier tries again in each pass."""
+    """The courier tries to make the pool again in each pass."""
     loops = []
 
     class Impossible(Pool):
@@ -2217,14 +2239,14 @@ def test_a_pool_that_cannot_be_made_leaves_no_loop(keys, monkeypatch):
 
 
 def test_the_clock_of_a_cluster_is_that_of_one_of_its_nodes(process):
-    """Each answers."""
+    """Each node answers with its time."""
     mine = process()
     mine.client.time = lambda: {"a": (12, 500_000), "b": (99, 0)}
     assert mine.courier.link.time() == 12.5
 
 
 def test_nothing_is_left_in_a_loop_that_has_waited():
-    """Not even until the patience is over."""
+    """The loop keeps no timer, not even until the patience is over."""
     timers = []
 
     async def main():
@@ -2241,7 +2263,7 @@ def test_nothing_is_left_in_a_loop_that_has_waited():
 
 
 def test_an_answer_that_comes_twice_is_heard_once():
-    """Once the patience is over, and again when Redis has answered."""
+    """One answer comes at the end of the patience, and one when Redis has answered."""
     complaints = []
 
     async def main():
@@ -2259,7 +2281,7 @@ def test_an_answer_that_comes_twice_is_heard_once():
 
 
 def test_a_coroutine_on_no_event_loop_waits_for_its_answer(monkeypatch):
-    """For as long as a call would."""
+    """The coroutine waits as long as a plain call would."""
     wait, hear = stepwise.waiter(30.0)
     timer = threading.Timer(0.05, hear)
     began = time.monotonic()
@@ -2270,7 +2292,7 @@ def test_a_coroutine_on_no_event_loop_waits_for_its_answer(monkeypatch):
 
 
 def test_no_trio_loop_stalls_while_a_trial_is_asked_for():
-    """Another task runs, and it is that which has the answer."""
+    """Another task runs meanwhile, and that task brings the answer."""
     order = []
 
     async def main():

@@ -1,5 +1,5 @@
-"""A circuit that is shared through Redis, seen from one process: what is written,
-what is asked, and what calls wait for. Each breaker here stands for a process."""
+"""A circuit that is shared through Redis, seen from one process: what the storage
+writes and reads, and what calls wait for. Each breaker stands for a process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def is_due(breaker):
 
 @pytest.fixture
 def storage_of(server, namespace, closing):
-    """Makes storages that share a circuit, each with a client of its own."""
+    """A function that makes storages that share a circuit, each with a client of its
+    own."""
     storages = weakref.WeakSet()
 
     def make(refresh=0.1, patience=PATIENCE, port=server.port, **settings):
@@ -65,14 +66,14 @@ def storage_of(server, namespace, closing):
 
     yield make
     server.resume()
-    # What is left of a test would put its keys back where the next one begins.
+    # A storage that a test has left would write its keys anew in the next test.
     with contextlib.suppress(AssertionError):
         until(lambda: gc.collect() is not None and not storages, patience=2)
 
 
 @pytest.fixture
 def breaker_of(storage_of):
-    """The same for breakers over such storages."""
+    """A function that makes breakers over storages of `storage_of`."""
 
     def make(fail_max=3, reset_timeout=60, success_threshold=1, **settings):
         return CircuitBreaker(
@@ -87,13 +88,13 @@ def breaker_of(storage_of):
 
 @pytest.fixture
 def key(server, namespace):
-    """What a key of the circuit holds."""
+    """The value of a key of the circuit."""
     return lambda name: server.key(namespace, name)
 
 
 @pytest.fixture
 def write(server, namespace):
-    """Writes keys of the circuit, as some other process would."""
+    """A function that writes keys of the circuit, as another process would."""
 
     def write(**values):
         for name, value in values.items():
@@ -108,7 +109,7 @@ def server_time(server):
 
 
 def requests_of(proxy, idle=0.2):
-    """How many there were, once there are no more."""
+    """The number of requests through a proxy, once no more come."""
     deadline = time.monotonic()
     seen = -1
     while seen != proxy.requests or time.monotonic() < deadline:
@@ -120,8 +121,8 @@ def requests_of(proxy, idle=0.2):
 
 @contextlib.contextmanager
 def trial_in(breaker):
-    """A call that runs while the block does. It succeeds, or raises what is put
-    into the list."""
+    """A context manager: a call runs while the block runs. The call succeeds, or raises
+    the exception that the block puts into the list."""
     running, leave, raises, outcomes = threading.Event(), threading.Event(), [], []
 
     def work():
@@ -151,7 +152,7 @@ def trial_in(breaker):
 
 
 def test_settings_that_are_new_are_given_by_name(server, closing):
-    """The others by position too, as in 1.4.1."""
+    """The other settings can be given by position, as in 1.4.1."""
     client = closing(redis.Redis(port=server.port))
     with pytest.raises(TypeError):
         CircuitRedisStorage("closed", client, None, "closed", False, 1.0)
@@ -178,7 +179,7 @@ def test_a_state_must_be_one_of_the_three(server, state):
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
 def test_times_are_seconds(server, name):
-    """An error names what is wrong."""
+    """An error names the parameter and the value."""
     client = redis.Redis(port=server.port)
     for value in (-1, math.nan):
         with pytest.raises(ValueError, match=name):
@@ -188,7 +189,7 @@ def test_times_are_seconds(server, name):
 
 
 def test_the_first_process_writes_the_state_that_it_was_given(storage_of, key):
-    """There is nothing yet for it to find."""
+    """Redis is empty."""
     storage = storage_of(state="open")
     assert storage.state == "open"
     assert until(lambda: key("state")) == "open"
@@ -196,7 +197,7 @@ def test_the_first_process_writes_the_state_that_it_was_given(storage_of, key):
 
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
 def test_a_new_process_starts_where_the_fleet_is(storage_of, write, key, state):
-    """It is not the state that it was given, which is for an empty Redis."""
+    """The given state is only for an empty Redis."""
     write(state=state, fail_counter=2, success_counter=1, opened_at=int(time.time()))
     storage = storage_of(refresh=60, state="closed" if state == "open" else "open")
     assert storage.state == state
@@ -207,7 +208,7 @@ def test_a_new_process_starts_where_the_fleet_is(storage_of, write, key, state):
 
 @pytest.mark.parametrize("fallback", ["closed", "open", "half-open"])
 def test_a_process_that_finds_no_redis_starts_where_it_was_told(fallback, storage_of):
-    """It raises nothing, and does not wait."""
+    """The constructor raises nothing and does not wait."""
     began = time.monotonic()
     storage = storage_of(port=fleet.free_port(), fallback_circuit_state=fallback)
     assert time.monotonic() - began < PATIENCE / 2
@@ -215,7 +216,8 @@ def test_a_process_that_finds_no_redis_starts_where_it_was_told(fallback, storag
 
 
 def test_a_process_waits_for_the_first_answer_only_so_long(server, storage_of):
-    """Longer than it takes with Redis there, shorter than that is away."""
+    """The patience here is longer than a Redis that is there takes, and shorter than a
+    Redis that is away takes."""
     began = time.monotonic()
     assert storage_of(patience=PATIENCE).state == "closed"
     assert time.monotonic() - began < PATIENCE / 2
@@ -227,7 +229,7 @@ def test_a_process_waits_for_the_first_answer_only_so_long(server, storage_of):
 
 
 def test_a_fallback_is_not_announced(proxies, server, storage_of, write, key):
-    """It is no news: a process that comes to hear from Redis follows that."""
+    """A process that later reaches Redis follows the state in Redis."""
     write(state="closed")
     proxy = proxies(server)
     proxy.cut()
@@ -242,7 +244,8 @@ def test_a_fallback_is_not_announced(proxies, server, storage_of, write, key):
 
 
 def test_keys_are_those_of_the_original(server, namespace, breaker_of, key):
-    """And one more, for the trial. All are strings that it understands."""
+    """The key ``trial`` is new. All values are strings that older releases
+    understand."""
     breaker = breaker_of(fail_max=2, reset_timeout=0.05, success_threshold=2)
     fail(breaker, 2)
     until(lambda: key("state") == "open")
@@ -263,7 +266,7 @@ def test_keys_are_those_of_the_original(server, namespace, breaker_of, key):
 
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_keys_without_a_namespace(server, storage_of, nothing):
-    """They have none in their names."""
+    """The names of the keys then have no prefix before ``pybreaker``."""
     storage = storage_of(namespace=nothing)
     storage.increment_counter()
     until(lambda: server.client.get("pybreaker:fail_counter") == "1")
@@ -275,7 +278,7 @@ def test_keys_without_a_namespace(server, storage_of, nothing):
 
 
 def test_an_opening_is_written_in_whole_seconds_rounded_up(breaker_of, server, key):
-    """Those of the server's clock."""
+    """The seconds are by the server's clock."""
     breaker = breaker_of()
     before = server_time(server)
     breaker.open()
@@ -284,7 +287,7 @@ def test_an_opening_is_written_in_whole_seconds_rounded_up(breaker_of, server, k
 
 
 def test_commands_have_one_key_and_no_script(server, namespace, breaker_of, key):
-    """So a cluster needs no hash tags, and a server no permission for Lua."""
+    """So a cluster needs no hash tags, and a server need not permit Lua."""
     with server.watched() as commands:
         breaker = breaker_of(fail_max=2, reset_timeout=0.1)
         fail(breaker)
@@ -311,7 +314,7 @@ def test_commands_have_one_key_and_no_script(server, namespace, breaker_of, key)
 
 
 def test_calls_make_no_round_trips(server, proxies, breaker_of, key):
-    """Those that succeed make none at all, nor do those that are rejected."""
+    """Calls that succeed and calls that are rejected make no requests at all."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port, refresh=60)
     before = requests_of(proxy)
@@ -327,7 +330,7 @@ def test_calls_make_no_round_trips(server, proxies, breaker_of, key):
 
 
 def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
-    """Whatever they change: that is carried after them."""
+    """The courier sends the changes of a call afterwards."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port, fail_max=8)
     proxy.delay = PATIENCE
@@ -346,7 +349,7 @@ def test_calls_wait_for_no_round_trip(server, proxies, breaker_of, key):
 
 
 def test_a_quiet_process_looks_once_for_each_refresh(server, proxies, storage_of):
-    """In one round trip, or at most two."""
+    """A look is one round trip, or at most two."""
     proxy = proxies(server)
     storage = storage_of(port=proxy.port, refresh=0.2)
     began, before = time.monotonic(), proxy.requests
@@ -360,7 +363,7 @@ def test_a_quiet_process_looks_once_for_each_refresh(server, proxies, storage_of
 
 
 def test_a_failure_counts_at_once_and_is_added_in_redis(breaker_of, key):
-    """To those of others."""
+    """Redis adds the failure to those of other processes."""
     mine, theirs = breaker_of(refresh=60), breaker_of(refresh=60)
     fail(mine)
     assert mine.fail_counter == 1
@@ -368,12 +371,12 @@ def test_a_failure_counts_at_once_and_is_added_in_redis(breaker_of, key):
     assert theirs.fail_counter == 0
     fail(theirs)
     until(lambda: key("fail_counter") == "2")
-    until(lambda: theirs.fail_counter == 2)  # the reply says so
+    until(lambda: theirs.fail_counter == 2)  # the reply to the command has the count
     assert mine.fail_counter == 1
 
 
 def test_failures_of_others_are_known_after_a_refresh(breaker_of):
-    """The count that is compared with fail_max is the fleet's."""
+    """The breaker compares the fleet's count with fail_max."""
     mine, theirs = breaker_of(fail_max=3), breaker_of(fail_max=3)
     fail(theirs, 2)
     until(lambda: mine.fail_counter == 2)
@@ -381,7 +384,7 @@ def test_failures_of_others_are_known_after_a_refresh(breaker_of):
 
 
 def test_many_failures_in_many_threads_are_all_counted(breaker_of, key):
-    """Each once."""
+    """Each failure counts once."""
     breakers = [breaker_of(fail_max=1000) for _ in range(4)]
     threads = [
         threading.Thread(target=fail, args=(breaker, 50))
@@ -399,7 +402,7 @@ def test_many_failures_in_many_threads_are_all_counted(breaker_of, key):
 
 
 def test_a_success_resets_the_failures_that_it_knows_of(breaker_of, key):
-    """Here at once, elsewhere within a refresh."""
+    """The count is 0 at once in this process, and within a refresh in the others."""
     mine, theirs = breaker_of(), breaker_of()
     fail(theirs)
     fail(mine)
@@ -411,7 +414,7 @@ def test_a_success_resets_the_failures_that_it_knows_of(breaker_of, key):
 
 
 def test_a_success_leaves_failures_alone_that_it_does_not_know_of(breaker_of, key):
-    """It looks only at what is known here, which costs nothing."""
+    """A success looks only at the count in memory, which costs nothing."""
     mine, theirs = breaker_of(refresh=60), breaker_of(refresh=60)
     fail(theirs, 2)
     until(lambda: key("fail_counter") == "2")
@@ -420,7 +423,7 @@ def test_a_success_leaves_failures_alone_that_it_does_not_know_of(breaker_of, ke
 
 
 def test_a_count_that_is_set_is_set_for_all(breaker_of, key):
-    """By hand, so it is announced."""
+    """A count that is set by hand is announced."""
     mine, theirs = breaker_of(), breaker_of()
     mine.fail_counter = 2
     assert mine.fail_counter == 2
@@ -441,7 +444,8 @@ def test_a_breaker_that_only_observes_counts_too(breaker_of, key):
 def test_the_last_failure_opens_its_process_at_once_and_the_fleet_later(
     breaker_of, key
 ):
-    """After one to two times `refresh`, in which a success may object."""
+    """The fleet opens after one to two `refresh`, and a success in that time prevents
+    the opening."""
     mine, theirs = breaker_of(refresh=0.6), breaker_of(refresh=0.6)
     began = time.monotonic()
     assert isinstance(fail(mine, 3), CircuitBreakerError)
@@ -475,7 +479,8 @@ def trips_alone(mine, theirs, key, refresh):
 
 
 def test_a_success_elsewhere_keeps_the_fleet_closed(breaker_of, key):
-    """The failures were one host's: only that one stays open, for its timeout."""
+    """Only one host had the failures: the circuit of that process alone stays open, for
+    its timeout."""
     mine = breaker_of(refresh=0.4, reset_timeout=1.5)
     theirs = breaker_of(refresh=0.02)
     trips_alone(mine, theirs, key, refresh=0.4)
@@ -490,7 +495,7 @@ def test_a_success_elsewhere_keeps_the_fleet_closed(breaker_of, key):
 
 
 def test_a_local_opening_is_left_by_a_trial_that_is_local(breaker_of, key):
-    """A failed one opens the same process again, and no other."""
+    """A trial that fails opens the same process again, and no other."""
     mine = breaker_of(refresh=0.3, reset_timeout=0.5)
     theirs = breaker_of(refresh=0.02)
     trips_alone(mine, theirs, key, refresh=0.3)
@@ -507,7 +512,7 @@ def test_a_local_opening_is_left_by_a_trial_that_is_local(breaker_of, key):
 
 
 def test_an_opening_is_told_once_in_each_process(breaker_of, recorder):
-    """The fleet's, which follows, is the same one."""
+    """The fleet's opening, which follows, is the same opening."""
     breaker = breaker_of(refresh=0.1)
     breaker.add_listener(recorder)
     fail(breaker, 3)
@@ -524,7 +529,8 @@ def test_an_opening_is_told_once_in_each_process(breaker_of, recorder):
 )
 @pytest.mark.parametrize("before", ["open", "half_open", "close"])
 def test_moves_by_hand_are_announced_at_once(breaker_of, key, move, before, state):
-    """Not at the next refresh; others hear of them at theirs."""
+    """The move does not wait for the next refresh; other processes follow at their next
+    refresh."""
     mine, theirs = breaker_of(refresh=60), breaker_of()
     getattr(mine, before)()
     getattr(mine, move)()
@@ -535,7 +541,7 @@ def test_moves_by_hand_are_announced_at_once(breaker_of, key, move, before, stat
 
 
 def test_of_moves_by_hand_the_last_one_wins(breaker_of, key):
-    """Wherever it was made."""
+    """Any process may make the last move."""
     mine, theirs = breaker_of(), breaker_of()
     for _ in range(5):
         mine.open()
@@ -549,7 +555,7 @@ def test_of_moves_by_hand_the_last_one_wins(breaker_of, key):
 
 
 def test_what_others_do_by_hand_is_told_here(breaker_of, recorder):
-    """At the first exchange after it."""
+    """The listeners of this process are told after the next exchange."""
     mine, theirs = breaker_of(), breaker_of()
     mine.add_listener(recorder)
     theirs.open()
@@ -564,7 +570,8 @@ def test_what_others_do_by_hand_is_told_here(breaker_of, recorder):
 
 @pytest.fixture
 def due_of(breaker_of, key, write, server):
-    """Makes breakers that have found the fleet open, and its trial due."""
+    """A function that makes breakers which know that the fleet is open and that the
+    trial is due."""
 
     def make(reset_timeout=50, number=2, refresh=0.4, **settings):
         settings.update(refresh=refresh)
@@ -579,7 +586,8 @@ def due_of(breaker_of, key, write, server):
 
 
 def test_a_trial_is_claimed_for_all_of_the_fleet(server, due_of, namespace, key):
-    """With one command, whose lease is the timeout. Redis goes on saying `open`."""
+    """The claim is one command, whose lease is the timeout. The state in Redis remains
+    `open`."""
     mine, theirs = due_of()
     with server.watched() as commands, trial_in(mine):
         assert mine.current_state == "half-open"
@@ -603,7 +611,7 @@ def test_a_trial_is_claimed_for_all_of_the_fleet(server, due_of, namespace, key)
 def test_a_trial_that_succeeds_is_released_after_the_state_is_written(
     server, due_of, namespace, key
 ):
-    """In the other order another trial could come between."""
+    """In the other order another trial could begin in between."""
     mine, _ = due_of(number=2)
     with server.watched() as commands:
         assert mine.call(int) == 0
@@ -622,7 +630,8 @@ def test_a_trial_that_succeeds_is_released_after_the_state_is_written(
 def test_a_trial_that_fails_leaves_its_claim_to_lapse(
     server, due_of, namespace, key, write
 ):
-    """So there is one trial for each timeout even where a view is stale."""
+    """So there is one trial for each timeout even if another process has an old
+    view."""
     mine, theirs = due_of()
     opened_at = key("opened_at")
     assert isinstance(fail(mine), CircuitBreakerError)
@@ -631,7 +640,7 @@ def test_a_trial_that_fails_leaves_its_claim_to_lapse(
     claim = key("trial")
     assert server.client.pttl(f"{namespace}:pybreaker:trial") > 10_000
     assert not succeeds(mine)
-    write(opened_at=opened_at)  # when the next trial is due
+    write(opened_at=opened_at)  # so that the next trial is due
     until(lambda: is_due(theirs))
     never(lambda: succeeds(theirs) or key("trial") != claim, within=0.5)
     server.client.delete(f"{namespace}:pybreaker:trial")
@@ -640,7 +649,7 @@ def test_a_trial_that_fails_leaves_its_claim_to_lapse(
 
 
 def test_a_trial_that_is_abandoned_is_released(due_of, key):
-    """Others may run the next one at once."""
+    """Other processes may run the next trial at once."""
     mine, theirs = due_of(reset_timeout=60)
     with trial_in(mine) as raises:
         raises.append(KeyboardInterrupt())
@@ -651,7 +660,7 @@ def test_a_trial_that_is_abandoned_is_released(due_of, key):
 
 
 def test_only_ones_own_claim_is_released(server, due_of, write, key):
-    """One that lapsed may be another's by now."""
+    """After a claim has lapsed, the key may have another process's claim."""
     mine, _ = due_of()
     with trial_in(mine):
         write(trial="somebody else's")
@@ -662,7 +671,7 @@ def test_only_ones_own_claim_is_released(server, due_of, write, key):
 def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
     server, due_of, write, namespace
 ):
-    """However many calls it rejects in the meantime."""
+    """The number of calls that are rejected in the meantime makes no difference."""
     (breaker,) = due_of(number=1, refresh=60)
     write(trial="somebody else's")
     with server.watched() as commands:
@@ -681,20 +690,22 @@ def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
 
 
 def test_a_refused_call_is_rejected_as_any_other(due_of, write, recorder):
-    """With the phrase that code in the field matches, and it is told."""
+    """The error has the phrase that programs in the field compare, and listeners are
+    told."""
     (breaker,) = due_of(number=1)
     breaker.add_listener(recorder)
     write(trial="somebody else's")
     with pytest.raises(CircuitBreakerError, match="circuit breaker still open"):
         breaker.call(boom)
-    assert recorder.events == []  # it has no method for rejections
+    assert recorder.events == []  # the recorder has no method for rejections
     assert breaker.current_state == "open"
 
 
 def test_a_claim_whose_answer_was_lost_is_known_as_ones_own(
     server, proxies, due_of, namespace, key
 ):
-    """The client asks again, and is refused because of itself."""
+    """The client sends the claim again, and Redis refuses the claim because of the
+    first sending."""
     proxy = proxies(server)
     (breaker,) = due_of(number=1, refresh=60, port=proxy.port)
     proxy.lose_answer_to(b"NX")
@@ -709,7 +720,8 @@ def test_a_claim_whose_answer_was_lost_is_known_as_ones_own(
 def test_a_claim_is_given_back_where_the_trial_is_not_due_any_more(
     server, due_of, write, key
 ):
-    """Another process was faster: its trial has failed and its claim is gone."""
+    """The trial of another process has failed in the meantime, and the claim of that
+    trial is gone."""
     (breaker,) = due_of(number=1, refresh=60, reset_timeout=30)
     write(opened_at=int(server_time(server)))
     assert not succeeds(breaker)
@@ -721,7 +733,7 @@ def test_a_claim_is_given_back_where_the_trial_is_not_due_any_more(
 def test_a_claim_is_given_back_where_the_circuit_is_closed_meanwhile(
     due_of, write, key
 ):
-    """The call goes through, as any other now."""
+    """The call runs as any call of a closed circuit."""
     (breaker,) = due_of(number=1, refresh=60)
     write(state="closed", fail_counter=0)
     until(lambda: succeeds(breaker))
@@ -730,7 +742,7 @@ def test_a_claim_is_given_back_where_the_circuit_is_closed_meanwhile(
 
 
 def test_without_an_answer_in_time_a_trial_is_granted(server, due_of):
-    """A process that cannot ask is a breaker of its own."""
+    """A process that cannot reach Redis goes by its own circuit."""
     (breaker,) = due_of(number=1, patience=0.3, refresh=60)
     server.pause()
     began = time.monotonic()
@@ -740,7 +752,7 @@ def test_without_an_answer_in_time_a_trial_is_granted(server, due_of):
 
 
 def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
-    """They are rejected at once, and can look at the breaker."""
+    """Other calls are rejected at once, and other threads can read the breaker."""
     (breaker,) = due_of(number=1, patience=2 * PATIENCE, refresh=60)
     server.pause()
     done = []
@@ -761,7 +773,7 @@ def test_others_do_not_wait_for_a_call_that_waits_for_its_trial(server, due_of):
 
 
 def test_no_event_loop_stalls_while_a_trial_is_asked_for(server, due_of):
-    """Async admission awaits the answer."""
+    """The asynchronous admission awaits the answer."""
     (breaker,) = due_of(number=1, patience=2 * PATIENCE, refresh=60)
     server.pause()
 
@@ -783,7 +795,7 @@ def test_no_event_loop_stalls_while_a_trial_is_asked_for(server, due_of):
 
 
 def test_no_event_loop_waits_longer_for_a_trial_than_its_patience(server, due_of):
-    """As no call does."""
+    """Plain calls wait no longer either."""
     (breaker,) = due_of(number=1, patience=0.3, refresh=60)
     server.pause()
 
@@ -798,7 +810,7 @@ def test_no_event_loop_waits_longer_for_a_trial_than_its_patience(server, due_of
 def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_none(
     server, due_of, key
 ):
-    """What is granted to nobody is given back."""
+    """A claim that Redis grants afterwards is given back."""
     (breaker,) = due_of(number=1, refresh=0.2, reset_timeout=60)
     server.pause()
 
@@ -821,7 +833,7 @@ def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_none(
 
 
 def test_many_tasks_and_threads_ask_for_one_trial_only(due_of):
-    """In each process the place is taken before Redis is asked."""
+    """In each process a call takes the place before the storage asks Redis."""
     breakers = due_of(number=3, reset_timeout=60)
     ran, leave = [], threading.Event()
 
@@ -846,7 +858,7 @@ def test_many_tasks_and_threads_ask_for_one_trial_only(due_of):
 
 
 def test_trials_of_two_processes_make_up_the_threshold(due_of, key):
-    """Their successes are counted in Redis, which says `open` until the last."""
+    """Redis counts the successes, and its state is `open` until the last success."""
     mine, theirs = due_of(success_threshold=2)
     assert mine.call(int) == 0
     until(lambda: key("success_counter") == "1" and key("trial") is None)
@@ -859,14 +871,14 @@ def test_trials_of_two_processes_make_up_the_threshold(due_of, key):
 
 
 def test_a_trial_may_follow_the_one_before_at_once(due_of):
-    """The claim that is on its way back refuses nobody of its own process."""
+    """A claim that is being given back refuses no call of its own process."""
     (breaker,) = due_of(number=1, success_threshold=3, reset_timeout=60)
     assert [breaker.call(int) for _ in range(3)] == [0, 0, 0]
     assert breaker.current_state == "closed"
 
 
 def test_a_move_by_hand_does_not_wait_for_the_claim_of_a_failed_trial(due_of, key):
-    """Wherever it is made, the next call is the trial."""
+    """After a move by hand in any process, the next call is the trial."""
     for mover in 0, 1:
         breakers = due_of(reset_timeout=60)
         assert isinstance(fail(breakers[0]), CircuitBreakerError)
@@ -880,7 +892,7 @@ def test_a_move_by_hand_does_not_wait_for_the_claim_of_a_failed_trial(due_of, ke
 def test_a_claim_is_given_back_where_waiting_for_it_is_interrupted(
     server, due_of, key, monkeypatch
 ):
-    """By Ctrl-C, for one."""
+    """Ctrl-C is one such interruption."""
     (breaker,) = due_of(number=1, reset_timeout=60)
 
     class Interrupted(threading.Event):
@@ -897,7 +909,7 @@ def test_a_claim_is_given_back_where_waiting_for_it_is_interrupted(
 
 
 def test_a_failed_trial_starts_the_threshold_anew(due_of, key):
-    """As in one process."""
+    """The rule is that of a single process."""
     mine, theirs = due_of(success_threshold=2, reset_timeout=0.3)
     assert mine.call(int) == 0
     until(lambda: key("success_counter") == "1")
@@ -912,7 +924,8 @@ def test_a_failed_trial_starts_the_threshold_anew(due_of, key):
 def test_a_timeout_may_be_of_any_length(
     breaker_of, key, caplog, namespace, reset_timeout
 ):
-    """A lease is whole milliseconds, from one to what Redis can take."""
+    """A lease is a whole number of milliseconds, from 1 to the longest that Redis
+    takes."""
     mine = breaker_of(reset_timeout=reset_timeout, refresh=0.5)
     theirs = breaker_of(reset_timeout=reset_timeout, refresh=0.5)
     mine.half_open()
@@ -928,7 +941,7 @@ def test_a_timeout_may_be_of_any_length(
 
 
 def test_a_circuit_that_was_half_opened_by_hand_has_one_trial(breaker_of, key):
-    """Which any process may run."""
+    """Any process may run the trial."""
     mine, theirs = breaker_of(), breaker_of()
     mine.half_open()
     until(lambda: theirs.current_state == "half-open")
@@ -944,13 +957,14 @@ def test_a_circuit_that_was_half_opened_by_hand_has_one_trial(breaker_of, key):
 
 
 def test_the_age_of_an_opening_is_by_the_clock_of_redis(server, breaker_of, write):
-    """What it says now, less when the circuit was opened."""
+    """The age is the present time of Redis less the moment of the opening."""
     write(state="open", opened_at=int(server_time(server)) - 2000)
     assert 3900 < breaker_of(reset_timeout=6000).retry_after < 4001
 
 
 def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
-    """And then time goes on: the circuit opens no later for each exchange."""
+    """From then on the opening ages: an exchange does not make the opening new
+    again."""
     write(state="open", opened_at=int(server_time(server)) + 1000)
     breaker = breaker_of(reset_timeout=60, refresh=0.02)
     first = breaker.retry_after
@@ -959,7 +973,7 @@ def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
 
 
 def test_the_rounding_does_not_make_the_own_timeout_longer(breaker_of, key):
-    """The process that opened the circuit knows better than Redis."""
+    """The process that opened the circuit knows the moment more exactly than Redis."""
     breaker = breaker_of(fail_max=1, reset_timeout=60, refresh=0.02)
     for _ in range(3):
         before = time.monotonic()
@@ -979,7 +993,7 @@ def test_the_rounding_does_not_make_the_own_timeout_longer(breaker_of, key):
 
 
 def test_the_clock_of_the_host_plays_no_part(breaker_of, monkeypatch, key, server):
-    """Not in what is written, nor in what is read."""
+    """The storage uses the host's clock neither for writing nor for reading."""
     breaker = breaker_of(reset_timeout=60)
     true_time, true_datetime = time.time, pybreaker.datetime
 
@@ -1012,8 +1026,8 @@ def test_an_opening_that_makes_no_sense_does_no_harm(breaker_of, write, garbage)
 
 @pytest.fixture
 def said(caplog, namespace):
-    """What was logged of Redis, as levels, but for what storages say that other tests
-    have left."""
+    """A function that returns the levels of the log records about this circuit, without
+    the records of storages that other tests have left."""
     caplog.set_level(logging.INFO, "pybreaker")
 
     def said():
@@ -1030,7 +1044,8 @@ def said(caplog, namespace):
 def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
     server, proxies, breaker_of, said, how, silence, monkeypatch
 ):
-    """Whether it refuses or is silent; calls go on as if each process were alone."""
+    """Redis may refuse connections or be silent; calls go on as if each process were
+    alone."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port, fail_max=3, refresh=0.5)
     getattr(proxy, how)()
@@ -1048,7 +1063,7 @@ def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
 
 
 def test_moves_wait_for_redis(server, proxies, breaker_of, said, key):
-    """The last one is announced when it is back."""
+    """The last move is announced when Redis is back."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port)
     until(lambda: key("state") == "closed")
@@ -1063,7 +1078,7 @@ def test_moves_wait_for_redis(server, proxies, breaker_of, said, key):
 
 
 def test_counts_stay_local_while_redis_is_away(server, proxies, breaker_of, said, key):
-    """They are old by the time that it is back."""
+    """The counts are out of date by the time that Redis is back."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port, fail_max=10)
     fail(breaker)
@@ -1097,7 +1112,7 @@ def test_a_success_while_redis_is_away_is_told_when_it_is_back(
 def test_a_log_filter_that_raises_does_not_end_the_courier(
     server, proxies, breaker_of, write
 ):
-    """What the fleet does is known afterwards, as ever."""
+    """The process follows the fleet afterwards as before."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port)
     heard = []
@@ -1122,7 +1137,7 @@ def test_a_log_filter_that_raises_does_not_end_the_courier(
 def test_what_is_no_text_is_mended_with_a_client_that_decodes(
     server, namespace, write, key, name, caplog, closing
 ):
-    """Such a client would stumble over it in each exchange."""
+    """Otherwise the client would raise in each exchange."""
     client = closing(redis.Redis(port=server.port, decode_responses=True))
     storage = CircuitRedisStorage(
         "closed", client, namespace, refresh=0.1, patience=PATIENCE
@@ -1138,7 +1153,7 @@ def test_what_is_no_text_is_mended_with_a_client_that_decodes(
 
 @pytest.mark.parametrize("count", [-1, 1.5, None])
 def test_a_count_that_is_set_must_be_one(storage_of, count):
-    """Or Redis would have nonsense in it."""
+    """Otherwise Redis would have a broken value."""
     storage = storage_of()
     with pytest.raises((TypeError, ValueError), match="counter"):
         storage.counter = count
@@ -1164,7 +1179,7 @@ def test_what_others_did_meanwhile_is_known_when_redis_is_back(
 
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
 def test_a_flush_changes_no_state(server, breaker_of, key, state):
-    """Who has it puts it back."""
+    """A process that knows the state writes the state anew."""
     mine, theirs = breaker_of(), breaker_of()
     mine.state = state
     until(lambda: key("state") == theirs.current_state == state)
@@ -1179,7 +1194,7 @@ def test_a_flush_changes_no_state(server, breaker_of, key, state):
 
 
 def test_a_flush_does_not_make_a_timeout_longer(server, breaker_of, key, write):
-    """What is put back is when the circuit was opened, not when it was flushed."""
+    """The moment that is written anew is that of the opening, not that of the flush."""
     breaker = breaker_of(reset_timeout=1000)
     breaker.open()
     until(lambda: key("state") == "open")
@@ -1196,7 +1211,7 @@ def test_a_flush_does_not_make_a_timeout_longer(server, breaker_of, key, write):
 
 
 def test_a_storage_that_is_collected_ends_its_thread(breaker_of):
-    """And any that it has besides. They keep no process and no storage alive."""
+    """Both threads end. The threads keep no process and no storage alive."""
     before = set(threading.enumerate())
     breaker = breaker_of(refresh=60)
     fail(breaker)
@@ -1210,7 +1225,7 @@ def test_a_storage_that_is_collected_ends_its_thread(breaker_of):
 def test_a_storage_can_be_collected_while_redis_is_silent(
     server, proxies, breaker_of, said, silence
 ):
-    """The thread ends when it has an answer: some clients wait for ever."""
+    """The thread ends when an answer comes: some clients wait for ever."""
     proxy = proxies(server)
     before = set(threading.enumerate())
     breaker = breaker_of(port=proxy.port)
@@ -1297,7 +1312,7 @@ def run(server, namespace):
 
 @pytest.mark.parametrize("end", ["", "sys.exit()", "boom()"])
 def test_what_was_not_sent_is_sent_at_a_normal_exit(run, key, end):
-    """However soon it comes."""
+    """The exit comes immediately after the change."""
     run(
         f"""
         breaker = breaker_of(refresh=60)
@@ -1313,7 +1328,7 @@ def test_what_was_not_sent_is_sent_at_a_normal_exit(run, key, end):
 
 
 def test_an_exit_waits_no_longer_than_its_patience(server, proxies, namespace):
-    """For a server that does not answer."""
+    """The server does not answer."""
     proxy = proxies(server)
     program = """
 breaker = breaker_of(refresh=60, patience=0.5)
@@ -1345,7 +1360,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 @needs_fork
 def test_a_forked_child_shares_the_circuit(run, key):
-    """It and its parent each go on with a courier of their own."""
+    """The child and its parent each go on with a courier of their own."""
     run("""
         breaker = breaker_of(refresh=0.3)
         fail(breaker)
@@ -1366,8 +1381,8 @@ def test_a_forked_child_shares_the_circuit(run, key):
 
 @needs_fork
 def test_a_fork_warns_of_no_thread(run):
-    """Since 3.12 Python warns where a process forks that has several. The courier
-    is not there at that moment, and is there again after it."""
+    """Since 3.12 Python warns where a process with several threads forks. The courier
+    is not there at that moment, and is there again afterwards."""
     run("""
         warnings.simplefilter("error")
         breaker = breaker_of(refresh=0.3)
@@ -1382,7 +1397,7 @@ def test_a_fork_warns_of_no_thread(run):
 
 @needs_fork
 def test_what_was_not_sent_before_a_fork_is_sent_once(run, key):
-    """By the parent: the child's are the child's."""
+    """The parent sends the changes of before the fork, and the child only its own."""
     run("""
         breaker = breaker_of(refresh=0.3)
         def child():
@@ -1400,7 +1415,7 @@ def test_what_was_not_sent_before_a_fork_is_sent_once(run, key):
 @needs_fork
 @pytest.mark.parametrize("trouble", ["swallow", "cut"])
 def test_a_fork_does_not_wait_for_redis(run, server, proxies, trouble):
-    """Longer than its patience, where that is away."""
+    """If Redis is away, the fork waits no longer than the patience."""
     proxy = proxies(server)
     timer = threading.Timer(1.0, getattr(proxy, trouble))
     timer.start()
@@ -1432,7 +1447,7 @@ def test_a_fork_does_not_wait_for_redis(run, server, proxies, trouble):
 
 @needs_fork
 def test_a_child_may_be_forked_while_calls_fail_in_threads(run):
-    """No lock of the courier stays behind locked."""
+    """The child gets no lock of the courier that is held for ever."""
     run("""
         warnings.simplefilter("ignore", DeprecationWarning)  # of these threads
         breaker = breaker_of(refresh=0.01)
@@ -1464,7 +1479,7 @@ def test_a_child_may_be_forked_while_calls_fail_in_threads(run):
 
 
 def test_the_module_imports_no_client(run):
-    """It takes one as it comes."""
+    """The module uses the client that the program gives."""
     code = "import sys, pybreaker; print([m for m in sys.modules if m == 'redis'])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
@@ -1477,7 +1492,7 @@ def test_the_module_imports_no_client(run):
 
 
 def test_a_success_counter_that_is_set_is_set_for_all(storage_of, key):
-    """As the count of failures is."""
+    """The count of failures has the same rule."""
     mine, theirs = storage_of(), storage_of()
     mine.success_counter = 2
     until(lambda: key("success_counter") == "2" and theirs.success_counter == 2)
@@ -1500,7 +1515,7 @@ def test_a_moment_of_opening_that_is_set_moves_the_opening_of_all(
 def test_a_count_that_is_no_number_is_mended_when_a_failure_is_added(
     server, namespace, write, key, closing
 ):
-    """The failure is in the count that it is given."""
+    """The new count includes the failure."""
     client = closing(redis.Redis(port=server.port))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=60)
     write(fail_counter="nonsense")
@@ -1509,7 +1524,7 @@ def test_a_count_that_is_no_number_is_mended_when_a_failure_is_added(
 
 
 def test_a_courier_that_runs_is_not_started_twice(storage_of):
-    """It may not have ended in time for a fork."""
+    """A courier may not have ended in time for a fork."""
     storage = storage_of()
     before = set(threading.enumerate())
     with stepwise.gate():
@@ -1519,14 +1534,14 @@ def test_a_courier_that_runs_is_not_started_twice(storage_of):
 
 @pytest.mark.parametrize("namespace", [b"bytes", 5])
 def test_a_namespace_is_a_string(server, namespace):
-    """Or None, for keys without one."""
+    """The namespace may also be None, for keys without a prefix."""
     with pytest.raises(TypeError, match="namespace"):
         CircuitRedisStorage("closed", redis.Redis(port=server.port), namespace)
 
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
 def test_a_time_that_is_none_is_refused(server, name):
-    """Neither can be 0, nor without an end."""
+    """A time may be neither 0 nor infinite."""
     for value in 0, math.inf:
         with pytest.raises(ValueError, match=name):
             CircuitRedisStorage(
@@ -1535,7 +1550,7 @@ def test_a_time_that_is_none_is_refused(server, name):
 
 
 def test_trio_may_ask_for_a_trial(due_of):
-    """And hears the answer of Redis."""
+    """The task gets the answer of Redis."""
     mine, theirs = due_of()
 
     async def main():
@@ -1552,7 +1567,7 @@ def test_trio_may_ask_for_a_trial(due_of):
 
 
 def test_a_coroutine_that_runs_on_no_event_loop_may_ask_for_a_trial(due_of):
-    """It waits for the answer as a function does."""
+    """The coroutine waits for the answer as a function does."""
     (breaker,) = due_of(number=1)
     with pytest.raises(StopIteration) as stopped:
         breaker.call_async(int).send(None)
@@ -1561,7 +1576,7 @@ def test_a_coroutine_that_runs_on_no_event_loop_may_ask_for_a_trial(due_of):
 
 
 class _Client:
-    """A client whose answers are made up by `answer`, from the commands."""
+    """A client whose answers the function `answer` makes from the commands."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -1582,7 +1597,7 @@ class _Client:
 
 
 def test_a_redis_that_keeps_nothing_is_away(caplog):
-    """It is asked again later, not for ever at once."""
+    """The courier tries again later, not for ever at once."""
 
     def nonsense(commands):
         return [redis.ResponseError("WRONGTYPE nonsense") for _ in commands]
@@ -1594,7 +1609,7 @@ def test_a_redis_that_keeps_nothing_is_away(caplog):
 
 
 def test_a_claim_that_meets_an_error_is_granted():
-    """So a trial goes out, if not one for all."""
+    """A trial runs in this process, though other processes may run trials too."""
 
     def only_reads(commands):
         if any(words[0] == "SET" for words in commands):
@@ -1609,7 +1624,7 @@ def test_a_claim_that_meets_an_error_is_granted():
 
 
 def test_a_courier_meets_a_storage_that_is_whole(monkeypatch, caplog):
-    """Its first pass may end before the constructor has gone on."""
+    """The first pass may end before the constructor goes on."""
     passes, join = threading.Semaphore(0), pybreaker_extras.redis._join_courier
 
     def answers(commands):
@@ -1628,14 +1643,14 @@ def test_a_courier_meets_a_storage_that_is_whole(monkeypatch, caplog):
 
 
 def test_a_move_that_is_newer_is_what_is_sent_after_an_error():
-    """Not the one that could not be sent."""
+    """The courier does not send the move that failed."""
     moved = []
 
     def refuses(commands):
         if any(words[:2] == ("SET", "pybreaker:state") for words in commands):
             if len(moved) == 0:
                 moved.append(True)
-                storage.state = "half-open"  # in the middle of sending the other
+                storage.state = "half-open"  # while the courier sends the former move
                 raise redis.ConnectionError
             moved.extend(words[2] for words in commands if words[1].endswith("state"))
         state = moved[-1].encode() if len(moved) > 1 else b"closed"
@@ -1656,7 +1671,7 @@ def test_a_release_that_failed_is_tried_again():
     def answer(commands):
         keys = [words[1].rpartition(":")[2] for words in commands]
         if "trial" in texts and "trial" in keys and not failed:
-            failed.append(True)  # it was asked for, to see whose it is
+            failed.append(True)  # the courier has read whose claim the key has
             raise redis.ConnectionError
         replies = []
         for (name, _, *words), key in zip(commands, keys):
@@ -1676,7 +1691,7 @@ def test_a_release_that_failed_is_tried_again():
 
 
 def test_a_count_is_judged_by_a_view_that_has_all_of_it():
-    """Not by one that was on its way before the last failures were sent."""
+    """A view that was on its way before the last failures were sent judges nothing."""
     texts = {"state": b"closed", "fail_counter": b"0"}
     holding, held, go_on = threading.Event(), threading.Event(), threading.Event()
 
