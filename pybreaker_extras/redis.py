@@ -277,7 +277,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         return self._conclude(claim)
 
     async def claim_trial_async(self, timeout: float) -> bool:
-        """`claim_trial` for coroutines: asyncio's and trio's event loops run on."""
+        """Answers as `claim_trial` does. An event loop of asyncio or trio runs other
+        tasks meanwhile."""
         wait, hear = _waiter(self._patience)
         claim = self._ask(timeout, hear)
         try:
@@ -383,7 +384,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
             self._view, membership.is_new = view, False
 
     def _note_redis_away(self, why: str, unsent: _Outbox | None = None) -> None:
-        """Put the outbox `unsent` back and let this process go by its own circuit."""
+        """Put the outbox `unsent` back and let this process go by its own circuit.
+        `why` is for the log."""
         with self._mutex:
             if unsent is not None:
                 self._outbox.put_back(unsent)
@@ -448,8 +450,8 @@ class _Opening(NamedTuple):
     def at(
         cls, moment: datetime | None, age: float | None = None, move: Any = None
     ) -> _Opening:
-        """An opening at `moment` by this host's clock. A `moment` by the clock of Redis
-        comes with the opening's `age` in seconds."""
+        """An opening at `moment` by the clock of this host; or, if `moment` is by the
+        clock of Redis, an opening `age` seconds ago."""
         storage = CircuitMemoryStorage(STATE_OPEN)
         if age is None:
             storage.opened_at = moment
