@@ -489,7 +489,8 @@ class Mutants:
         waiting.sort(key=turn, reverse=True)
         if self.options.only:
             waiting = [w for w in waiting if self.options.only in names[w.job_id]]
-        waiting = waiting[: self.options.limit]
+        if self.options.limit:
+            waiting = waiting[-self.options.limit :]  # the last is run first
         print(f"{len(waiting)} mutants to run", flush=True)
         running, total, start = {}, len(waiting), time.monotonic()
         while waiting or running:
