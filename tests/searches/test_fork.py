@@ -172,6 +172,26 @@ def test_a_child_may_be_forked_with_the_lock_held():
     """)
 
 
+def test_a_child_may_be_forked_while_a_mapping_makes_a_breaker():
+    """The lock of the child's mapping is free, for all threads of the child."""
+    run("""
+        class Breakers(pybreaker.CircuitBreakers):
+            def make(self, key):
+                if key == "forks":
+                    fork(child)
+                return super().make(key)
+
+        breakers = Breakers()
+
+        def child():
+            with in_another_thread(lambda reached, leave: (breakers["new"], reached())):
+                pass
+
+        assert breakers["forks"].call(int) == 0
+        assert "new" not in breakers
+    """)
+
+
 def test_a_child_logs_only_what_it_does_itself():
     """What its parent had still to log when it forked is the parent's."""
     run("""
