@@ -1224,6 +1224,8 @@ class CircuitBreaker:
                 seen = admission.settles
                 if not seen._fail_counter:
                     return  # a success that changes nothing takes no lock
+                # A number that was drawn without a window would be older than the marks
+                # that a setter in another thread makes when switching a window on.
                 if self._window_size is not None and seen is not _OPAQUE:
                     number = state._draw_number()
                     if not state._forgets(number):
@@ -2355,7 +2357,7 @@ class _Block:
             breaker = self._uses.pop()  # atomic: of several threads, one gets it
         except IndexError:
             raise RuntimeError("each breaker.calling() guards one block") from None
-        if not breaker._has_own_call() or _lazy_flags(breaker.call):
+        if not breaker._has_own_call() or _lazy_flags(breaker.call) & _COROUTINE:
             return True
         from contextlib import contextmanager  # imported here, as few blocks need it
 

@@ -261,3 +261,19 @@ def test_an_async_block_of_a_subclass_may_wait():
     breaker = Switchable()
     assert asyncio.run(story(breaker)) == [0, 1, 2]
     assert len(breaker.seen) == 3
+
+
+def test_a_block_goes_through_a_call_that_is_a_generator_function(recorder):
+    """Only a `call` that is a coroutine function is passed by."""
+
+    class Own(CircuitBreaker):
+        def call(self, func, *args, **kwargs):
+            heard.append("entered")
+            yield from super().call(func, *args, **kwargs)
+            heard.append("left")
+
+    heard, breaker = [], Own(listeners=[recorder])
+    with breaker.calling():
+        heard.append("block")
+    assert heard == ["entered", "block", "left"]
+    assert recorder.names == ["before_call", "success"]

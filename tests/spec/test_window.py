@@ -564,6 +564,16 @@ def test_a_narrower_window_forgets_at_once():
     assert breaker.fail_counter == 0
 
 
+def test_a_much_narrower_window_forgets_what_is_far_outside():
+    """The failure was eight calls ago, and the window has three."""
+    breaker = CircuitBreaker(fail_max=2, window_size=10)
+    fail(breaker)
+    succeed(breaker, 7)
+    assert breaker.fail_counter == 1
+    breaker.window_size = 3
+    assert breaker.fail_counter == 0
+
+
 def test_a_shorter_time_forgets_at_once(clock):
     """One failure is twenty seconds old, and the other ten."""
     breaker = CircuitBreaker(fail_max=3, window_seconds=60)
@@ -1289,16 +1299,6 @@ def test_an_infinite_setting_need_not_be_the_object_math_inf():
     assert breaker.snapshot()["window_size"] == "inf"
     fail(breaker, 2)
     assert breaker.state.reason.startswith("2 failures; the last: ")
-
-
-def test_a_much_narrower_window_forgets_what_is_far_outside():
-    """The failure was eight calls ago, and the window has three."""
-    breaker = CircuitBreaker(fail_max=2, window_size=10)
-    fail(breaker)
-    succeed(breaker, 7)
-    assert breaker.fail_counter == 1
-    breaker.window_size = 3
-    assert breaker.fail_counter == 0
 
 
 def test_time_forgets_old_failures_where_other_code_has_raised_the_count(clock):
