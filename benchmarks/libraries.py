@@ -53,12 +53,12 @@ class Library:
         return breaker.call
 
     def shared(self, url, name, fail_max, timeout):
-        """A decorator. Whoever calls what it made, in any process, goes by the one
-        circuit of this name, which opens after so many failures in a row."""
+        """A decorator. Calls of the functions that the decorator makes, in any process,
+        share the circuit with this name, which opens after `fail_max` failures."""
         raise NotImplementedError
 
     async def shared_by_coroutines(self, url, name, fail_max, timeout):
-        """The same for coroutine functions."""
+        """Returns a decorator as `shared` does, for coroutine functions."""
         raise NotImplementedError
 
 

@@ -467,7 +467,8 @@ def openings(library, rule, seed, fast):
 
 
 def worked_out(rule):
-    """The same without a breaker, for a rule that remembers few calls."""
+    """The mean numbers of calls for each share of failures, by a formula and without a
+    breaker, for a rule that remembers few calls."""
     return {str(share): mean_calls(share, *rule[:2]) for share in SHARES}
 
 

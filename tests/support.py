@@ -61,24 +61,24 @@ def fail(breaker, times=1):
 
 
 def let_go():
-    """Finalizers run, where references are not counted, of what nobody holds, and
-    of what these let go."""
+    """On a Python without reference counts, run the finalizers of all objects that no
+    code refers to, and of the objects that those objects alone referred to."""
     if sys.implementation.name != "cpython":
         for _ in range(3):
             gc.collect()
 
 
 def pairwise(**parameters):
-    """Parametrizes a test with so many cases that any two values of any two
-    parameters meet in one of them; in "tox -e deep", with every case there is.
+    """Parametrizes a test with so few cases that any two values of any two parameters
+    meet in a case; in "tox -e deep", with every combination.
 
-    Values are in a list, or in a dict by what to call them.
+    The values of a parameter are in a list, or in a dict by their names.
     """
     return _parametrized(parameters, list if DEEP else _covering)
 
 
 def every(**parameters):
-    """The same with every case there is, always."""
+    """Parametrizes a test with every combination of the values."""
     return _parametrized(parameters, list)
 
 
@@ -98,8 +98,8 @@ def _parametrized(parameters, choose):
 
 
 def _covering(rows):
-    """So many of the rows that any two values are in one of them that are in one
-    of all the rows. First those that add the most."""
+    """A choice of the rows in which any two values meet that meet in `rows`. The rows
+    that add the most pairs come first."""
     pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
     missing = set().union(*pairs.values())
     most = max(map(len, pairs.values()))
