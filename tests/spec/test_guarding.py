@@ -743,6 +743,31 @@ def test_what_is_lazy_is_admitted_when_it_first_runs(shape, kind, recorder):
     assert recorder.names == ["state_change"]
 
 
+@every_lazy_kind
+@every_shape
+def test_without_listeners_what_is_lazy_is_admitted_when_it_first_runs(shape, kind):
+    """A call of which no listener hears is admitted no sooner than one that is heard,
+    and leaves no coroutine behind of which Python would warn."""
+    breaker = CircuitBreaker()
+    lazy, rejected = (breaker.call(shape(kind), *SHAPES[shape]) for _ in range(2))
+    assert KINDS[kind](lazy) == "a 2 c"
+    breaker.open()
+    with pytest.raises(CircuitBreakerError):
+        KINDS[kind](rejected)
+
+
+@every_lazy_kind
+@pytest.mark.parametrize("heard", [False, True])
+def test_wrong_arguments_of_what_is_lazy_fail_when_it_runs(kind, heard, recorder):
+    """Whether listeners hear of the calls makes no difference."""
+    breaker = CircuitBreaker(listeners=[recorder] if heard else [])
+    lazy = breaker.call(kind)
+    assert breaker.fail_counter == 0
+    with pytest.raises(TypeError):
+        KINDS[kind](lazy)
+    assert breaker.fail_counter == 1
+
+
 @every_kind
 def test_a_decorated_function_keeps_its_name_docstring_and_signature(kind):
     """The decorated function looks like the function inside, which is at hand."""
