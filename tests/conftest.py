@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import types
 
 import pytest
@@ -94,6 +95,15 @@ class Recorder(pybreaker.CircuitBreakerListener):
     def transitions(self):
         """The moves from state to state, as pairs of names."""
         return [event[1:] for event in self.events if event[0] == "state_change"]
+
+
+@pytest.fixture
+def hasty():
+    """Makes threads take turns as often as they can, to bring races out."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture

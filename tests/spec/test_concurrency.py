@@ -64,15 +64,6 @@ def kinds(results):
     return {name: names.count(name) for name in names}
 
 
-@pytest.fixture
-def hasty():
-    """Makes threads take turns as often as they can, to bring races out."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
 class DictStorage(pybreaker.CircuitBreakerStorage):
     """A user's own storage, of the older interface."""
 

@@ -1172,7 +1172,7 @@ def tolerant(run):
     return work
 
 
-def test_a_window_may_be_changed_while_calls_settle():
+def test_a_window_may_be_changed_while_calls_settle(hasty):
     """No call raises what its function did not raise, and the window is whole
     afterwards."""
     breaker = CircuitBreaker(fail_max=5, window_size=50)
