@@ -1,4 +1,5 @@
-"""Mutation testing of pybreaker.py and its companions: ``tox -e mutation``.
+"""Mutation testing of pybreaker.py: ``tox -e mutation``. Mutation testing of another
+module: ``tox -e mutation -- pybreaker_extras.redis``, where several may be named.
 
 Cosmic Ray makes the mutants, each with one small change to one of the modules, and
 keeps their outcomes in a database, the session. This module runs the tests on them.
@@ -54,13 +55,11 @@ import operators
 
 ROOT = Path(__file__).resolve().parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.toml")
-MODULES = [
-    ROOT / "pybreaker.py",
-    *sorted((ROOT / "pybreaker_extras").glob("[!_]*.py")),
-]
-# The folders of the tests, and the folders with tests that search or wait for
-# processes: these tests take long, and are for mutants that the others have not killed.
-TESTS = ("spec", "redis", "extras")
+# The folders of the tests of pybreaker.py, those of the companions' tests, and those with
+# tests that search or wait for processes. The last take long, and are for mutants that
+# the others have not killed.
+CORE = ("spec",)
+COMPANIONS = ("spec", "redis", "extras")
 SEARCHES = ("searches", "redis")
 # These tests use sys.monitoring or fork, so the lines that they reach are not known.
 ALWAYS_RUN = (
@@ -83,9 +82,12 @@ PYTEST = [
 ]
 
 
-def test_folders(searches):
-    """The folders of the tests, or of the searching tests if `searches`."""
-    return [str(ROOT / "tests" / name) for name in (SEARCHES if searches else TESTS)]
+def test_folders(options):
+    """The folders of the tests that the options ask for."""
+    folders = CORE if options.modules == ["pybreaker"] else COMPANIONS
+    if options.searches:
+        folders = SEARCHES
+    return [str(ROOT / "tests" / name) for name in folders]
 
 
 def is_search(item):
@@ -225,7 +227,7 @@ class Module:
         return f"{was} -> {becomes}"
 
 
-SOURCES = {str(path): Module(path) for path in MODULES}
+SOURCES = {}  # the modules that are mutated, by their paths
 
 
 def module_of(mutation):
@@ -436,7 +438,7 @@ class Mutants:
 
     def prepare(self, database):
         if not database.num_work_items:
-            cosmic_ray.commands.init(MODULES, database, {})
+            cosmic_ray.commands.init([*map(Path, SOURCES)], database, {})
             if not self.options.all:
                 self.bring_over(database)
         spans = {
@@ -652,6 +654,7 @@ def report(database, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
+    add("modules", nargs="*", default=["pybreaker"], help="the modules to mutate")
     add("--session", default=".mutation", help="where to keep the outcomes")
     add("--jobs", type=int, default=os.cpu_count())
     add("--limit", type=int, help="the most mutants to run; the next run goes on")
@@ -660,7 +663,10 @@ def main():
     add("--all", action="store_true", help="take over no outcomes of earlier sessions")
     add("--searches", action="store_true", help="run the searching tests")
     options = parser.parse_args()
-    options.pytest = [*PYTEST, *test_folders(options.searches)]
+    for module in options.modules:
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        SOURCES[str(path)] = Module(path)
+    options.pytest = [*PYTEST, *test_folders(options)]
     digest = hashlib.sha256(Path(operators.__file__).read_bytes())
     for module in SOURCES.values():
         digest.update(module.text.encode())
