@@ -55,9 +55,9 @@ import operators
 
 ROOT = Path(__file__).resolve().parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.toml")
-# The folders of the tests of pybreaker.py, those of the companions' tests, and those with
-# tests that search or wait for processes. The last take long, and are for mutants that
-# the others have not killed.
+# The folders of the tests for mutants of pybreaker.py and for those of companions, and
+# the folders with tests that search or wait for processes: these tests take long, and
+# are for mutants that the others have not killed.
 CORE = ("spec",)
 COMPANIONS = ("spec", "redis", "extras")
 SEARCHES = ("searches", "redis")
