@@ -589,12 +589,12 @@ class CircuitBreaker:
     def _set_window(
         self, parameter: str, size: float | None, seconds: float | None
     ) -> None:
+        if (size, seconds) != (None, None) and not _counts_in_memory(self._storage):
+            raise ValueError(
+                f"{parameter} needs a CircuitMemoryStorage with no counting method "
+                f"overridden, not {self._storage!r}"
+            )
         with self._lock:
-            if (size, seconds) != (None, None) and not _counts_in_memory(self._storage):
-                raise ValueError(
-                    f"{parameter} needs a CircuitMemoryStorage with no counting method "
-                    f"overridden, not {self._storage!r}"
-                )
             _check_window(self._fail_max, size, seconds)
             if self._has_window():
                 self._era._forget()  # what the old window has forgotten stays forgotten
@@ -971,8 +971,8 @@ class CircuitBreaker:
                 if isinstance(told, kind) if isinstance(kind, type) else kind(told):
                     return True
             except Exception as error:
+                message = "%r could not judge an exception or a result"
                 with self._lock:
-                    message = "%r could not judge an exception or a result"
                     self._log_later(logging.ERROR, message, kind, exc_info=error)
                 self._hand_on_records()
         return False

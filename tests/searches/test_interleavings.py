@@ -303,6 +303,8 @@ class World(Model):
         self.heard.append([])
         self.listeners.append(functools.partial(self.note, self.heard[-1]))
 
+    append = assign = listen
+
     def listen_once_it_fails(self):
         self.then = self.listen
 
@@ -810,6 +812,19 @@ class Circuit:
         self.listeners.append(listener)
         self.breaker.add_listener(listener)
 
+    def append(self):
+        """Change the list in place, as programs did before `add_listener`."""
+        self.scheduler.touch()
+        listener = Listener(self)
+        self.listeners.append(listener)
+        self.breaker._listeners.append(listener)
+
+    def assign(self):
+        """Write the attribute, as programs did before `add_listener`."""
+        self.scheduler.touch()
+        self.listeners = [Listener(self)]
+        self.breaker._listeners = tuple(self.listeners)
+
     def listen_once_it_fails(self):
         self.listeners[0].then = self.listen
 
@@ -1042,6 +1057,14 @@ SCENARIOS = [
     S("a listener is removed during a trip", ("fail", "mute"), "fail"),
     S("a listener is removed during a success", ("succeed", "mute")),
     S("a listener is removed while another is added", ("mute", "listen"), "", "fail"),
+    S("two programs append a listener", ("append", "append"), "", "fail", listeners=0),
+    S(
+        "listeners are assigned in a new era",
+        ("assign", "close"),
+        "",
+        "fail fail",
+        listeners=0,
+    ),
     S("two exclusions are added", ("exclude", "exclude"), listeners=0),
     S(
         "an exclusion is removed while another is added",
@@ -1081,6 +1104,13 @@ SCENARIOS = [
         "a success draws its number while a failure settles",
         ("fail", "succeed"),
         "fail succeed",
+        listeners=0,
+        settings=(("window_size", 3),),
+    ),
+    S(
+        "the first failure of a closed circuit with a window against a success",
+        ("fail", "succeed"),
+        "close",
         listeners=0,
         settings=(("window_size", 3),),
     ),
@@ -1694,6 +1724,8 @@ LOST_WITH_ONE_CHANGE = {
     "CircuitBreaker.remove_excluded_exception": (
         "an exclusion is removed while another is added"
     ),
+    "_Watched.__set__": "listeners are assigned in a new era",
+    "_WatchedList.__get__": "two programs append a listener",
     "CircuitBreakerState.before_call": "a claim against the gate",
     "CircuitBreakerState.on_success": "two successes by hand",
     "CircuitBreakerState.on_failure": "two decisions by hand",
@@ -1736,7 +1768,7 @@ MARKED = {
 
 def of_a_circuit(name):
     """Whether a function belongs to breakers or to their states."""
-    return bool(re.match(r"Circuit(Breaker|\w*State)\.", name))
+    return bool(re.match(r"(Circuit(Breaker|\w*State)|_Watched\w*)\.", name))
 
 
 # All of them would take too long.

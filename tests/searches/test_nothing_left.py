@@ -20,7 +20,7 @@ import pytest
 from internals import no_other_breakers, state_of, storage_of
 from support import BRIEF, DEEP, drive, pairwise
 
-from pybreaker import CircuitBreaker, CircuitBreakerError
+from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitClosedState
 
 CALLS = 20_000 if DEEP else 1_000 if BRIEF else 2_000
 A_MILLION = 100_000 if BRIEF else 1_000_000
@@ -183,6 +183,21 @@ def half_open(breaker):
     breaker.half_open()
 
 
+class Own(CircuitClosedState):
+    """A user's state class whose method raises what it is told of."""
+
+    def on_failure(self, exc):
+        try:
+            super().on_failure(exc)
+            raise exc
+        finally:
+            del exc
+
+
+def own_state(breaker):
+    breaker._state = Own(breaker)
+
+
 PATHS = {
     "counted": ({}, None, None),
     "trips": ({"fail_max": 1}, None, None),
@@ -202,6 +217,8 @@ PATHS = {
     ),
     "trips in a dry run": ({"fail_max": 1, "dry_run": True}, None, None),
     "let through by a dry run": ({"dry_run": True}, CircuitBreaker.open, None),
+    "asked of a user's state": ({}, own_state, None),
+    "trips in a user's state": ({"fail_max": 1}, own_state, None),
 }  # fmt: skip
 
 

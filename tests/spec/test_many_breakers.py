@@ -48,6 +48,18 @@ def test_a_breaker_that_nobody_holds_is_not_among_them():
     assert "nobody holds this one" not in [each.name for each in pybreaker.breakers()]
 
 
+def test_making_a_mapping_adds_no_breaker():
+    """The breaker that checks the settings of the mapping is not for programs."""
+    gc.disable()
+    try:
+        before = set(map(id, pybreaker.breakers()))
+        breakers = CircuitBreakers(fail_max=3)
+        assert set(map(id, pybreaker.breakers())) <= before
+    finally:
+        gc.enable()
+    assert len(breakers) == 0
+
+
 def test_a_subclass_that_cannot_be_hashed_or_compared_is_among_them():
     class Strange(CircuitBreaker):
         __hash__ = None

@@ -23,7 +23,12 @@ from internals import lock_of, storage_of
 from support import PATIENCE
 
 import pybreaker
-from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
+from pybreaker import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerListener,
+    CircuitMemoryStorage,
+)
 
 
 class OldStorage(pybreaker.CircuitBreakerStorage):
@@ -761,11 +766,12 @@ def test_repr_tells_how_far_a_recovery_is():
 def test_repr_knows_a_state_by_its_name():
     """A storage may return a string that is equal to the constant and another
     object."""
-    breaker = CircuitBreaker()
     for name, told in (("closed", "trial"), ("half-open", "successes")):
-        breaker.state = name
+        breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(name))
         text = repr(breaker)
-        storage_of(breaker).state = "".join(list(name))
+        storage_of(breaker).state = equal = "".join(list(name))
+        assert repr(breaker) == text
+        breaker = CircuitBreaker(state_storage=CircuitMemoryStorage(equal))
         assert repr(breaker) == text
         assert (told in text) == (name == "half-open")
 
