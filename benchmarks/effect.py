@@ -2,13 +2,12 @@
 
     python benchmarks/effect.py [--fast] [--output FILE]
 
-Simulates outages with the libraries themselves, on a clock that is moved, so that an
-hour takes a moment: see simulation.py. Those other libraries take part that can be
-given a clock; pip installs each into a virtual environment of its own that is thrown
-away at the end. What is random depends on the seeds alone, so that the same libraries
-give the same figures on every machine. Prints what it finds, and writes it to
-benchmarks/effect.rst; with --fast (one seed, shorter outages) only to a FILE that is
-asked for.
+The simulation runs the libraries themselves on a clock that it moves, so that an hour
+takes a moment: see simulation.py. Of the other libraries, those take part that accept
+a clock; pip installs each into a virtual environment of its own, which is deleted at
+the end. All random numbers come from the seeds, so that the same libraries give the
+same figures on every machine. The script prints its report, and writes it to
+benchmarks/effect.rst; with --fast (one seed, shorter outages) only to a given FILE.
 """
 
 import argparse
@@ -34,7 +33,7 @@ RESULTS = HERE / "effect.rst"
 
 SEEDS = [1, 2, 3, 4, 5]
 LONGEST = 3600  # seconds for one process, on a busy machine
-RIVALS = ("Interlock", "NoPanic")  # which can be given a clock
+RIVALS = ("Interlock", "NoPanic")  # the libraries that accept a clock
 
 GROWING = WINDOW._replace(**GROWTH)
 OURS = "this library, 25 of 50"
@@ -60,7 +59,7 @@ LENGTHS = {
 
 
 class Row(typing.NamedTuple):
-    """One of the main table. At most so much is within reach, or at least."""
+    """A row of the main table. `most` or `least` is the figure within reach."""
 
     scenario: str
     label: str
@@ -137,7 +136,7 @@ class Job(typing.NamedTuple):
 
 
 def jobs():
-    """All of them, the longest first."""
+    """All jobs, the longest first."""
     yield from (Job("PyBreaker", "worked_out", rule) for rule in reversed(EXACT))
     yield from (Job("PyBreaker", "openings", rule) for rule in SIMULATED)
     for library, rule in COLUMNS.values():
@@ -149,12 +148,12 @@ def jobs():
 
 
 def rule_for(scenario, rule):
-    """In a metastable failure the wait grows, where a library has that."""
+    """The rule for a scenario. In a metastable failure the breaker's wait grows."""
     return rule._replace(**GROWTH) if scenario == "metastable" else rule
 
 
 def simulate(job, environments, seeds, fast):
-    """What the job finds, or None where it fails."""
+    """The figures that the job finds, or None if the job fails."""
     name = "PyBreaker" if job.library == "NoBreaker" else job.library
     environment = environments[name]
     if not environment.installed:
@@ -173,7 +172,7 @@ def simulate(job, environments, seeds, fast):
 
 
 def simulate_all(environments, seeds, fast):
-    """What was found, by the job."""
+    """The figures that the jobs found, in a dict by job."""
     every = list(dict.fromkeys(jobs()))
     if fast:
         every = [
@@ -185,7 +184,7 @@ def simulate_all(environments, seeds, fast):
 
 
 def median(found, figure):
-    """Over the seeds. What never came about is None, and longer than all else."""
+    """The median of a figure over the seeds. None is "never", the longest time."""
     values = [each[figure] for each in found]
     middle = statistics.median([float("inf") if v is None else v for v in values])
     return None if middle == float("inf") else middle
@@ -211,7 +210,7 @@ def main_table(found):
 
 
 def defeats(found):
-    """Where another column has the better figure, in words."""
+    """The rows in which another column has the better figure, in words."""
     label = ""
     for row in ROWS:
         label = row.label or label
@@ -275,7 +274,7 @@ def openings_table(found):
 
 
 def number(calls):
-    """Three digits of it, which say as much as is known."""
+    """A number of calls as text, in three digits, as no more are known."""
     if calls is None:
         return "none opened"
     if calls >= 1e7:
@@ -295,23 +294,24 @@ def report(found, environments, seeds, fast):
     yield ""
     yield filled(
         f"Each figure is the median over the seeds {', '.join(map(str, seeds))}. "
-        f"Unless it is said, one call in a hundred fails, the breakers have "
+        f"Unless a line says otherwise, one call in a hundred fails, the breakers have "
         f"reset_timeout=15 and success_threshold=2, and calls arrive at random: 16.7 "
         f"a second at each of 60 breakers, 1,000 a second at one. A good call is one "
-        f"that would succeed, and is lost if it is refused; those of the 20 s after "
-        f"the trouble count, too. In the metastable failure 800 requests a second, "
-        f"each with 3 attempts and 1 s of patience for each attempt, go to a server of "
-        f"1,000 a second that handles 300 for 10 s; its breakers wait 1 s, and "
-        f"longer after each failed trial, up to 60 s (nopanic always waits 1 s). It "
-        f"has recovered when ten seconds begin in each of which 95 % of the requests "
-        f"succeed."
+        f"that would succeed, and is lost if it is refused; the good calls of the 20 s "
+        f"after the trouble count, too. In the metastable failure 800 requests a "
+        f"second, each with 3 attempts and 1 s of patience for each attempt, go to a "
+        f"server of 1,000 a second that handles 300 for 10 s; the breakers wait 1 s, "
+        f"and longer after each failed trial, up to 60 s (nopanic always waits 1 s). "
+        f"The server has recovered when ten seconds begin in each of which 95 % of the "
+        f"requests succeed."
     )
     yield ""
     yield filled(
-        f'"25 of 50" is fail_max=25, window_size=50. The others are as near to that '
-        f"as they can be. interlock-cb opens when half of the last 50 calls failed, "
-        f"as soon as there are 25. nopanic has a window in time only: it opens when "
-        f"half of the calls of the last {3} s failed, as soon as there are 25."
+        f'"25 of 50" is fail_max=25, window_size=50. The other libraries are set as '
+        f"near to that as they allow. interlock-cb opens when half of the last 50 "
+        f"calls failed, as soon as there are 25 calls. nopanic has a window in time "
+        f"only: it opens when half of the calls of the last {3} s failed, as soon as "
+        f"there are 25 calls."
     )
     yield ""
     lost = list(defeats(found))
@@ -329,9 +329,9 @@ def report(found, environments, seeds, fast):
     yield filled(
         f"Shopify publishes such figures of its Semian, a breaker for Ruby: where one "
         f"call in five fails for 20 s, its classic breaker refuses 79 % of the calls "
-        f"(published with Semian). In the first line, which is about the same trouble "
-        f"but not the same program, this library refuses {in_a_row:.1f} % with five "
-        f"failures in a row and {window:.1f} % with 25 of 50."
+        f"(published with Semian). In the first line, with the same trouble but "
+        f"another program, this library refuses {in_a_row:.1f} % with five failures in "
+        f"a row and {window:.1f} % with 25 of 50."
     )
     yield ""
     yield filled(
@@ -340,25 +340,24 @@ def report(found, environments, seeds, fast):
     )
     yield from ("", END, "")
     yield from section("Waits in the metastable failure", waits_table(found))
-    yield from section(
-        "Outages of which the end comes soon or late", outages_table(found)
-    )
+    yield from section("Outages that end soon or late", outages_table(found))
     yield filled(
-        "Ten calls a second, all of which fail during the outage; fail_max=5. Late is "
-        "for how long after the outage calls are refused. Each wait is compared: a "
-        "fixed one, and one that doubles after each failed trial."
+        "Ten calls a second, all of which fail during the outage; fail_max=5. Late: "
+        "for how long after the outage calls are refused. The waits are fixed ones, "
+        "and one that doubles after each failed trial."
     )
     yield ""
     yield from section(
-        "Calls until it opens, if each fails with the same probability",
+        "Calls until a breaker opens, if each fails with the same probability",
         openings_table(found),
     )
     calls = "10,000" if fast else "100,000"
     yield filled(
-        f"The mean number. Up to 10 of 20 it is worked out: of the Markov chain whose "
-        f"states are how those calls ended that are remembered. Longer windows have "
-        f"too many states, so there it is counted, in {calls} calls for each seed; "
-        f"where none opens the circuit in most of the seeds, it says so."
+        f"The mean number of calls. Up to 10 of 20 the number is worked out from the "
+        f"Markov chain whose states are the outcomes of the remembered calls. Longer "
+        f"windows have too many states, so the breaker is simulated with {calls} calls "
+        f'for each seed; "none opened" means that in most seeds no call opened the '
+        f"circuit."
     )
 
 
@@ -375,7 +374,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fast", action="store_true", help="rough figures, soon")
+    parser.add_argument("--fast", action="store_true", help="rough figures, quickly")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
     output = options.output or (None if options.fast else RESULTS)

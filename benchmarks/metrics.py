@@ -2,10 +2,10 @@
 
     python benchmarks/metrics.py
 
-Needs prometheus-client. Times a successful call of a decorated function, with each
-kind of listener by turns, in short rounds that meet the same machine; prints the
-shortest time, and the median ratio to the listener whose six methods do nothing. Then
-says how long a scrape of a thousand breakers takes.
+The script needs prometheus-client. It times a successful call of a decorated function
+with each kind of listener by turns, in rounds so short that all listeners meet the same
+machine. It prints the shortest time, and the median ratio to the listener whose six
+methods do nothing; then how long a scrape of a thousand breakers takes.
 """
 
 import pathlib
@@ -22,33 +22,33 @@ import pybreaker  # noqa: E402
 from pybreaker_extras.prometheus import PrometheusMetrics  # noqa: E402
 
 ROUNDS = 300
-CALLS = 300  # in a round: short enough to be over before another process has its turn
+CALLS = 300  # in a round: few, so that it ends before another process has its turn
 
 
 class HearsAll:
     """Six methods that do nothing."""
 
     def before_call(self, cb, func, *args, **kwargs):
-        """Hears."""
+        """Do nothing."""
 
     def success(self, cb):
-        """Hears."""
+        """Do nothing."""
 
     def failure(self, cb, exc):
-        """Hears."""
+        """Do nothing."""
 
     def rejected(self, cb, func, *args, **kwargs):
-        """Hears."""
+        """Do nothing."""
 
     def abandoned(self, cb):
-        """Hears."""
+        """Do nothing."""
 
     def state_change(self, cb, old_state, new_state):
-        """Hears."""
+        """Do nothing."""
 
 
 class CountsTwice(HearsAll):
-    """The same, with two counters of prometheus-client that were looked up before."""
+    """Counts two events with counters of prometheus-client that it keeps."""
 
     def __init__(self, counter):
         self.admitted = counter.labels("weather", "admitted")

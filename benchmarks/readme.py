@@ -1,10 +1,10 @@
-"""Keep README's lines of the tables that were measured in step with the tables.
+"""Keep README's excerpts of the measured tables in step with the tables.
 
     python benchmarks/readme.py [--check]
 
-Of each table in TABLES, README has the head, a few lines, and what was measured where,
-between two comments of its own. They are copied to there. With --check nothing is
-changed, and it is an error if they differ.
+README has of each table in TABLES the head, a few lines, and the machine and versions
+of the measurement, between two comments. This script copies them to README. With
+--check it changes nothing, and fails if README's copy differs.
 """
 
 import pathlib
@@ -26,10 +26,10 @@ README = HERE.parent / "README.rst"
 
 class Table(typing.NamedTuple):
     path: pathlib.Path
-    begin: str  # the comments around it there
-    end: str
-    name: str  # in README's comments
-    lines: tuple[str, ...]  # those that README has, by how they begin
+    begin: str  # the comment before the table in `path`
+    end: str  # the comment after the table
+    name: str  # the table's name in README's comments
+    lines: tuple[str, ...]  # how the lines begin that README has
 
 
 TABLES = [
@@ -63,7 +63,7 @@ TABLES = [
 
 
 def parts(path, begin, end):
-    """What stands before the first comment, between the two, and after."""
+    """The text before the first comment, between the two, and after the second."""
     before, begins, rest = path.read_text(encoding="utf-8").partition(begin)
     between, ends, after = rest.partition(end)
     if not (begins and ends):
@@ -72,8 +72,8 @@ def parts(path, begin, end):
 
 
 def excerpt(table):
-    """What README has of a table: the head, its lines, and the last paragraph. Of a
-    table that was never measured it has nothing."""
+    """What README has of a table: the head, a few lines, and the last paragraph; and
+    nothing of a table that was never measured."""
     if not table.path.exists():
         return "\n"
     _, text, _ = parts(table.path, table.begin, table.end)
@@ -105,7 +105,7 @@ def main(arguments):
             text = before + begin + copy + end + after
             README.write_text(text, encoding="utf-8")
         elif present != copy:
-            raise SystemExit("the tables differ: run python benchmarks/readme.py")
+            raise SystemExit("README's tables differ: run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

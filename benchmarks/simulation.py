@@ -1,10 +1,11 @@
-"""Lives through outages with one library, on a clock that is moved; prints JSON.
+"""Simulates outages with one library, on a clock that is moved; prints JSON.
 
     python simulation.py LIBRARY SCENARIO RULE [--seeds N ...] [--fast]
 
-Nothing sleeps. Before each call the clock is moved to the moment of the call, and the
-breaker sees no other clock. What is random comes from the seed, so that all libraries
-see the same calls. ``effect.py`` starts this, and says what the figures mean.
+No thread sleeps. Before each call the clock is moved to the moment of the call, and
+the breaker sees no other clock. All random numbers come from the seed, so that all
+libraries see the same calls. ``effect.py`` starts this script, and explains the
+figures.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import typing
 
 
 class Clock:
-    """Stands in for the module ``time``. It moves when told to."""
+    """Stands in for the module ``time``; moves only when `now` is set."""
 
     def __init__(self):
         self.now = 1000.0
@@ -62,7 +63,7 @@ class PyBreaker:
 
     @contextlib.contextmanager
     def clock_moved(self):
-        """Let the library see the clock that is moved in place of the real one."""
+        """Let the library see the simulation's clock in place of the real one."""
         real, self.module.time = self.module.time, self.clock
         try:
             yield
@@ -117,7 +118,7 @@ class Interlock:
 class NoPanic:
     """Opens at a share of failures in the last seconds; its wait cannot grow."""
 
-    SECONDS = 3.0  # in which a breaker at 16.7 calls a second has fifty
+    SECONDS = 3.0  # in which 16.7 calls a second make fifty
 
     def __init__(self, clock):
         import nopanic
@@ -139,7 +140,7 @@ class NoPanic:
 
 
 class NoBreaker:
-    """What happens to clients that have no breaker."""
+    """Clients that have no breaker."""
 
     Rejected = Boom
     clock_moved = contextlib.nullcontext
@@ -175,10 +176,10 @@ def trouble(share, seconds):
 
 
 def suffer(library, rule, phases, seed, breakers=1, rate=1000.0):
-    """The counts of calls, by the kind of the phase: good and bad ones that were
-    made, and those of them that reached the service."""
+    """Four counts for each kind of phase: good and bad calls that were made, and good
+    and bad calls that reached the service."""
     clock, uniform = library.clock, random.Random(seed).random
-    random.seed(seed)  # this library draws the length of an opening that grows
+    random.seed(seed)  # this library draws the lengths of openings that grow
     reached = [0, 0]  # good, bad
 
     def service(is_bad):
@@ -210,7 +211,7 @@ def suffer(library, rule, phases, seed, breakers=1, rate=1000.0):
 
 
 def figures_of(counts):
-    """What of the trouble is in the counts, in per cent."""
+    """The figures of the trouble, in per cent, from the counts."""
     good, bad, good_through, bad_through = counts["trouble"]
     after = counts.get("after", (0, 0, 0, 0))
     good_in_all = good + after[0]
@@ -257,7 +258,7 @@ def in_turn(library, rule, seed, fast):
     return figures_of(suffer(library, rule, both * (1 if fast else 5), seed))
 
 
-# A metastable failure: retries keep a server down that has recovered.
+# A metastable failure: retries keep a recovered server down.
 
 
 CALMLY, SLOWLY, AFTERWARDS = 20.0, 10.0, 110.0  # seconds
@@ -273,8 +274,8 @@ def answer():
 
 
 async def ask():
-    """One attempt. The server answers in time, or the client gives up; the server
-    does not know of that, and answers nobody later."""
+    """One attempt. The server answers in time, or the client gives up; the server does
+    not know that the client has gone, and works all the same."""
     if not await answer():
         raise Boom
 
@@ -288,15 +289,15 @@ def metastable(library, rule, seed, fast):
     slow, quick = began + CALMLY, began + CALMLY + SLOWLY
     last, seconds = quick + AFTERWARDS, int(AFTERWARDS)
     made, succeeded = [0] * seconds, [0] * seconds
-    ends = []  # a heap: when an attempt ends, which, is it answered, the request
-    free = began  # from when on the server has nothing to do
+    ends = []  # a heap of attempts, by their end
+    free = began  # the moment from which on the server is idle
     number = 0
 
     def attempt(second, left):
         """Send one attempt of a request that arrived in this second."""
         nonlocal free, number
-        # A context of its own, as a thread or a task has, or else all other attempts
-        # would be part of a trial that waits for its answer.
+        # Each attempt has its own context, as a thread or a task has. In one context
+        # all other attempts would be calls within a trial that waits for its answer.
         context, coroutine = contextvars.copy_context(), guarded()
         try:
             context.run(coroutine.send, None)
@@ -336,14 +337,14 @@ def metastable(library, rule, seed, fast):
     }
 
 
-# Outages of which the end comes soon or late.
+# Outages that end soon or late.
 
 
 OUTAGES = {"10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600}
 
 
 def outages(library, rule, seed, fast):
-    """Every call fails for so long; ten calls a second."""
+    """Ten calls a second, all of which fail during the outage."""
     found = {}
     for name, length in OUTAGES.items():
         if not fast or length <= 60:
@@ -354,7 +355,7 @@ def outages(library, rule, seed, fast):
 
 def outage(library, rule, seed, length):
     """For how many seconds after the outage calls are refused, and how many trials
-    were sent during it."""
+    were sent during the outage."""
     clock, uniform = library.clock, random.Random(seed).random
     random.seed(seed)
     healthy = clock.now + length
@@ -393,19 +394,20 @@ SIMULATED = (Rule(25, 50), Rule(50, 100))
 def mean_calls(share, fail_max, window_size=None):
     """The mean number of calls until a breaker opens, worked out.
 
-    How those calls ended that are still remembered is the state of a Markov chain. It
-    is followed until it hardly changes any more how probable it is that the next call
-    opens the circuit. For failures in a row there is a formula.
+    The outcomes of the remembered calls are the state of a Markov chain. The chain is
+    followed until the probability that the next call opens the circuit hardly changes
+    any more. For failures in a row there is a formula.
     """
     if share == 1.0:
         return float(fail_max)
     good = 1.0 - share
     if window_size is None:
         return (1.0 - share**fail_max) / (good * share**fail_max)
-    # A state has a bit for each call but the next: 1 if it failed, the oldest highest.
+    # A state has a bit for each call before the next: 1 for a failure, oldest highest.
     half = 1 << (window_size - 2)
     failures = [bin(n).count("1") for n in range(half)]
-    # One more failure opens the circuit in these, if the oldest call succeeded, failed.
+    # The states in which one more failure opens the circuit: if the oldest call
+    # succeeded, and if the oldest call failed.
     full = [n for n in range(half) if failures[n] == fail_max - 1]
     full_with_oldest = [n for n in range(half) if failures[n] == fail_max - 2]
     states = [0.0] * (2 * half)  # their probabilities, with the circuit closed
@@ -418,7 +420,7 @@ def mean_calls(share, fail_max, window_size=None):
             + math.fsum([failed[n] for n in full_with_oldest])
         )
         before, hazard = hazard, opening / closed
-        rest = closed / hazard if hazard else math.inf  # if it stays as it is
+        rest = closed / hazard if hazard else math.inf  # if hazard stays so
         if steps > window_size:
             change = abs(hazard - before) / hazard
             if change * rest < 1e-5 * (mean + rest):
@@ -437,8 +439,8 @@ def mean_calls(share, fail_max, window_size=None):
 
 
 def counted_calls(library, rule, seed, calls, share):
-    """The mean number of calls until this library's breaker opens, counted; None if
-    none of so many calls opened it."""
+    """The mean number of calls until this library's breaker opens, counted; None if no
+    call opened it."""
     uniform = random.Random(seed).random
 
     def service():
@@ -488,7 +490,7 @@ SCENARIOS = {
 
 
 def live_through(name, scenario, rule, seeds, fast=False):
-    """What the scenario does to a library of this name, for each seed."""
+    """The figures of the scenario with the library of this name, for each seed."""
     found = []
     for seed in seeds:
         library = LIBRARIES[name](Clock())
@@ -503,7 +505,7 @@ def main():
     parser.add_argument("scenario", choices=(*SCENARIOS, "worked_out"))
     parser.add_argument("rule", type=json.loads, help="the fields of a Rule, in JSON")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1])
-    parser.add_argument("--fast", action="store_true", help="shorter")
+    parser.add_argument("--fast", action="store_true", help="shorter outages")
     options = parser.parse_args()
     rule = Rule(**options.rule)
     if options.scenario == "worked_out":

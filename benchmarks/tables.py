@@ -20,7 +20,7 @@ def table(head, rows):
 
 def machine():
     """The machine and its Python in one line, without names and paths."""
-    import pyperf  # here, as the simulation does without it
+    import pyperf  # here, as the simulation needs no pyperf
 
     found = pyperf.Run([1.0], collect_metadata=True).get_metadata()
     return (

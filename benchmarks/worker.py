@@ -1,12 +1,12 @@
-"""Measures one library once, in this process; prints what it found as JSON.
+"""Measures one library once, in this process; prints the figures as JSON.
 
     python worker.py LIBRARY TASK [--fast] [--port PORT]
 
-The library is a class in ``libraries.py``, to be found in the environment that
-runs this. ``run.py`` starts workers by turns, and says what their figures mean.
+LIBRARY is a class in ``libraries.py``; the library is installed where this script
+runs. ``run.py`` starts workers by turns, and explains their figures.
 
-Whatever is timed is timed together with a bare wrapper that does nothing, one
-right after the other, so that both meet the same machine; a figure is such a pair.
+Each guarded call is timed right after a bare wrapper that does nothing, so that both
+meet the same machine; a figure is such a pair of times.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def bare_generator_function(f):
     return w
 
 
-# What is timed.
+# The statements that are timed.
 CALL = "w(1, 2)"
 CALL_OF_FUNC = "w(func, 1, 2)"
 AWAIT = """\
@@ -105,7 +105,7 @@ def timer(statement, w, before="pass", **names):
 
 
 def enough(timed, seconds):
-    """How often to repeat it to spend about so many seconds."""
+    """How many repetitions of `timed` take about this many seconds."""
     number = 1
     while min(timed.repeat(3, number)) < seconds:
         number *= 2
@@ -115,7 +115,7 @@ def enough(timed, seconds):
 def pairs(without, guarded, samples, each=1):
     """Seconds for a bare and for a guarded call, `samples` times; `each` is the
     number of calls in the statement."""
-    # So short that most samples are over before another process has its turn.
+    # Most samples are so short that they end before another process has its turn.
     repeated = [(timed, enough(timed, 0.0003)) for timed in (without, guarded)]
     return [
         tuple(timed.timeit(number) / (number * each) for timed, number in repeated)
@@ -199,7 +199,7 @@ def measured(paths, samples):
 
 
 def measure_settings(library, options):
-    """What those settings cost that are off unless they are given."""
+    """What the settings cost that are off unless they are given."""
     window = {"window_size": NEVER}
     every = {
         **window,
@@ -211,7 +211,7 @@ def measure_settings(library, options):
     }
 
     def success(failures, **settings):
-        """Of a call while so many failures are remembered."""
+        """Two timers, of a bare and of a guarded call, with `failures` remembered."""
         breaker = library.breaker(**settings)
         w = library.decorate(breaker, succeed)
         for _ in range(failures):
@@ -226,7 +226,7 @@ def measure_settings(library, options):
         w = library.decorate(breaker, fail)
         plain = timer(CATCH, bare(fail), expected=Boom)
         # Each sample begins with an empty window: a window in use remembers fewer
-        # failures than fail_max, and not all of a benchmark.
+        # failures than fail_max, and not all failures of a benchmark.
         names = {"expected": Boom, "breaker": breaker}
         return plain, timer(CATCH, w, "breaker.close()", **names)
 
@@ -283,7 +283,7 @@ def measure_settings(library, options):
 
 
 def in_threads(count, work):
-    """Seconds that so many threads take for each to do the work once."""
+    """Seconds until each of `count` threads has done the work once."""
     began, ended = [], []
     start = threading.Barrier(count, lambda: began.append(time.perf_counter()))
 
@@ -303,7 +303,7 @@ def in_threads(count, work):
 
 
 def hammer(timed, threads, seconds=0.02):
-    """Seconds for a call when so many threads make calls and do nothing else, each
+    """Seconds for a call when `threads` threads make calls and do nothing else, each
     for at least as long as some turns of a thread last."""
     number = enough(timed, seconds)
     work = functools.partial(timed.timeit, number)
@@ -356,7 +356,7 @@ def measure_growth(library, options):
         without = [bare(succeed) for _ in range(count)]
         guarded = [library.decorate(breaker, succeed) for breaker in made]
         for functions in without, guarded:
-            random.shuffle(functions)  # or they would lie in memory in this order
+            random.shuffle(functions)  # not the order in which they lie in memory
         rounds = timer(GO_ROUND, without), timer(GO_ROUND, guarded)
         breakers[count] = pairs(*rounds, 3 if count > 1000 else samples, each=count)
         del made, without, guarded, rounds
@@ -394,7 +394,7 @@ def counts_of_breakers(options):
 
 
 def memory(library, count):
-    """Bytes for each of so many new breakers; their names were there before."""
+    """Bytes for each of `count` new breakers, without the text of their names."""
     names = [f"service {n}" for n in range(count)]
     breakers = [None] * count
     tracemalloc.start()
@@ -408,8 +408,8 @@ def memory(library, count):
 
 
 def measure_memory(library, options):
-    """What breakers take that nobody has called yet."""
-    library.fresh("the first one")  # with all that is made once
+    """The memory of breakers that guard no calls yet."""
+    library.fresh("the first one")  # and all that the library makes only once
     counts = {10_000} if library.requirement else {10_000, *counts_of_breakers(options)}
     return {"memory": {count: [memory(library, count)] for count in sorted(counts)}}
 
