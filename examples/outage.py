@@ -10,13 +10,13 @@ they refuse connections, then answer with an error, then answer too late, and
 then are healthy again. Four clients keep fetching from the first server through
 one breaker, and four others from the second server without a breaker.
 
-A breaker has a price, which shows as well: when the server has recovered, the
-first clients to hear of it are those that have no breaker.
+A breaker has a price, which shows as well: clients without a breaker are the first
+to notice that the server has recovered.
 
-With --partial the servers fail one call in five before they fail all of them, and
-both groups of clients have a breaker. The first opens when calls fail in a row, and
+With --partial the servers fail one call in five before they fail all calls, and both
+groups of clients have a breaker. The first opens when calls fail in a row, and
 refuses many calls that would have succeeded. The second opens when half of the last
-calls failed, and takes longer to notice that all of them do.
+calls failed, and takes longer to notice that all calls fail.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pathlib import Path
 
 try:
     import pybreaker
-except ImportError:  # not installed: take the one in the directory above this
+except ImportError:  # not installed: use the module in the directory above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import pybreaker
 
@@ -52,8 +52,8 @@ CLIENTS = 4  # on each side
 PAUSE = 0.1 * SECOND  # of a client between its calls
 TIMEOUT = 0.5 * SECOND  # after which a client gives up
 FAIL_MAX = 5  # failures in a row open the circuit
-FEW = 3  # failures in a row do so with --partial, so that it need not last longer
-MANY, WINDOW = 25, 50  # or so many failures in so many calls
+FEW = 3  # failures in a row that open the left circuit with --partial, a short story
+MANY, WINDOW = 25, 50  # failures, and the last calls, that open the right circuit then
 RESET_TIMEOUT = 1.0 * SECOND  # until a call may try again
 
 HEALTHY = "is healthy"
@@ -63,7 +63,7 @@ SLOW = "answers too late"
 UNRELIABLE = "fails one call in five"
 # How many rows of the timeline each part of the story lasts.
 OUTAGE = [(3, HEALTHY), (3, REFUSING), (3, FAILING), (5, SLOW), (5, HEALTHY)]
-# It may take longer on a busy machine until calls of one group, of both are rejected.
+# The third figure: a part lasts until so many of the two breakers have rejected calls.
 PARTIAL_OUTAGE = [(3, HEALTHY), (14, UNRELIABLE, 1), (5, FAILING, 2), (5, HEALTHY)]
 ROW = 0.5 * SECOND
 
@@ -102,7 +102,7 @@ def fetch(url):
         with opener.open(url, timeout=TIMEOUT) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
-        error.close()  # an answer like any other, on a connection of its own
+        error.close()  # the error is an answer, with a connection of its own
         raise
 
 
@@ -146,7 +146,7 @@ def tell(heading, story, timeline, *both):
             if row >= rows and sum(map(Clients.has_rejected, both)) >= sum(rejected):
                 break
             print_row()
-    for _ in range(50):  # it may take longer to recover on a busy machine
+    for _ in range(50):  # on a busy machine the circuits may close later
         if not all(map(Clients.is_closed, both)):
             print_row()
     timeline.print_transitions(ROW)
@@ -159,7 +159,7 @@ def tell(heading, story, timeline, *both):
 
 
 class Clients:
-    """Threads that fetch from a server again and again, and what comes of it."""
+    """Threads that fetch from a server again and again, and how their calls end."""
 
     def __init__(self, server, breaker=None):
         self.server = server
@@ -189,7 +189,7 @@ class Clients:
             self.calls.append((outcome, time.monotonic() - begun, health))
 
     def news(self):
-        """How those calls ended that have ended since it was last asked."""
+        """The signs of the calls that ended since `news` was last called."""
         new = self.calls[self.told :]
         self.told += len(new)
         return "".join(outcome for outcome, _, _ in new)
@@ -226,10 +226,11 @@ class Clients:
 
 
 class Timeline(pybreaker.CircuitBreakerListener):
-    """What a person sees while it happens.
+    """What a person sees during the outage.
 
-    The breaker tells it of transitions in the threads of the clients, holding
-    its lock. So it only takes a note then, for the main thread to print.
+    The breaker tells this listener of transitions in the threads of the clients,
+    with the breaker's lock held. So the listener only takes a note, which the main
+    thread prints.
     """
 
     def __init__(self):
@@ -239,13 +240,13 @@ class Timeline(pybreaker.CircuitBreakerListener):
     def state_change(self, cb, old_state, new_state):
         which = f"{cb.name}: " if cb.name else ""
         note = f"{self.now()}  > {which}{new_state.name.upper()}: {new_state.reason}"
-        self.notes.put(note[:79])  # which has an exception's whole text at its end
+        self.notes.put(note[:79])  # a reason ends with an exception's whole text
 
     def now(self):
         return f"{time.monotonic() - self.began:5.2f} s"
 
     def print_transitions(self, seconds):
-        """Print what is noted, and for so many seconds what will be."""
+        """Print the notes that are there, and those of the next `seconds` seconds."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -293,13 +294,13 @@ class Server(socketserver.ThreadingTCPServer):
             self.shutdown()
             self.server_close()
             self.socket = socket.socket()
-            self.server_bind()  # the port stays taken, but nobody listens
+            self.server_bind()  # the port stays taken, but no socket listens
         elif before == REFUSING:
             self.server_activate()
             self.serve()
 
     def handle_error(self, request, client_address):
-        """A client that got no answer in time has hung up."""
+        """Leave the terminal to the timeline: a client gave up and has hung up."""
 
 
 def print_row_of_table(label, measure, *both, form="{}  "):

@@ -1,9 +1,9 @@
-"""Metrics for Prometheus, to look at; needs prometheus-client.
+"""A demo of the metrics for Prometheus; needs prometheus-client.
 
     python examples/prometheus_metrics.py
 
-serves those of a demo on http://127.0.0.1:8301/metrics . Beside this file are a
-dashboard for Grafana, to be imported, and rules for alerts.
+serves the metrics on http://127.0.0.1:8301/metrics . Beside this file are a dashboard
+for Grafana, to be imported, and rules for alerts.
 """
 
 import sys
@@ -15,7 +15,7 @@ import prometheus_client
 
 try:
     import pybreaker
-except ImportError:  # not installed: use the one in the directory above
+except ImportError:  # not installed: use the module in the directory above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import pybreaker
 
@@ -25,7 +25,7 @@ weather = pybreaker.CircuitBreaker(name="weather", reset_timeout=5)
 
 
 def forecast():
-    """A service that fails half of the time, half a minute each."""
+    """A service that fails in every second half of a minute."""
     if time.monotonic() % 60 > 30:
         raise ConnectionError("weather refused the connection")
 
