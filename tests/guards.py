@@ -1,7 +1,7 @@
-"""Ways to guard: each runs `work` once, and returns what that returned.
+"""Ways to guard: each runs `work` once, and returns what `work` returned.
 
-Those for coroutines take a function that runs one, by default where it waits for
-nothing.
+The ways for coroutines take a function `run` that runs a coroutine; by default the
+coroutine may wait for nothing.
 """
 
 from __future__ import annotations

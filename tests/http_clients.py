@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-# Seconds after which a client gives up, where a test makes it do so.
+# Seconds after which a client gives up, in tests of timeouts.
 SHORT = 0.3
 
 
@@ -123,7 +123,7 @@ class Aiohttp:
 
     def close(self):
         self.loop.run_until_complete(self.client.close())
-        # What the closed connections have left to do.
+        # The closed connections finish their work.
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
 

@@ -13,12 +13,12 @@ LOOPBACK = "127.0.0.1"
 
 
 class Service:
-    """Answers on two ports, so that it is two hosts to a client.
+    """Answers on two ports, so that a client takes the service for two hosts.
 
-    `/status/503` has that status; `?after=TEXT` adds a Retry-After. `/hang` answers
-    when `release()` has been called, `/reset` resets the connection, `/garbage` is no
-    HTTP, `/part` breaks off in the body, `/redirect?to=URL` is a 302, `/once` hangs up
-    on a connection's second request, and anything else is 200.
+    `/status/503` answers with status 503, `?after=TEXT` adds a Retry-After, `/hang`
+    answers when `release()` has been called, `/reset` resets the connection, `/garbage`
+    answers without HTTP, `/part` breaks off in the body, `/redirect?to=URL` is a 302,
+    `/once` hangs up on a connection's second request, and any other path is a 200.
     """
 
     def __init__(self):
@@ -95,7 +95,7 @@ class Service:
                     return
 
     def _answer(self, connection, path, argument):
-        """Whether the connection is kept."""
+        """Answer a request. Returns whether the connection is kept."""
         if path == "/hang":
             self._released.wait(PATIENCE)
         if path == "/reset":

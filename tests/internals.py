@@ -1,7 +1,7 @@
-"""What tests need of a breaker that its public surface does not show, in one place.
+"""What tests need of a breaker beyond its public surface, in one place.
 
-Names that begin with an underscore and are used here are those that code in the field
-leans on, so they stay. What has no such name is found by what is in it.
+Most private names that are used here stay, as code in the field leans on them. An
+attribute without such a name is found by its value.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import weakref
 
 import pybreaker
 
-# What may be written without the lock: numbers that stand by themselves, and what
-# takes the lock by itself when somebody writes it.
+# Attributes that may be written without the lock: numbers that stand by themselves, and
+# attributes whose setters take the lock.
 WRITTEN_AT_WILL = {
     "_fail_max",
     "_reset_timeout",
@@ -45,7 +45,7 @@ def state_of(breaker):
 
 
 def pin_shortening(write, factor, module=pybreaker):
-    """Let no chance shorten the openings of growing length: always by this factor."""
+    """Shorten the openings of growing length by this factor, not by a random one."""
     write(module.CircuitBreaker, "_factor_of", lambda breaker, opening: factor)
 
 
@@ -73,7 +73,7 @@ def names_of_storage():
 @functools.cache
 def names_of_trial():
     """The names of the attributes in which a breaker keeps the trial that holds the
-    place: those that have something in them for as long as one runs."""
+    place: those that are not None for as long as a trial runs."""
     breaker = pybreaker.CircuitBreaker(success_threshold=2)
     breaker.half_open()
     before = dict(vars(breaker))
@@ -96,13 +96,13 @@ def is_place_free(breaker):
 
 
 def after_fork():
-    """Do what is done in a child when its process has been forked."""
+    """Do what the library does in a forked child."""
     pybreaker._after_fork()
 
 
 @contextlib.contextmanager
 def no_other_breakers():
-    """The library's table of all breakers is empty to begin with, and small."""
+    """Replace the library's table of all breakers by an empty one, for a block."""
     table = pybreaker._breakers
     pybreaker._breakers = weakref.WeakValueDictionary()
     try:
@@ -112,5 +112,5 @@ def no_other_breakers():
 
 
 def prefix_of(storage):
-    """What all keys of a shared storage begin with."""
+    """The text with which all keys of a shared storage begin."""
     return storage._prefix

@@ -30,7 +30,7 @@ class Tripped(Exception):
 
 
 class FailedResult(Exception):
-    """Stands for the exception of a call that its result made a failure."""
+    """Stands for the exception of a call whose result made the call a failure."""
 
 
 class Era:
@@ -117,8 +117,8 @@ class Model:
         return call
 
     def refuse(self, rejected, what):
-        """Reject a call; in a dry run, tell of that and return a call that decides
-        nothing."""
+        """Tell that a call is rejected, and raise; in a dry run return a call that
+        decides nothing."""
         self.tell("rejected", what)
         if not self.dry_run:
             raise rejected
@@ -172,8 +172,8 @@ class Model:
             self.give_back(call)
 
     def conclude(self, call, outcome, exc=None):
-        """Take in an outcome. A late one, or that of a call within a trial, is told and
-        changes nothing; that of a trial that lost the place counts."""
+        """Take in an outcome. A late outcome, or one of a call within a trial, is told
+        and changes nothing; the outcome of a trial that lost the place counts."""
         if outcome == ABANDONED:
             self.tell("abandoned")
             return
@@ -259,7 +259,7 @@ class Model:
         self.released += 1
 
     def gate(self, context):
-        """What `state.before_call` does: it neither takes the place nor tells."""
+        """What `state.before_call` does, without a trial and without listeners."""
         self.look()
         if self.retry_after == 0:
             if self.era.name == OPEN:
@@ -348,7 +348,7 @@ class Model:
         reason = "found so in the storage"
         return Era(self.stored, reason, None, failed_trials, self.era)
 
-    def begin_era(self, new, by="somebody else"):
+    def begin_era(self, new, by="found"):
         count = self.fail_counter
         old, self.era = self.era, new
         self.calls, self.fail_counter = 0, count

@@ -13,7 +13,7 @@ def python_blocks(page):
 
 
 def files_of(page):
-    """Those that begin with the name of a file, by that name."""
+    """The code blocks that begin with the name of a file, by that name."""
     blocks = (block.partition("\n") for block in python_blocks(page))
     return {
         head[2:]: f"{head}\n{text}\n"

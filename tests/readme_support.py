@@ -26,18 +26,18 @@ class Block(NamedTuple):
 
 
 def source_of(page):
-    """The text of a page, which is named as it is seen from the repository."""
+    """The text of a page, whose path is relative to the repository."""
     return (ROOT / page).read_text(encoding="utf-8")
 
 
 def pages_of_docs():
-    """Such names of all pages that Sphinx builds."""
+    """The paths of all pages that Sphinx builds, relative to the repository."""
     return sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.rst"))
 
 
 def parse(source, for_sphinx=False):
-    """The document. A warning ends it, as does what PyPI has switched off; a page of
-    docs may use what Sphinx adds."""
+    """The parsed document. A warning is an error, as is a directive that PyPI switches
+    off; a page of docs may use what Sphinx adds."""
     settings = {
         "halt_level": 2,
         "doctitle_xform": False,  # the title heads a section, like all others
@@ -89,9 +89,9 @@ MARKS = re.compile(r"Five lines of the table of \w+ (begin|end)\.")
 
 @functools.cache
 def blocks_of(source, page="README.rst"):
-    """Every block whose lines stay as they are, whatever it is.
+    """Every block whose lines stay as they are, of any kind.
 
-    A comment is one of them: that is what a misspelt directive turns into.
+    A comment is such a block, as a misspelt directive turns into a comment.
     """
     blocks, position = [], 0
     document = parse(source, for_sphinx=page != "README.rst")
@@ -119,7 +119,7 @@ def _section(node):
 
 
 def run(block, namespace):
-    """Run a block as what it is. There is no other way than those in RUNNERS."""
+    """Run a block as RUNNERS says for its kind."""
     RUNNERS[block.kind](block, namespace)
 
 
@@ -130,7 +130,7 @@ def _run_python(block, namespace):
 
 
 def _run_prompt(block, namespace):
-    """What was typed must give what is shown."""
+    """Each line at a prompt must give the output that is shown."""
     test = doctest.DocTestParser().get_doctest(
         block.text, {}, block.section, block.page, block.line - 1
     )
@@ -143,19 +143,19 @@ def _run_prompt(block, namespace):
 
 
 def _check_commands(block, namespace):
-    """Every command must be one that can be given in the repository."""
+    """Every command must be known, and its file in the repository."""
     for line in block.text.splitlines():
         assert line.startswith("$ "), f"{line!r} is not a command"
         for command in line[2:].split(" && "):
             matches = (re.fullmatch(pattern, command) for pattern in COMMANDS)
             match = next(filter(None, matches), None)
-            assert match, f"nobody knows whether {command!r} works"
+            assert match, f"COMMANDS does not know {command!r}"
             needed = COMMANDS[match.re.pattern] or match["file"]
             assert (ROOT / needed).exists(), f"{command!r} needs {needed}"
 
 
 def _leave_alone(block, namespace):
-    """A drawing, or what a program has printed: there is nothing to run."""
+    """A drawing or a program's output cannot be run."""
 
 
 RUNNERS = {
@@ -165,7 +165,7 @@ RUNNERS = {
     "text": _leave_alone,
 }
 
-# Each with the file that it needs; None for the one that it names.
+# Each command with the file that it needs; None for the file that it names.
 COMMANDS = {
     r"python (?P<file>[\w/]+\.py)": None,
     r"python -m pip install tox": "tox.ini",

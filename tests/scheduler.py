@@ -11,20 +11,20 @@ nothing else, only these decisions differ from run to run.
 
 By default the thread that ran last goes on, and when that thread has ended or waits for
 a `Lock`, the first thread that can. A *schedule* says where to decide otherwise:
-``{0: 1, 31: 0}`` begins with thread 1 and leaves that for thread 0 at step 31.
+``{0: 1, 31: 0}`` begins with thread 1 and leaves thread 1 for thread 0 at step 31.
 Leaving a thread that could have gone on is a *preemption*. Most races need only one
-or two, so `explore` tries every schedule with at most so many. With two, the number of
-schedules grows with the square of the number of steps and not exponentially.
+or two, so `explore` tries every schedule with at most a given number. With two, the
+number of schedules grows with the square of the number of steps, not exponentially.
 (Musuvathi and Qadeer called this context bounding in 2007.)
 
     with Scheduler(2, watched.__file__) as scheduler:
         for schedule in explore(run, 2):  # run calls scheduler.run(programs, schedule)
             check(...)
 
-Many of these orders differ only in which came first of two steps that commute, as
-neither writes what the other uses. `explore` then runs one of the orders, if every
-instruction is a step and code that is not watched says what that code uses: see
-`touch`. (Godefroid called this partial-order reduction in 1996.)
+Many of these orders differ only in the order of two steps that commute, as neither
+writes what the other uses. Of such orders `explore` runs one, if every instruction is
+a step and code that is not watched declares by `touch` what that code uses.
+(Godefroid called this partial-order reduction in 1996.)
 
 The lock of the watched code has to be a `Lock` of the scheduler: if a thread waited for
 any other lock, the scheduler would wait for that thread for ever.
@@ -50,7 +50,7 @@ needs_monitoring = pytest.mark.skipif(
 
 
 class Stuck(BaseException):
-    """Raised in a thread to end it, because it can never go on or makes no end."""
+    """Ends a thread that can never go on, or that makes too many steps."""
 
 
 class Use(NamedTuple):
@@ -96,14 +96,14 @@ class Scheduler:
     """Runs up to `threads` programs at once, as the module's docstring says. `filename`
     is the watched file; with `opcodes`, steps are instructions and not lines. `shared`
     are the names of the attributes that make a step, by default all. `tells` promises
-    that code which is not watched says by `touch` what it uses. A run of more than
-    `patience` steps is stuck.
+    that code which is not watched declares by `touch` what that code uses. A run of
+    more than `patience` steps is stuck.
 
-    `trail` is the list of the decisions of the last run: the number of the thread that
-    ran, of the one that went on, of those that could have, the line of the decision,
-    and the `Use` made of shared attributes up to the next decision. `current` is the
-    number of the running thread, `waiting` has the lock that each waiting thread waits
-    for, and `stuck` says why a run could not go on, or is None.
+    `trail` is the list of the decisions of the last run: the numbers of the thread that
+    ran, of the thread that went on and of all that could have gone on, the line of the
+    decision, and the `Use` of shared attributes up to the next decision. `current` is
+    the number of the running thread, `waiting` has the lock that each waiting thread
+    waits for, and `stuck` says why a run could not go on, or is None.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Scheduler:
         """Make a step of the running thread, after another thread has gone on if the
         schedule says so. Code that is not watched calls this to be interrupted."""
         me = self.current
-        if me is None:  # nothing is being run
+        if me is None:  # no program is being run
             return
         number = len(self.trail)
         if number >= self._patience:
@@ -180,7 +180,7 @@ class Scheduler:
             raise Stuck
         if self._unknown is ANYTHING:
             use = ANYTHING
-        if number not in self._schedule:  # as most are
+        if number not in self._schedule:  # so it is with most steps
             self.trail.append((me, me, self._ready, line, use))
             return
         self._next[me] = use
@@ -250,7 +250,7 @@ class Scheduler:
 
     def _rescue(self):
         """No thread is ready. If threads wait, end the deadlock by waking them all.
-        Returns whether it was one."""
+        Returns whether there was a deadlock."""
         if not self.waiting:
             return False
         self.stuck = f"deadlock: {len(self.waiting)} of the threads wait for ever"
@@ -304,15 +304,15 @@ class Lock:
 
 
 def explore(run, preemptions, alike=()):
-    """Call `run(schedule)`, which returns a trail, once with each schedule that has at
-    most `preemptions` of them. Yields the schedules.
+    """Call `run(schedule)`, which returns a trail, once with each schedule of at most
+    `preemptions` preemptions. Yields the schedules.
 
     `alike` has a label for each thread; threads with equal labels run equal programs.
     Of such threads the first always begins first.
 
     A thread is left before a step only if the step does not commute with what other
-    threads do in the thread's absence. If it does, leaving the thread after the step
-    has the same effect.
+    threads do in the thread's absence. If the two commute, leaving the thread after the
+    step has the same effect.
     """
 
     def begin_with(schedule, spent, absences):
@@ -350,8 +350,8 @@ def explore(run, preemptions, alike=()):
 
 
 class _Absence:
-    """That `thread` is left at decision `number`. `use` is what all other threads use
-    until it goes on, in all trails that were seen."""
+    """`thread` is left at decision `number`. `use` is what all other threads use until
+    `thread` goes on, in all trails that were seen."""
 
     def __init__(self, thread, number):
         self.thread, self.number, self.use = thread, number, NOTHING
@@ -369,7 +369,7 @@ class _Absence:
 
 
 def _is_like_an_earlier(thread, trail, alike):
-    """Whether `thread` has not begun, and an earlier one with an equal label has not
+    """Whether `thread` has not begun, and an earlier thread with an equal label has not
     begun either."""
     same = {earlier for earlier in range(thread) if alike[earlier] == alike[thread]}
     begun = {chosen for _, chosen, *_ in trail} if same else {thread}
@@ -378,8 +378,8 @@ def _is_like_an_earlier(thread, trail, alike):
 
 def sample(run, rng, known, count):
     """Call `run(schedule)` with up to `count` random schedules. Each has one preemption
-    more than the schedule before, or than one in `known`, a list of pairs of schedule
-    and trail. Yields the schedules."""
+    more than the schedule before, or than a schedule in `known`, a list of pairs of
+    schedule and trail. Yields the schedules."""
     trail = ()
     for _ in range(count if known else 0):
         if not trail or rng.random() < 0.25:
@@ -407,7 +407,7 @@ def preemptions_in(trail):
     )
 
 
-NAMES = "abc"  # of the threads, in what is printed
+NAMES = "abc"  # of the threads, in printed schedules
 
 
 def written(schedule):
@@ -416,16 +416,16 @@ def written(schedule):
 
 
 def parsed(text):
-    """The schedule that `written` made this text of."""
+    """The schedule that `written` turned into this text."""
     switches = (switch.split(":") for switch in text.split())
     return {int(step): NAMES.index(name) for step, name in switches}
 
 
 def _move_to_one_core():
-    """Keep the calling thread, and those that it will start, on one core, as handing
-    over to another core takes ten times as long. Only where each worker of pytest-xdist
-    can have a core of its own. Returns the cores that the thread could run on before,
-    or None if it is not kept."""
+    """Keep the calling thread, and threads that it starts, on one core, as handing over
+    to another core takes ten times as long. Only where each worker of pytest-xdist can
+    have a core of its own. Returns the cores that the thread could run on before, or
+    None if the thread still can."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
     if not workers or not hasattr(os, "sched_setaffinity"):
         return None
@@ -476,8 +476,8 @@ class _Steps:
         self._shared = shared
         self._step = step
         self.threads = set()  # the identities of the watched threads
-        # By id(code), as hashing code takes long: its places, and the code, so that it
-        # stays alive and no other code gets the id.
+        # By id(code), as hashing code takes long: the code's places, and the code, so
+        # that the code stays alive and no other code gets the id.
         self._places = {}
 
     def watch(self):

@@ -1,14 +1,14 @@
-"""Versions of the library that are broken on purpose: a test shows with them that it
-would notice.
+"""Versions of the library that are broken on purpose, so that a test can show that the
+test notices.
 
 A version is named by a function and by what that function no longer does: taking the
-lock, or its n-th comparison of identities. So the library may be written anew, and the
-tests go on. Where that is not enough, a comment marks a statement:
+lock, or its n-th comparison of identities. So the library may be rewritten without a
+change to the tests. Where a function's name is not enough, a comment marks a statement:
 
     # variant: quiet calls
     old.quiet = False
 
-The statement below is left out, or, if it has a condition, this is never true.
+The marked statement is left out; if it is an `if`, its condition is never true.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def code_of(module):
 
 
 def _functions(tree, name=""):
-    """All functions with their full names, inner ones apart. Getters and setters
+    """All functions, inner ones too, each with its full name. A getter and its setter
     have the same name."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
@@ -56,7 +56,7 @@ def _functions(tree, name=""):
 
 
 def _own(function):
-    """What is in a function, inner ones apart, in the order of the text."""
+    """The nodes of a function but for those of inner functions, in their order."""
     for node in ast.iter_child_nodes(function):
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             yield node
@@ -64,7 +64,7 @@ def _own(function):
 
 
 def _last_name(expression):
-    """The "c" of "a.b.c", and "" of what is not such a name."""
+    """The "c" of "a.b.c", and "" of an expression that is no such name."""
     return getattr(expression, "attr", getattr(expression, "id", ""))
 
 
@@ -109,8 +109,8 @@ def takers_of_the_lock():
 
 
 def comparisons():
-    """What compares eras or trials, as pairs: the function's name, and a number that
-    says which of the function's comparisons of identities it is."""
+    """The comparisons of eras or trials, as pairs: the function's name, and which of
+    the function's comparisons of identities this is, as a number."""
     return [
         (name, number)
         for name, function in _functions(_tree())
@@ -131,7 +131,7 @@ class _Replace(ast.NodeTransformer):
 def _version(what, replacements):
     """The library with some nodes of its tree replaced by others."""
     assert replacements, f"nothing in pybreaker.py {what}"
-    # The tree itself is for other versions, too.
+    # The tree itself is not changed, as other versions are made of it.
     memo = {}
     tree = copy.deepcopy(_tree(), memo)
     copies = {memo[id(old)]: new for old, new in replacements.items()}
@@ -149,7 +149,7 @@ def _unlocked(node):
 
 
 def _answered(node):
-    """What a library takes for true that does not compare."""
+    """The answer of a library that does not compare: the objects are the same."""
     answer = ast.Constant(isinstance(node.ops[0], ast.Is))
     return ast.copy_location(answer, node)
 
@@ -187,7 +187,7 @@ def without_comparison(name, number):
 
 @functools.cache
 def without_eras():
-    """A library that compares no eras: all outcomes count for the present one."""
+    """A library that compares no eras: all outcomes count for the present era."""
     found = filter(_is_identity, ast.walk(_tree()))
     eras = {node: _answered(node) for node in filter(_asks_for_era, found)}
     return _version("compares eras", eras)
