@@ -3,13 +3,13 @@
 A breaker and the `model` of one go through the same steps, which Hypothesis makes
 up: calls of every kind that begin, and end at some later time or never, moves by
 hand, time, settings, listeners, exclusions, and a storage that others write. After
-each step both must have come to the same: what callers get, what listeners hear
-and see, and all that can be read.
+each step both must agree on what callers get, what listeners hear and see, and all
+that can be read.
 
 How often the search came to each corner is counted, printed (``pytest -rP``), and
-has a lower bound. Each Python looks at something else, and always at the same; with
-``PYBREAKER_DEEP=1`` (``tox -e deep``) it looks further, and never at the same, with
-``PYBREAKER_BRIEF=1`` only once.
+has a lower bound. Each Python has seeds of its own, always the same ones. With
+``PYBREAKER_DEEP=1`` (``tox -e deep``) the search is longer and its seeds are new each
+time; with ``PYBREAKER_BRIEF=1`` there is one seed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Marker:
 
 
 class Marked(Boom, Marker):
-    """A failure of which there is more to say."""
+    """A failure that exclusions of `Boom` and of `Marker` match."""
 
 
 class Gone(BaseException):
@@ -104,7 +104,7 @@ if sys.version_info >= (3, 11):
 
 
 def is_abandoning(exc):
-    """One that says nothing about the service, or a group of nothing else."""
+    """Whether an exception, or each one in a group, says nothing about the service."""
     if isinstance(exc, GROUPS):
         return all(map(is_abandoning, exc.exceptions))
     return isinstance(exc, ABANDONING)
@@ -118,7 +118,7 @@ def is_undecided(exc):
     raise LookupError("an exclusion that does not work")
 
 
-# With the classes that each of them matches.
+# Exclusions, each with the classes that it matches.
 KINDS = [
     (Boom, {Boom, Marked}),
     (Marker, {Marked}),
@@ -129,11 +129,11 @@ KINDS = [
 
 
 def is_one_of(kinds):
-    """What the model is told of such a pair."""
+    """What the model is given for a pair in KINDS."""
     return lambda exc: type(exc) in kinds[1]
 
 
-# With what each of them says of the result "value".
+# Predicates, each with its answer to the result "value".
 RESULTS = [(None, False), (bool, False), (str, True), (len, True), (math.sqrt, False)]
 
 
@@ -175,8 +175,8 @@ class PlainStorage(CircuitBreakerStorage):
 
 
 class OldStorage(CircuitBreakerStorage):
-    """Written against the old interface: it has no successes, its counter cannot
-    be set, and it never calls its base."""
+    """Written against the old interface: the storage counts no successes, its counter
+    cannot be set, and its `__init__` does not call the base's."""
 
     def __init__(self, state):
         self._kept_state, self._kept_count, self._kept_moment = state, 0, None
@@ -209,7 +209,7 @@ class Ask:
 
 
 class FleetStorage(PlainStorage):
-    """Grants the trial or doesn't, and takes its time to say so."""
+    """Grants or refuses the trial, at once or after some time."""
 
     def __init__(self, state):
         super().__init__(state)
@@ -245,9 +245,9 @@ STORAGES = {
 }
 
 
-# Ways to guard. Those of the first kind make a generator or a coroutine that stops
-# once, inside the guarded call, and goes on with what it should end with. The
-# others are given the function that they guard.
+# Ways to guard. Those in LAZY make a generator or a coroutine that stops once, inside
+# the guarded call, and is then sent what the call should end with. Those in PLAIN are
+# given the function that they guard.
 
 
 def end_with(end):
@@ -295,7 +295,7 @@ service = Service()
 
 
 def delegated(make):
-    """For what is admitted when it is made: made at the first step."""
+    """Make a generator at the first step, as making it admits the call."""
     return (yield from make())
 
 
@@ -329,8 +329,9 @@ async def stepped(agen):
             return end
 
 
-# With how it is made, what listeners hear is called (None: the block), and whether
-# closing it is a success and whether its admission can wait for the storage.
+# For each way: what makes the generator or coroutine, the function that listeners hear
+# of (None: the block), whether closing it is a success, and whether its admission can
+# wait for the storage.
 LAZY = {
     "@breaker on a generator function": (
         lambda b: b(generator)(), generator, True, False),
@@ -390,11 +391,11 @@ PLAIN = {
 }
 
 
-# Both sides of a step, and whether they are the same.
+# What the breaker and the model do in a step, and whether they do the same.
 
 
 def result_of(func, *args):
-    """What comes of a call: ("returned", value) or ("raised", exception)."""
+    """The result of a call: ("returned", value) or ("raised", exception)."""
     try:
         return "returned", func(*args)
     except BaseException as exc:
@@ -447,16 +448,16 @@ def move(side, name, **about):
 
 
 def heard_of(detail):
-    """What can be compared of what listeners hear."""
+    """A detail that listeners hear, in a form that can be compared."""
     if isinstance(detail, (FailedResult, pybreaker.FailedResult)):
         return "FailedResult", *detail.args
     return detail
 
 
 class Listener:
-    """Listens to both sides: `real` to a breaker, `told` to the model. At the
-    first event of each kind it may do something. `machine.heard` and `.told` are
-    what came of it, in which order, and what could be seen then."""
+    """`real` listens to the breaker, `told` to the model. Both may react to the first
+    event of each kind. `machine.heard` and `machine.told` have the events in their
+    order, each with what could be read at that moment."""
 
     def __init__(self, machine, hears, reactions, raises):
         self.machine, self.hears = machine, hears
@@ -511,7 +512,7 @@ SHORTENING = 0.9375  # with which floats and microseconds are exact
 
 
 class Witness(Model):
-    """The model, which counts how often it comes to where it is interesting."""
+    """The model, which counts how often it comes to each corner."""
 
     shortening = SHORTENING
     is_abandoning = staticmethod(is_abandoning)
@@ -632,11 +633,11 @@ class Witness(Model):
         if claim and not claim.granted and era is not self.era and not found:
             self.reached["the gate half-opened while a claim waited"] += 1
 
-    def begin_era(self, new, by="somebody else"):
+    def begin_era(self, new, by="found"):
         if new.name == self.era.name:
             self.reached[f"{new.name} to {new.name}"] += 1
-        if self.running and self.place in self.running and by in ("hand", "found"):
-            self.reached["moved during a trial"] += 1
+        if self.running and self.place in self.running and by == "hand":
+            self.reached["moved by hand during a trial"] += 1
         if new.name == OPEN and new.failed_trials > 1 and by == "outcome":
             self.reached["a trial failed after another"] += self.grown(new) > 0
         super().begin_era(new, by)
@@ -669,7 +670,7 @@ CORNERS = """
     abandoned within a trial
     a call within a trial that had lost its place
     a call within a trial of an earlier era
-    moved during a trial
+    moved by hand during a trial
     late success
     late failure
     late abandoned
@@ -698,7 +699,7 @@ CORNERS = """
     a listener moved the circuit in success
     a listener moved the circuit in rejected
     a listener moved the circuit in state_change
-    somebody began to listen during a call
+    a listener was added during a call
     let through by a dry run
     a dry run ended during a trial
     a trip in a dry run
@@ -719,7 +720,7 @@ CORNERS_OF_A_FLEET = """
     a grant passed to another call
     the storage was written while a claim waited
     the gate half-opened while a claim waited
-    somebody began to listen while a claim waited
+    a listener was added while a claim waited
 """
 
 
@@ -764,7 +765,7 @@ def drive(how, driver, argument):
 
 
 class Time:
-    """How late it is for the model, by both clocks."""
+    """The time for the model, by both clocks."""
 
     def __init__(self, clock, wall):
         self.clock, self.wall = clock, wall
@@ -775,7 +776,7 @@ class Time:
 
     @property
     def moment(self):
-        """By the clock that the storage measures with."""
+        """The time by the clock that the storage measures with."""
         return self.clock.now + (self.clock.shift if self.wall else 0)
 
 
@@ -793,8 +794,8 @@ def clocks(clock, monkeypatch):
 
     clock.shift = 0
     monkeypatch.setattr(pybreaker, "datetime", Wall)
-    # To format all that is logged would take longer than all the rest.
     pin_shortening(monkeypatch.setattr, SHORTENING)
+    # To format the log's records would take longer than all else.
     quiet = logging.Logger("pybreaker")
     quiet.addHandler(logging.NullHandler())
     monkeypatch.setattr(pybreaker, "logger", quiet)
@@ -812,8 +813,8 @@ sizes = st.sampled_from([None, 2, 3, 5, math.inf])
 spans = st.sampled_from([None, 5, 12, 0.5])
 longest = st.sampled_from([None, 10, 25, 300.0, math.inf])
 
-# Where a call is made: in the context of the code that makes it or in a copy, as in
-# a task, in a new one, or in one of those that there are.
+# Where a call is made: in the context of the code that makes the call or in a copy, as
+# in a task; in a new context; or in one of the machine's three.
 places = st.sampled_from(["here", "here", "copy", "new", 0, 1, 2])
 
 BAD = [
@@ -873,7 +874,7 @@ interrupters = st.sampled_from([
 
 
 WINDOWS = "window_size", "window_seconds"
-SWITCHED = "window_size", "max_reset_timeout"  # off is None, so infinity is not
+SWITCHED = "window_size", "max_reset_timeout"  # None means off, and "inf" infinity
 SHOWN = (
     *("name", "reason", "fail_counter", "fail_max", "success_counter", "dry_run"),
     *("success_threshold", "reset_timeout", "max_reset_timeout", *WINDOWS),
@@ -946,7 +947,7 @@ changes = st.one_of(
 )
 
 
-# What happens while the storage thinks about a claim.
+# What happens while the storage has not answered a claim.
 in_a_claim = st.lists(
     st.one_of(
         step("add_listener", about=listeners),
@@ -961,7 +962,7 @@ answers = st.sampled_from([True, True, True, False])
 
 
 class Circuit(RuleBasedStateMachine):
-    """A breaker and the model of one, which go through the same."""
+    """A breaker and the model of one, which go through the same steps."""
 
     def __init__(self, clock, storage, reached):
         super().__init__()
@@ -1001,10 +1002,10 @@ class Circuit(RuleBasedStateMachine):
         later,
         **arguments,
     ):
-        """A breaker over a storage that somebody may have used before."""
+        """A breaker over a storage that may have been used before."""
         self.storage = STORAGES[self.kind](state)
         time = Time(self.clock, self.kind != "memory")
-        self.watched = watched  # with each step, so that changes are found at once
+        self.watched = watched  # after each step a look finds changes of the storage
         self.model = Witness(time, state, self.reached)
         self.write_counter(count)
         self.write_success_counter(successes)
@@ -1029,10 +1030,10 @@ class Circuit(RuleBasedStateMachine):
         name, arguments = step
         getattr(self, name)(**arguments)
 
-    # Both sides of what is done.
+    # What is done to the breaker and to the model.
 
     def both(self, real, predicted, *args):
-        """Do something to both sides, and see that the same comes of it."""
+        """Do the same to the breaker and to the model, and compare the results."""
         expected = result_of(predicted, *args)
         check_same(result_of(real, *args), expected)
 
@@ -1069,7 +1070,7 @@ class Circuit(RuleBasedStateMachine):
             assert self.storage.released == model.released
 
     def settled(self, flight, exc, value, outcome=None):
-        """What should come of a call's end, for its caller."""
+        """What the caller should get when a call ends."""
         model, told = self.model, exc
         if outcome is None:
             outcome = SUCCESS if exc is None else model.judge(exc)
@@ -1082,7 +1083,7 @@ class Circuit(RuleBasedStateMachine):
         return ("returned", value) if exc is None else ("raised", exc)
 
     def admitted(self, flight, answer=None):
-        """What should come of a call's next step towards its admission."""
+        """What a call's next step towards its admission should give."""
         waits = flight.can_wait and getattr(self.storage, "is_slow", False)
         try:
             flight.admission.send(answer)
@@ -1137,7 +1138,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(way=ways, place=places)
     def begin_a_trial(self, way, place):
-        """Wait as long as that takes, and begin; a running trial is taken over."""
+        """Wait until a trial is due, and begin; a running trial is taken over."""
         self.pass_time("wait")
         self.begin(way, place)
 
@@ -1149,7 +1150,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(way=ways, copied=st.booleans())
     def begin_within(self, way, copied):
-        """Begin a call in the context of the last that has begun."""
+        """Begin a call in the context of the last call that has begun."""
         flights = [f for f in self.flights if f.context not in self.inside]
         if flights:
             context = flights[-1].context
@@ -1164,7 +1165,7 @@ class Circuit(RuleBasedStateMachine):
             self.flights.append(flight)
 
     def take(self, index, ready):
-        """One of the calls in flight; the last ones have the lowest numbers."""
+        """One of the calls in flight; the last calls have the lowest numbers."""
         flights = [flight for flight in reversed(self.flights) if ready(flight)]
         if not flights:
             return None
@@ -1226,7 +1227,7 @@ class Circuit(RuleBasedStateMachine):
     @precondition(lambda self: any(not flight.call for flight in self.flights))
     @rule(index=indexes, exc=exceptions)
     def cancel(self, index, exc):
-        """A call is given up that waits for the storage."""
+        """A call that waits for the storage is given up."""
         flight = self.take(index, lambda flight: not flight.call)
         exc = exc()
         predicted = result_of(flight.admission.throw, exc)
@@ -1252,7 +1253,7 @@ class Circuit(RuleBasedStateMachine):
             self.do(step)
             self.agrees()
         if not heard and self.listeners:
-            self.reached["somebody began to listen while a claim waited"] += 1
+            self.reached["a listener was added while a claim waited"] += 1
         if claim not in self.flights:
             return
         self.flights.remove(claim)
@@ -1277,7 +1278,7 @@ class Circuit(RuleBasedStateMachine):
                     self.do(step)
                     self.agrees()
             except AssertionError as wrong:
-                self.wrong = wrong  # the breaker may hide it
+                self.wrong = wrong  # the breaker may catch it
                 raise
             ends.append(self.settled(flight, exc, "value"))
             return end_with(exc or "value")
@@ -1322,7 +1323,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(which=st.sampled_from(["wait", "wait", "almost", "some"]))
     def pass_time(self, which):
-        """To the end of what there is to wait for, or less, or whatever."""
+        """To the end of `retry_after`, or almost, or any time."""
         wait = self.model.retry_after
         if which == "some" or wait == math.inf:
             self.clock.advance(4.5)
@@ -1353,7 +1354,7 @@ class Circuit(RuleBasedStateMachine):
             real = functools.partial(move, self.breaker, name)
         expected = result_of(self.model.move, name)
         actual = result_of(real)
-        if actual[0] == "returned":  # open() says something else
+        if actual[0] == "returned":  # open() returns something else
             assert expected[0] == "returned"
         else:
             check_same(actual, expected)
@@ -1375,7 +1376,7 @@ class Circuit(RuleBasedStateMachine):
     def refuse(self, setting):
         """A setter that refuses changes nothing."""
         name, value, error = setting
-        # To read the state is to look at the storage.
+        # The state is not read, as that would be a look at the storage.
         before = None if name == "state" else getattr(self.breaker, name, None)
         with pytest.raises(error, match=name):
             setattr(self.breaker, name, value)
@@ -1390,13 +1391,13 @@ class Circuit(RuleBasedStateMachine):
     @precondition(lambda self: self.flights and not self.listeners)
     @rule(about=listeners, name=st.one_of(st.none(), states), index=indexes)
     def begin_to_listen(self, about, name, index):
-        """A listener is added while a call runs that began without listeners."""
+        """A listener is added during a call that began without listeners."""
         if name is not None:
             self.model.move(name)
             move(self.breaker, name)
         self.add_listener(about)
         self.end(index, "send", None)
-        self.reached["somebody began to listen during a call"] += 1
+        self.reached["a listener was added during a call"] += 1
 
     @rule(about=interrupters, way=plain_ways, exc=endings)
     def interrupt(self, about, way, exc):
@@ -1445,7 +1446,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(way=plain_ways, excluded=st.sampled_from(KINDS))
     def fail_by_result(self, way, excluded):
-        """A call fails by its result, of which no exclusion is asked."""
+        """A call fails by its result, whatever is excluded."""
         self.add_exclusion(excluded)
         self.judge_results_by((str, True))
         self.set(("fail_max", 1))
@@ -1493,7 +1494,7 @@ class Circuit(RuleBasedStateMachine):
 
     @rule(step=changes)
     def change(self, step):
-        """What is done less often."""
+        """Make one of the changes that are made less often."""
         self.do(step)
 
     # A storage that others write.
@@ -1509,8 +1510,8 @@ class Circuit(RuleBasedStateMachine):
     @rule(name=states)
     def write_state(self, name):
         """Others move the circuit. In memory the breaker looks at once, as a quiet call
-        leaves the look to the next call. Where time forgets failures, the others write
-        how many are left, as a look writes nothing."""
+        leaves the look to the next call. With `window_seconds` the others write how
+        many failures are left, as a look writes nothing."""
         if self.model.window_seconds is not None:
             self.storage.counter = self.model.fail_counter
         self.storage.state = self.model.stored = name
@@ -1518,7 +1519,7 @@ class Circuit(RuleBasedStateMachine):
             self.look()
 
     def write_counter(self, count):
-        """Others count. (By whose window, if there is one, is not said.)"""
+        """Others count. (By whose window they would, the rules do not say.)"""
         if self.model.has_window():
             return
         self.model.fail_counter = count
@@ -1534,7 +1535,7 @@ class Circuit(RuleBasedStateMachine):
             self.storage.increment_success_counter()
 
     def write_opened_at(self, seconds, naive):
-        """Others have opened the circuit, so many seconds ago."""
+        """Others have opened the circuit, `seconds` seconds ago."""
         moment = self.model.opened = None
         if seconds is not None:
             self.model.opened = self.model.clock.moment - seconds
@@ -1548,14 +1549,14 @@ class Circuit(RuleBasedStateMachine):
     @precondition(lambda self: self.kind == "fleet")
     @rule(grants=st.sampled_from([True, True, False]), is_slow=st.booleans())
     def share(self, grants, is_slow):
-        """The fleet is quick or slow, and generous or not."""
+        """The storage answers claims at once or later, and grants them or not."""
         self.storage.grants, self.storage.is_slow = grants, is_slow
 
     # Driving by hand.
 
     @rule(place=places, waits=st.booleans())
     def gate(self, place, waits):
-        """Code that asks whether a call would be rejected, and then runs it."""
+        """Code asks the state by `before_call` whether a call would be rejected."""
         if waits:
             self.pass_time("wait")
         context, state = self.context(place), state_of(self.breaker)
@@ -1565,7 +1566,7 @@ class Circuit(RuleBasedStateMachine):
     @precondition(lambda self: self.seen)
     @rule(index=indexes, exc=endings, reraise=st.booleans())
     def handle(self, index, exc, reraise):
-        """Code that says how the call ended, to a state that it holds."""
+        """Code tells a state that it holds how a call ended."""
         era, state = self.held(index)
         exc = exc and exc()
 
@@ -1583,10 +1584,10 @@ class Circuit(RuleBasedStateMachine):
     @precondition(lambda self: self.seen and not self.model.is_moved())
     @rule(index=indexes, fails=st.booleans())
     def decide(self, index, fails):
-        """Code that counts by itself and lets the state decide."""
+        """Code counts a failure itself, and lets the state decide."""
         era, state = self.held(index)
         if self.model.has_window() and era is not self.model.era:
-            return  # when a failure was counted that is of no era is not said
+            return  # the rules do not say when a failure of no era was counted
         exc = Boom()
 
         def decided():
@@ -1606,7 +1607,7 @@ class Circuit(RuleBasedStateMachine):
         self.both(decide, decided)
 
     def held(self, index):
-        """One of the last states, with its era."""
+        """One of the last three states, with its era."""
         return list(self.seen.items())[-1 - index % min(3, len(self.seen))]
 
     def teardown(self):
@@ -1616,8 +1617,8 @@ class Circuit(RuleBasedStateMachine):
 
 
 def search(clocks, kind, reached):
-    """Let Hypothesis look for a difference, with one seed after the other, and
-    count how often it came where."""
+    """Let Hypothesis look for a difference, with one seed after the other, and count
+    how often the search came to each corner."""
     python = sys.implementation.name, *sys.version_info[:2]
     chance = random.SystemRandom() if DEEP else random.Random(f"{kind} {python}")
     while True:
@@ -1630,7 +1631,7 @@ def search(clocks, kind, reached):
 
 @pytest.mark.parametrize("kind", list(STORAGES))
 def test_the_library_does_what_the_model_says(clocks, kind, record_property):
-    """A search that may take its time also reaches each corner."""
+    """A search that is not brief also reaches each corner."""
     reached = collections.Counter()
     of_a_kind = {"fleet": CORNERS_OF_A_FLEET, "memory": CORNERS_OF_A_WINDOW}
     corners = CORNERS + of_a_kind.get(kind, "")
