@@ -707,7 +707,7 @@ def test_transitions_are_told_with_their_reasons(client, weather, clock):
     ]
 
 
-def test_what_a_call_does_meanwhile_is_not_put_down_to_the_operator(client, weather):
+def test_transition_by_a_call_does_not_get_the_operators_reason(client, weather):
     """A transition that a call makes in the thread of the request does not have the
     operator's reason."""
 
@@ -884,7 +884,7 @@ def test_minutes_that_were_typed_beside_the_question_are_kept(
     assert (row.typed["minutes"], row.is_unfolded) == ("90", True)
 
 
-def test_no_is_an_answer(client, weather):
+def test_answering_no_leaves_the_circuit_as_it_is(client, weather):
     """After a no the question is gone, the circuit has not moved, and the page keeps
     what was typed."""
     page = client.press(client.page(), "weather", "Hold open")
@@ -1012,7 +1012,7 @@ def test_settings_are_changed(client, weather):
     assert "fail_max = 20 was set by 127.0.0.1 at " in page.row("weather").story
 
 
-def test_setting_can_be_switched_off_by_that_word_or_by_an_empty_field(client, weather):
+def test_setting_is_switched_off_by_the_word_off_or_an_empty_field(client, weather):
     """The word "off" or an empty field switches off a setting that the library can
     switch off."""
     weather.window_size, weather.window_seconds = 10, 60
@@ -1228,7 +1228,7 @@ def test_notice_tells_that_the_program_has_changed_the_value_meanwhile(client, w
     assert said.startswith("meanwhile 60, set by the program")
 
 
-def test_what_is_typed_elsewhere_outlives_any_button(client, weather, payments):
+def test_typed_text_outlives_every_other_button(client, weather, payments):
     """A typed text outlives another button of its row, a button of another row, a
     question, an answer and an error."""
     page = client.page()
@@ -1309,7 +1309,7 @@ def test_breaker_that_is_gone_is_not_another_one(serve):
 @pytest.mark.parametrize(
     "button", ["Save the settings", "Close, let all calls through"]
 )
-def test_what_was_typed_for_a_breaker_that_is_gone_is_told_by_any_button(
+def test_text_typed_for_a_breaker_that_is_gone_is_told_by_any_button(
     serve, weather, button
 ):
     """A button of another row does what the button says, and the page tells what was
@@ -1344,7 +1344,7 @@ def test_page_of_another_process_changes_nothing_and_loses_nothing(serve, weathe
 
 
 @pytest.mark.parametrize("is_restarted", [True, False])
-def test_page_with_many_breakers_is_taken_when_they_are_gone(
+def test_page_with_many_breakers_is_accepted_when_they_are_gone(
     serve, weather, is_restarted
 ):
     """The form of the page is not too long when a program has dropped breakers or makes
@@ -1606,7 +1606,7 @@ def test_entity_tag_changes_with_settings_and_states_and_not_with_counts(
     assert len(set(tags)) == 4
 
 
-def test_change_that_was_decided_on_something_older_is_refused(client, weather):
+def test_change_with_an_older_entity_tag_is_refused(client, weather):
     """The header If-Match of a script names the entity tag that the script has seen."""
     tag = client.get("/breakers/weather").headers["ETag"]
     patch = partial(client.patch, "/breakers/weather", {"fail_max": 9})
@@ -1730,7 +1730,7 @@ class CountingStorage(pybreaker.CircuitBreakerStorage):
         self.failures = 0
 
 
-def test_what_only_a_storage_refuses_keeps_the_others_from_being_set_too(serve):
+def test_patch_with_a_value_that_only_a_storage_refuses_sets_nothing(serve):
     """The error of the library tells the limit of the storage."""
     breaker = CircuitBreaker(name="shared", state_storage=CountingStorage())
     client = serve(Console([breaker]))
@@ -2122,7 +2122,7 @@ def test_server_keeps_nothing_of_a_client_that_was_answered(client, monkeypatch)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\r\n\r\n", b"\x16\x03\x01\x00", b"GET\r\n\r\n"])
-def test_what_is_no_request_does_no_harm(client, raw):
+def test_bytes_that_are_no_request_do_no_harm(client, raw):
     """The server goes on after a port scan, a TLS client and a client that hangs up."""
     client.send(raw)
     assert client.get("/breakers").status == 200
@@ -2201,7 +2201,7 @@ def test_page_of_another_site_changes_nothing(
     ],
     ids=str,
 )
-def test_own_page_and_clients_that_are_no_browsers_are_served(
+def test_consoles_own_page_and_clients_without_an_origin_are_served(
     client, weather, method, path, body, headers
 ):
     """A client that is no browser sends no Origin."""
@@ -2252,13 +2252,13 @@ def test_request_without_a_host_is_refused(client, weather):
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:80", "127.0.0.1:8300", "[::1]:8300", "[::1]"]
 )
-def test_loopback_is_known_by_its_names(client, host):
+def test_names_of_the_loopback_host_are_accepted(client, host):
     """The port in the Host header may be any port, because a proxy may forward the
     port."""
     assert client.ask("GET", "/breakers", headers={"Host": host}).status == 200
 
 
-def test_other_hosts_have_to_be_given(serve, weather):
+def test_other_hosts_have_to_be_given_to_the_console(serve, weather):
     """The console then answers to the given hosts alone, in upper or lower case."""
     client = serve(Console([weather], hosts=["Ops.Example"]))
     for host, status in ("ops.example:443", 200), ("localhost", 403):
@@ -2531,7 +2531,7 @@ def ask_as(console, **environ):
         ({"REMOTE_ADDR": ""}, "unknown"),
     ],
 )
-def test_who_asked_is_the_user_or_the_address_behind_a_trusted_proxy(
+def test_reason_names_the_user_or_the_address_behind_a_trusted_proxy(
     weather, environ, who
 ):
     """The console does not believe addresses that the client may have made up."""
@@ -2717,7 +2717,7 @@ def test_unfinished_head_is_not_served(serve, raw):
     assert served == []
 
 
-def test_head_has_an_end(client):
+def test_head_that_is_too_long_is_refused(client):
     """The server answers a head below the limit and refuses a longer head."""
     fields = b"X: %b\r\n" % (b"x" * (module.MAX_HEAD // 4))
     assert "200 OK" in client.send(HEAD + 3 * fields + b"\r\n")
@@ -2799,7 +2799,7 @@ def check_others_wait(client, monkeypatch):
     until(has_to_wait, patience=5, pause=0.5)
 
 
-def test_accept_that_fails_pauses(weather, monkeypatch):
+def test_server_pauses_when_accept_fails(weather, monkeypatch):
     """Without file descriptors the server pauses, and goes on when there are
     descriptors again."""
     monkeypatch.setattr(module, "ACCEPT_PAUSE", 0.05)

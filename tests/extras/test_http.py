@@ -129,9 +129,7 @@ def test_an_unhashable_key_is_a_type_error_that_names_it(make_client, service):
 
 
 @for_each_client
-def test_what_a_subclass_raises_while_it_makes_a_breaker_is_left_alone(
-    make_client, service
-):
+def test_an_exception_of_make_in_a_subclass_reaches_the_caller(make_client, service):
     class Picky(CircuitBreakers):
         def make(self, key):
             raise TypeError("no such host")
@@ -288,7 +286,7 @@ def test_urllib3_full_pool_counts_for_nothing(is_wrapped):
 
 
 @for_each_client
-def test_a_mistake_gives_the_place_of_the_trial_back(make_client, service):
+def test_a_trial_with_a_mistake_in_its_url_gives_the_place_back(make_client, service):
     breakers = CircuitBreakers(fail_max=1, reset_timeout=0)
     client = make_client(breakers, key=lambda request: "all")
     breakers["all"].half_open()
@@ -389,7 +387,7 @@ def test_a_rejection_survives_pickling_with_its_text(make_client, service):
     assert copy.breaker is None
 
 
-def test_a_rejection_with_a_request_that_cannot_be_pickled_can_be():
+def test_a_rejection_is_pickled_without_a_request_that_cannot_be():
     requests = pytest.importorskip("requests")
     breakers = CircuitBreakers()
     breakers["example.org:80"].open()
@@ -542,7 +540,7 @@ def opened(make_client, service, text, **settings):
 
 
 @for_each_client
-def test_a_retry_after_opens_the_circuit_for_so_long(make_client, service):
+def test_a_retry_after_opens_the_circuit_for_its_seconds(make_client, service):
     breakers = CircuitBreakers()
     client = make_client(breakers)
     client.get(f"{service.url}/status/503?after=120")
@@ -650,7 +648,9 @@ def test_a_retry_after_lengthens_the_opening_that_its_failure_makes(
 
 
 @for_each_client
-def test_a_retry_after_of_a_trial_opens_the_circuit_for_so_long(make_client, service):
+def test_a_retry_after_of_a_trial_opens_the_circuit_for_its_seconds(
+    make_client, service
+):
     breakers = CircuitBreakers()
     breakers[service.key].half_open()
     make_client(breakers).get(f"{service.url}/status/503?after=120")
@@ -692,9 +692,7 @@ def test_a_retry_after_from_another_era_is_late(make_client, service, move):
 
 
 @for_each_client
-def test_a_retry_after_opens_no_circuit_that_somebody_closed_meanwhile(
-    make_client, service
-):
+def test_a_retry_after_opens_no_circuit_that_a_listener_closed(make_client, service):
     class Closing(pybreaker.CircuitBreakerListener):
         def failure(self, cb, exc):
             cb.close()
@@ -1106,7 +1104,7 @@ class CoroutineFunction:
         CoroutineFunction(),
     ],
 )
-def test_a_key_function_whose_result_nobody_would_run_is_refused(make_client, key):
+def test_a_key_that_is_no_plain_function_is_refused(make_client, key):
     """Otherwise each request would have a key, and so a breaker, of its own."""
     make_client()  # which skips the test where the package is missing
     with pytest.raises(TypeError, match="key must be a plain function"):
@@ -1124,7 +1122,7 @@ def make_layer(make_client, breakers, **settings):
 
 
 @pytest.mark.parametrize("transport", [1, "x", object(), type])
-def test_a_transport_that_is_none_is_refused(transport):
+def test_an_object_that_is_no_transport_is_refused(transport):
     httpx = pytest.importorskip("httpx")
     for layer in (http.BreakerTransport, http.AsyncBreakerTransport):
         with pytest.raises(TypeError, match="transport must be an httpx"):
@@ -1139,7 +1137,7 @@ def test_a_transport_that_is_none_is_refused(transport):
 
 
 @pytest.mark.parametrize("adapter", [1, "x", object(), type])
-def test_an_adapter_that_is_none_is_refused(adapter):
+def test_an_object_that_is_no_adapter_is_refused(adapter):
     pytest.importorskip("requests")
     with pytest.raises(TypeError, match="adapter must be a requests"):
         http.BreakerAdapter(CircuitBreakers(), adapter=adapter)

@@ -1037,7 +1037,7 @@ def test_breakers_that_cannot_be_shown_are_refused(registry, scrape, breakers):
     assert scrape().text == ""
 
 
-def test_watch_takes_all_or_none(metrics):
+def test_watch_takes_all_breakers_or_none(metrics):
     """If one argument is no breaker, watch() raises a TypeError that shows the
     argument."""
     breaker = CircuitBreaker()
@@ -1046,7 +1046,7 @@ def test_watch_takes_all_or_none(metrics):
     assert breaker.listeners == ()
 
 
-def test_what_to_install_is_said_where_prometheus_client_is_missing():
+def test_error_says_what_to_install_where_prometheus_client_is_missing():
     """The error names the package and the command that installs the package."""
     code = """
         import sys

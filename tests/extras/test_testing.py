@@ -85,7 +85,7 @@ def test_a_trial_that_is_left_behind_loses_its_place():
     left.close()
 
 
-def test_settings_and_listeners_are_what_they_were():
+def test_settings_and_listeners_are_restored_when_the_block_ends():
     listener, other, counts = Listener(), Listener(), KeyError
     breaker = CircuitBreaker(
         fail_max=3, reset_timeout=10, exclude=[counts], listeners=[listener], name="db"
@@ -115,7 +115,7 @@ def test_settings_and_listeners_are_what_they_were():
         assert each.throw_new_error_on_trip is True
 
 
-def test_nobody_is_told_when_the_block_ends(caplog):
+def test_no_listener_is_told_when_the_block_ends(caplog):
     caplog.set_level(logging.DEBUG)
     listener, calls = Listener(), []
 
@@ -159,7 +159,7 @@ def test_a_breaker_on_a_shared_storage_is_left_alone():
     assert (breaker.current_state, breaker.fail_max) == ("open", 6)
 
 
-def test_breakers_of_a_mapping_can_still_not_be_told_from_new_ones():
+def test_restored_breakers_of_a_mapping_cannot_be_told_from_new_ones():
     breakers = CircuitBreakers(maxsize=1)
     with restoring_breakers():
         breakers["a"].open()
@@ -316,7 +316,7 @@ def test_a_length_that_is_drawn_anew_has_passed_as_well(make_storage):
         assert breaker.retry_after == 0
 
 
-def test_a_trial_that_fails_after_that_opens_the_circuit_for_its_full_time():
+def test_a_trial_that_fails_after_let_timeout_pass_opens_for_the_full_time():
     breaker = CircuitBreaker(fail_max=1, reset_timeout=60)
     breaker.open(1000)
     let_timeout_pass(breaker)

@@ -149,7 +149,7 @@ def test_outage_shows_the_circuit_opening_and_closing_again(transitions):
 
 
 def test_outage_gives_the_reason_of_each_transition(transitions):
-    """The count, the timeout, or how the trial went, with the last failure."""
+    """A reason is the count, the timeout, or the end of the trial with its failure."""
     reasons = {
         "OPEN": r"(5 failures in a row; the last|the trial failed): .+",
         "HALF-OPEN": r"the timeout has passed",
@@ -168,14 +168,14 @@ def test_outage_shows_what_the_calls_came_to(signs, table, side):
 
 
 @pytest.mark.parametrize("part", [1, 2, 3], ids=["refusing", "failing", "slow"])
-def test_outage_is_one_for_those_without_a_breaker(signs, part):
+def test_outage_fails_the_calls_without_a_breaker(signs, part):
     """Whatever the trouble, few calls succeed but those already on their way."""
     _, without = signs[part]
     assert without.count("x") > without.count(".")
 
 
 def test_outage_counts_the_calls_that_opened_the_circuit_as_failed(table, transitions):
-    """Five failures come before an opening, and one is each trial that fails."""
+    """An opening takes five failures, or one trial that fails."""
     reasons = [reason for state, reason in transitions if state == "OPEN"]
     first = sum(reason.startswith("5 failures in a row") for reason in reasons)
     assert table["failed"][0] >= 5 * first + (len(reasons) - first)
@@ -183,7 +183,7 @@ def test_outage_counts_the_calls_that_opened_the_circuit_as_failed(table, transi
 
 @pytest.mark.parametrize("side", [0, 1], ids=["with a breaker", "without"])
 def test_the_table_of_outage_adds_up(table, side):
-    """Each call that was asked for is in one place, and so is each admitted one."""
+    """Each call is rejected or admitted; each admitted call succeeds or fails."""
     number = {label: numbers[side] for label, numbers in table.items()}
     assert number["calls asked for"] == number["rejected"] + number["admitted"]
     assert number["admitted"] == number["succeeded"] + number["failed"]
@@ -210,28 +210,28 @@ def test_outage_rejects_calls_with_the_breaker_alone(table):
 def test_outage_saves_what_the_run_without_a_breaker_spends_more(
     table, saved, spent, rounding
 ):
-    """What is saved is the difference of the two runs; the run without a breaker
-    saves nothing."""
+    """The saving is the difference of the two runs; the run without a breaker saves
+    nothing."""
     with_breaker, without = table[spent]
     assert table[saved][0] == pytest.approx(without - with_breaker, abs=rounding)
     assert table[saved][1] == 0
 
 
 def test_outage_makes_callers_wait_who_have_no_breaker(signs, table):
-    """Each answer that came too late took 0.1 s of waiting; half of them is a
-    bound that calls from before, which failed sooner, do not touch."""
+    """Each answer that comes too late takes 0.1 s of waiting. Half of the failed calls
+    are the bound, as calls of the part before failed sooner."""
     _, without = signs[3]
     assert table["time callers waited for nothing"][1] >= without.count("x") / 2 * 0.1
 
 
 def hear_ctrl_c():
-    """Where the tests run in the background, it is ignored."""
+    """Make Ctrl-C stop this process, even if the tests run in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a signal like that of Ctrl-C")
 def test_ctrl_c_ends_outage_at_once_and_without_a_traceback():
-    """In the middle of the story it says that it stops, and no more."""
+    """In the middle of the story the program says that it stops, and no more."""
     process = subprocess.Popen(
         [sys.executable, OUTAGE],
         env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
@@ -384,7 +384,7 @@ def test_fleet_prints_plain_text_into_a_pipe(fleets):
 
 @pytest.mark.parametrize("side", [0, 1], ids=["a circuit each", "one circuit"])
 def test_fleet_shows_both_fleets_open_and_closed_again(fleet_story, side):
-    """All four processes of each are closed, then open, then closed."""
+    """All four processes of each fleet are closed, then open, then closed."""
     circuits = [row[2 + side][0] for row in fleet_story]
     assert circuits[0] == circuits[-1] == "CCCC"
     assert "OOOO" in circuits
@@ -394,7 +394,7 @@ def test_fleet_shows_both_fleets_open_and_closed_again(fleet_story, side):
 def test_the_table_of_fleet_says_what_its_timeline_shows(
     fleet_story, fleet_table, side
 ):
-    """The calls of the outage, but for those that end while it does."""
+    """Timeline and table count the same calls, but for a few at the outage's ends."""
     in_outage = "".join(
         row[2 + side][1] for row in fleet_story if row[0] == "hangs up on everybody"
     )
@@ -408,8 +408,8 @@ def test_the_table_of_fleet_says_what_its_timeline_shows(
 
 
 def test_fleet_with_one_circuit_fails_less_until_all_refuse(fleet_table):
-    """Apart it takes five failures for each; together five, and what the others
-    have under way or tell each other late."""
+    """Four circuits take five failures each. One circuit takes five, and the calls that
+    fail until all processes know."""
     alone, shared = fleet_table["before all had opened"]
     assert alone == 4 * 5
     assert 5 <= shared < alone
@@ -440,8 +440,8 @@ def test_fleet_with_one_circuit_sends_one_trial_for_each_timeout(
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_fleet_can_be_stopped_and_stops_all_that_it_has_started(where_servers_are, end):
-    """In the middle of the story it says that it stops, and no more. As long as
-    another process has standard error, communicate() does not return."""
+    """In the middle of the story the program says that it stops, and no more. As long
+    as another process has standard error, communicate() does not return."""
     process = subprocess.Popen(
         [sys.executable, FLEET],
         env=where_servers_are,
@@ -466,7 +466,7 @@ def test_fleet_can_be_stopped_and_stops_all_that_it_has_started(where_servers_ar
 
 
 def test_fleet_says_what_it_needs_where_there_is_no_server(tmp_path):
-    """In a line, before anything is begun."""
+    """One line says so, before any process is started."""
     fleet = subprocess.run(
         [sys.executable, "-I", "-S", FLEET, "--fast"],
         env={**os.environ, "PATH": str(tmp_path)},
@@ -484,7 +484,7 @@ def test_fleet_says_what_it_needs_where_there_is_no_server(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a signal like that of Ctrl-C")
 def test_prometheus_metrics_serves_until_ctrl_c(tmp_path):
-    """The demo's breaker is at the address that it prints, with counters."""
+    """The demo's breaker is at the address that the demo prints, with counters."""
     pytest.importorskip("prometheus_client")
     process = subprocess.Popen(
         [sys.executable, EXAMPLES / "prometheus_metrics.py"],

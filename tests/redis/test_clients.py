@@ -366,14 +366,14 @@ class NoClient:
     ],
     ids=lambda thing: type(thing).__name__,
 )
-def test_something_else_is_refused_with_word_of_what_is_needed(thing):
+def test_an_object_that_is_no_client_is_refused_with_what_is_needed(thing):
     """The storage raises at once, before a thread is started."""
     with pytest.raises(TypeError, match="redis_object") as caught:
         CircuitRedisStorage("closed", thing)
     assert "Redis" in str(caught.value)
 
 
-def test_a_client_of_ones_own_class_will_do(server, share, closing):
+def test_a_client_may_be_of_a_subclass(server, share, closing):
     """Instrumented clients are of subclasses."""
     commands = []
 
@@ -385,7 +385,7 @@ def test_a_client_of_ones_own_class_will_do(server, share, closing):
     share(lambda: closing(Counted(port=server.port)))
 
 
-def test_the_client_is_the_programs_to_close(server, namespace, closing):
+def test_a_program_may_close_its_client(server, namespace, closing):
     """A program that closes its client does no harm: the client connects again."""
     client = closing(redis.Redis(port=server.port))
     storage = CircuitRedisStorage("closed", client, namespace, refresh=0.05)

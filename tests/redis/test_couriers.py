@@ -102,7 +102,7 @@ def test_circuits_without_calls_make_one_round_trip_for_each_refresh(server, cir
     assert len(breakers) == 10
 
 
-def test_what_one_circuit_has_to_say_travels_without_the_others(
+def test_news_of_one_circuit_travels_without_the_other_circuits(
     server, circuit, namespace, key
 ):
     """An opening and a trial of one circuit among two hundred are as quick as those of
@@ -319,7 +319,7 @@ class TestSmallestRefresh:
         clock.advance(2)
         assert courier.make_pass() == 60
 
-    def test_a_pass_for_nobody_asks_redis_nothing(self, clock):
+    def test_a_pass_with_no_storage_due_asks_redis_nothing(self, clock):
         client = stepwise.Client(stepwise.Redis(clock))
         storage = self.storage(client, 60, "slow")
         clock.advance(1)

@@ -300,9 +300,7 @@ def test_a_process_that_starts_while_redis_is_away_joins_the_fleet_later(
     assert about_redis(early) == []
 
 
-def test_a_server_that_comes_and_goes_is_told_of_each_time(
-    server, proxies, service, fleet_of
-):
+def test_each_absence_of_a_server_is_logged(server, proxies, service, fleet_of):
     """Each time that Redis is away makes two log records."""
     proxy = proxies(server)
     (worker,) = fleet_of(proxy.port, 1, storage={"refresh": 0.05}, unhurried=True)
@@ -313,7 +311,7 @@ def test_a_server_that_comes_and_goes_is_told_of_each_time(
         until(lambda: about_redis(worker) == ["WARNING", "INFO"] * times)  # noqa: B023
 
 
-def test_the_lines_name_nothing_secret(server, fleet_of, proxies):
+def test_log_records_name_no_password(server, fleet_of, proxies):
     """No log record has the password that the client was given."""
     proxy = proxies(server)
     (worker,) = fleet_of(

@@ -193,7 +193,7 @@ def test_an_idle_process_learns_of_an_opening_within_two_refreshes(workers):
     until(learns_in_time)
 
 
-def test_a_bad_host_shuts_nobody_else_out(workers, service):
+def test_a_bad_host_opens_no_circuit_of_another_host(workers, service):
     """All calls of one host fail because of its network, and no calls of the other
     hosts fail."""
     good = workers(3, fail_max=3, storage={"refresh": 0.1})
@@ -268,7 +268,7 @@ def test_half_a_fleet_may_be_of_the_old_release(mixed, service, server, namespac
         assert about_redis(worker) == []
 
 
-def test_old_and_new_count_together(mixed, service, server, namespace):
+def test_old_and_new_processes_share_one_count(mixed, service, server, namespace):
     """Old and new processes add to one count, and each kind opens the circuit for the
     other."""
     ours, theirs = mixed()

@@ -371,7 +371,7 @@ def orders(scenario, clock, steps="lines", **version):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-def test_what_is_done_with_the_lock_is_done_at_one_moment(
+def test_steps_with_the_lock_held_happen_at_one_moment(
     scenario, steps, clock, record_property
 ):
     """No order of steps has an outcome that no order of whole moments has."""
@@ -409,7 +409,9 @@ class Watched(pybreaker.CircuitRedisStorage):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-def test_what_threads_share_is_used_with_the_lock_held(scenario, clock, monkeypatch):
+def test_objects_that_threads_share_are_used_with_the_lock_held(
+    scenario, clock, monkeypatch
+):
     """The rule holds also where a use without the lock would do no harm."""
     monkeypatch.setattr(stepwise, "CircuitRedisStorage", Watched)
     with Race(scenario, clock, "moments") as race:

@@ -407,7 +407,7 @@ def test_a_count_may_be_set(process, keys, count):
 
 
 @pytest.mark.parametrize("when", ["before it", "during it", "after it"])
-def test_failures_that_could_not_be_sent_stay_here(process, keys, when):
+def test_failures_that_could_not_be_sent_stay_in_their_process(process, keys, when):
     """A count that was set by hand stays in the process, too: the fleet has gone on
     without it."""
     mine = process(fail_max=10)
@@ -444,7 +444,7 @@ def test_what_is_counted_while_an_exchange_fails_is_newer_than_its_outbox(
 
 
 @pytest.mark.parametrize("when", ["before it", "during it", "after it"])
-def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
+def test_a_success_that_could_not_be_sent_is_sent_later(process, keys, when):
     mine = process()
     fail(mine.breaker, 2)
     mine.makes_passes()
@@ -461,9 +461,7 @@ def test_a_success_that_could_not_be_sent_is_said_later(process, keys, when):
 
 
 @pytest.mark.parametrize("when", ["before it", "during it"])
-def test_a_failure_after_a_success_that_could_not_be_sent_does_not_hide_it(
-    process, keys, when
-):
+def test_a_failure_does_not_hide_a_success_that_could_not_be_sent(process, keys, when):
     """The failure itself stays in the process, as other failures do."""
     mine = process()
     fail(mine.breaker, 2)
@@ -479,7 +477,7 @@ def test_a_failure_after_a_success_that_could_not_be_sent_does_not_hide_it(
     assert keys["fail_counter"] == "0"
 
 
-def test_who_was_away_and_made_no_move_sets_no_count_back(process, keys):
+def test_a_process_that_made_no_move_while_away_resets_no_count(process, keys):
     mine = process(success_threshold=3)
     mine.is_cut_off()
     keys.texts.update(fail_counter="2", success_counter="1")
@@ -487,7 +485,7 @@ def test_who_was_away_and_made_no_move_sets_no_count_back(process, keys):
     assert (keys["fail_counter"], keys["success_counter"]) == ("2", "1")
 
 
-def test_who_has_opened_while_away_sets_no_failures_back(process, keys, said):
+def test_a_process_that_opened_while_away_resets_no_failures(process, keys, said):
     """The process set only the state, so its opening has no moment, in Redis either."""
     mine = process()
     mine.is_cut_off()
@@ -499,7 +497,7 @@ def test_who_has_opened_while_away_sets_no_failures_back(process, keys, said):
     assert levels(said) == ["WARNING", "INFO"]  # nothing was mended
 
 
-def test_who_has_closed_while_away_sets_all_counts_back(process, keys, said):
+def test_a_process_that_closed_while_away_resets_all_counts(process, keys, said):
     """This holds also where the count of the process was 0, and whichever process wrote
     the state."""
     mine = process()
@@ -511,7 +509,7 @@ def test_who_has_closed_while_away_sets_all_counts_back(process, keys, said):
     assert levels(said) == ["WARNING", "INFO"]  # nothing was mended
 
 
-def test_who_moves_and_was_not_away_sets_back_what_the_breaker_says(process, keys):
+def test_a_move_while_redis_answers_resets_no_count_by_itself(process, keys):
     mine = process()
     keys.texts.update(fail_counter="2", success_counter="1")
     mine.makes_passes()
@@ -534,7 +532,7 @@ def test_a_move_that_could_not_be_sent_is_sent_later_with_its_moment(
     assert (keys["state"], keys["opened_at"]) == ("open", "5")
 
 
-def test_a_move_is_no_opening_and_says_nothing_of_one(process):
+def test_a_move_that_is_no_opening_writes_no_moment_of_opening(process):
     mine = process()
     mine.breaker.half_open()
     mine.makes_passes()
@@ -543,7 +541,7 @@ def test_a_move_is_no_opening_and_says_nothing_of_one(process):
     assert mine.client.sent_to("opened_at") == []
 
 
-def test_nobody_sees_a_circuit_open_that_has_no_moment_of_opening(process, keys):
+def test_a_circuit_that_is_open_in_redis_has_its_moment_of_opening(process, keys):
     """The courier writes the moment before the state, both for a move and after a
     flush."""
     mine = process()
@@ -586,14 +584,14 @@ def test_a_moment_of_opening_that_is_set_is_sent_at_once(process, keys, clock):
     ],
     ids=["a move", "a count", "a claim", "a claim to give back"],
 )
-def test_the_courier_goes_again_at_once_for_what_came_in_meanwhile(process, add):
+def test_the_courier_goes_again_at_once_for_news_during_its_pass(process, add):
     mine = process()
     mine.client.meanwhile = lambda: add(mine)
     assert mine.makes_passes() == 0.0
     assert mine.makes_passes() == REFRESH
 
 
-def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
+def test_a_process_that_redis_never_answered_sends_its_moves_later(
     process, keys, clock
 ):
     """The process's own circuit was open, and a trial has closed the circuit."""
@@ -606,7 +604,7 @@ def test_a_process_that_has_never_heard_of_redis_tells_it_of_its_moves(
     assert keys["state"] == "closed"
 
 
-def test_the_moment_that_is_sent_is_that_of_the_move_that_is_sent(process, keys, clock):
+def test_a_move_is_sent_with_its_own_moment(process, keys, clock):
     """The circuit may move again while the courier asks for the time of Redis."""
     mine = process()
     mine.breaker.open()
@@ -625,14 +623,14 @@ def test_the_moment_that_is_sent_is_that_of_the_move_that_is_sent(process, keys,
     assert keys["opened_at"] == "12"
 
 
-def test_a_moment_that_is_set_by_a_process_that_is_open_alone_stays_here(apart, keys):
+def test_a_process_that_is_open_alone_sends_no_moment_that_is_set(apart, keys):
     mine, _ = apart
     mine.storage.opened_at = mine.storage.opened_at
     mine.makes_passes()
     assert keys["opened_at"] is None
 
 
-def test_who_closes_by_hand_what_was_open_alone_tells_all(apart, keys):
+def test_a_move_by_hand_of_a_process_that_is_open_alone_reaches_the_fleet(apart, keys):
     """An operator who closes one circuit means the circuit of the fleet."""
     mine, theirs = apart
     for move in ("half_open", "open", "close"):
@@ -782,7 +780,7 @@ def test_closing_deletes_what_belongs_to_the_opening(process, keys):
     assert (theirs.state, theirs.storage.last_move()) == ("closed", None)
 
 
-def test_nobody_sees_an_opening_before_what_belongs_to_it(process, keys):
+def test_what_belongs_to_an_opening_is_written_before_the_opening(process, keys):
     """The courier writes the key ``opening`` before the state."""
     mine = process()
     seen = []
@@ -861,8 +859,7 @@ GOOD = {"opened_at": "5", "reason": "", "by": "", "seconds": None, "failed_trial
     ids=lambda nonsense: str(nonsense)[:80],
 )
 def test_nonsense_about_an_opening_is_put_in_order(process, keys, nonsense, said):
-    """A process that knows the opening writes the key anew; a process that does not
-    deletes the key."""
+    """A process that knows the opening writes the key anew; another deletes the key."""
     mine = process()
     mine.storage.move(move(seconds=9))
     mine.makes_passes()
@@ -921,7 +918,7 @@ def is_refused(breaker):
     return False
 
 
-def test_nobody_waits_for_an_answer_that_has_come(due, keys, waits):
+def test_no_call_waits_for_an_answer_that_has_come(due, keys, waits):
     mine, theirs = due()
     trial = trial_of(mine.breaker)
     assert keys["trial"] is not None
@@ -930,7 +927,7 @@ def test_nobody_waits_for_an_answer_that_has_come(due, keys, waits):
     assert waits == []
 
 
-def test_who_was_refused_asks_nothing_for_a_tenth_of_a_second(due, clock):
+def test_a_refused_process_asks_nothing_for_a_tenth_of_a_second(due, clock):
     mine, theirs = due()
     trial_of(mine.breaker)
     for passed, asked in ((0.0, 1), (0.09, 1), (0.02, 2)):
@@ -940,19 +937,17 @@ def test_who_was_refused_asks_nothing_for_a_tenth_of_a_second(due, clock):
         assert len(theirs.client.sent_to("trial")) == asked
 
 
-def test_who_was_refused_may_ask_when_a_tenth_of_a_second_is_over(process, clock, keys):
+def test_a_refused_process_may_ask_after_a_tenth_of_a_second(process, clock, keys):
     clock.now = 0.0
     mine = process()
-    keys.texts["trial"] = "somebody's"
+    keys.texts["trial"] = "another process's"
     assert not mine.storage.claim_trial(60)
     clock.now = 0.1
     del keys["trial"]
     assert mine.storage.claim_trial(60)
 
 
-def test_a_claim_that_was_granted_without_redis_is_not_made_there_later(
-    due, keys, waits
-):
+def test_a_claim_that_was_granted_without_redis_is_not_sent_later(due, keys, waits):
     mine, _ = due()
     mine.is_cut_off()
     trial = trial_of(mine.breaker)
@@ -993,7 +988,7 @@ def test_the_lease_of_a_claim_is_the_timeout_and_a_day_at_most(process, reset_ti
     assert mine.client.sent_to("trial")[0] == ("SET", claim.token, "NX", "PX", lease)
 
 
-def test_a_claim_that_follows_ones_own_is_made_when_that_is_given_back(due, keys):
+def test_a_process_makes_its_next_claim_when_its_last_is_given_back(due, keys):
     mine, theirs = due(success_threshold=3)
     for each in (mine, theirs):
         each.breaker.half_open()
@@ -1006,7 +1001,7 @@ def test_a_claim_that_follows_ones_own_is_made_when_that_is_given_back(due, keys
     ends(trial)
 
 
-def test_all_who_ask_meanwhile_are_answered_when_it_is_given_back(due):
+def test_all_waiting_claims_are_answered_when_the_last_is_given_back(due):
     mine, _ = due(success_threshold=3)
     trial = trial_of(mine.breaker)
     mine.courier.is_quick = False
@@ -1028,21 +1023,21 @@ def test_a_claim_is_not_granted_by_a_view_that_brings_news(due, keys):
     assert keys["trial"] is None
 
 
-def test_a_claim_of_nobody_lapses(due, keys, clock):
+def test_a_claim_that_was_written_without_a_lease_lapses(due, keys, clock):
     """A user may have written the key by hand, without a lease."""
     mine, _ = due()
-    keys.texts["trial"] = "somebody"
+    keys.texts["trial"] = "another process's"
     assert is_refused(mine.breaker)
     clock.advance(59.9)
-    assert keys["trial"] == "somebody"
+    assert keys["trial"] == "another process's"
     clock.advance(0.2)
     assert keys["trial"] is None
 
 
-def test_a_claim_that_was_refused_stays_refused_where_redis_is_gone_then(due, keys):
+def test_a_refused_claim_stays_refused_when_redis_goes_away(due, keys):
     """Redis goes away when the courier gives a lease to a claim without one."""
     mine, _ = due()
-    keys.texts["trial"] = "somebody"
+    keys.texts["trial"] = "another process's"
 
     def go_away():
         mine.client.trouble = redis.ConnectionError("gone")
@@ -1051,7 +1046,7 @@ def test_a_claim_that_was_refused_stays_refused_where_redis_is_gone_then(due, ke
     assert is_refused(mine.breaker)
 
 
-def test_the_claim_of_somebody_is_not_made_longer(due, keys, clock):
+def test_a_refused_process_does_not_prolong_the_claim_of_another(due, keys, clock):
     mine, theirs = due()
     trial_of(theirs.breaker)
     assert is_refused(mine.breaker)
@@ -1099,14 +1094,14 @@ def test_a_claim_that_is_about_to_lapse_is_not_given_back(
     assert (keys["trial"] is None) == is_safe
 
 
-def test_without_a_claim_there_is_none_to_give_back(process):
+def test_a_process_without_a_claim_gives_none_back(process):
     mine = process()
     mine.storage.release_trial()
     assert mine.makes_passes() == REFRESH
 
 
 @pytest.mark.parametrize("when", ["sent", "asked meanwhile"])
-def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, when):
+def test_a_call_that_waits_is_told_at_once_that_redis_is_away(process, when):
     """A call that waits for Redis may run the trial, as at the end of its patience."""
     mine = process()
     mine.courier.is_quick = False
@@ -1126,7 +1121,7 @@ def test_who_waits_for_an_answer_is_told_at_once_that_there_is_none(process, whe
     assert told == [True]
 
 
-def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
+def test_a_call_that_cannot_be_told_keeps_no_answer_from_others(process, said):
     """The event loop of the waiting call may be closed."""
     mine = process()
     mine.courier.is_quick = False
@@ -1140,7 +1135,7 @@ def test_one_who_cannot_be_told_keeps_nobody_else_from_it(process, said):
     assert said() == []
 
 
-def test_a_trial_whose_claim_was_never_heard_of_runs(due, waits, keys):
+def test_a_trial_whose_claim_gets_no_answer_runs(due, waits, keys):
     """The trial runs after `patience` seconds, and a claim that Redis grants later is
     given back."""
     mine, _ = due()
@@ -1233,7 +1228,7 @@ def test_a_redis_that_keeps_nothing_is_asked_three_times_and_is_away(
 
 
 @pytest.mark.parametrize("state", ["closed", "half-open", "open"])
-def test_a_flush_is_made_good(process, keys, state):
+def test_a_process_writes_again_what_a_flush_deleted(process, keys, state):
     """The first exchange after the flush writes the state, the moment and the
     counts."""
     mine, theirs = process(), process(fail_max=10)
@@ -1252,7 +1247,7 @@ def test_a_flush_is_made_good(process, keys, state):
     assert keys.texts == before
 
 
-def test_a_count_that_another_puts_back_first_stays(process, keys):
+def test_a_count_that_another_process_restores_first_stays(process, keys):
     mine = process(fail_max=10)
     fail(mine.breaker, 2)
     mine.makes_passes()
@@ -1263,7 +1258,7 @@ def test_a_count_that_another_puts_back_first_stays(process, keys):
     assert mine.breaker.fail_counter == 9
 
 
-def test_who_was_away_does_not_put_its_own_counts_where_there_are_none(process, keys):
+def test_a_process_that_was_away_sends_no_counts_to_an_empty_redis(process, keys):
     """Redis has restarted and is empty. Failures of the meantime stay in the
     process."""
     mine = process()
@@ -1276,7 +1271,7 @@ def test_who_was_away_does_not_put_its_own_counts_where_there_are_none(process, 
     assert mine.breaker.fail_counter == 0
 
 
-def test_a_count_that_was_deleted_is_none_whatever_else_is_mended(process, keys):
+def test_a_deleted_count_stays_deleted_whatever_else_is_mended(process, keys):
     mine = process()
     fail(mine.breaker, 2)
     mine.makes_passes()
@@ -1303,7 +1298,7 @@ def test_a_good_moment_stays_where_only_the_state_was_lost(process, keys):
     assert (keys["state"], keys["opened_at"]) == ("closed", "3")
 
 
-def test_a_moment_is_put_right_where_the_circuit_is_open(process, keys):
+def test_a_broken_moment_is_mended_where_the_circuit_is_open(process, keys):
     mine = process()
     mine.breaker.open()
     mine.makes_passes()
@@ -1361,7 +1356,7 @@ def test_a_move_that_has_arrived_is_not_sent_again_with_a_claim(due, keys):
     assert keys["trial"] is None
 
 
-def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process, keys):
+def test_a_process_that_was_away_sends_no_count_to_a_redis_with_nonsense(process, keys):
     """Redis was away, and each process counted alone."""
     process = process()
     process.is_cut_off()
@@ -1375,9 +1370,7 @@ def test_a_count_of_ones_own_is_kept_from_a_redis_that_has_only_nonsense(process
 
 
 @pytest.mark.parametrize("nonsense", [["a", "list"], "10.5", "-1", str(10**20)])
-def test_a_count_that_is_none_is_set_to_what_is_known_here(
-    process, keys, nonsense, said
-):
+def test_a_broken_count_is_set_to_what_the_process_knows(process, keys, nonsense, said):
     """The count includes the failure that Redis could not add."""
     mine = process(fail_max=10)
     fail(mine.breaker, 2)
@@ -1412,7 +1405,7 @@ def test_no_opening_lies_in_the_future(process, keys, opened_at):
     assert mine.storage.open_for() == 0
 
 
-def test_an_opening_that_has_no_moment_may_be_said_again(process, keys, said):
+def test_an_opening_without_a_moment_may_be_written_again(process, keys, said):
     """Other software may write the state alone. Then a trial is due."""
     mine = process()
     keys.texts["state"] = "open"
@@ -1434,7 +1427,7 @@ def test_a_claim_that_is_no_text_is_deleted(due, keys, clock, said):
     assert not is_refused(mine.breaker)
 
 
-def test_the_clock_of_redis_is_asked_for_what_is_new_and_open(process, keys, clock):
+def test_redis_is_asked_for_its_time_once_for_a_new_opening(process, keys, clock):
     mine, theirs = process(), process()
     theirs.makes_passes(3)
     theirs.breaker.half_open()
@@ -1540,7 +1533,7 @@ class AnyFleet(RuleBasedStateMachine):
         ),
         text=st.sampled_from(["closed", "half-open", "open", "2", "", ["list"]]),
     )
-    def somebody_writes(self, key, text):
+    def other_software_writes(self, key, text):
         self.keys.remove(key)
         self.keys.texts[key] = text
 
@@ -1550,7 +1543,7 @@ class AnyFleet(RuleBasedStateMachine):
         agree(self.processes)
 
 
-def test_in_the_end_all_of_a_fleet_say_the_same(process, keys):
+def test_all_processes_of_a_fleet_agree_in_the_end(process, keys):
     """The steps of the processes and the faults of Redis make no difference."""
     run_state_machine_as_test(
         functools.partial(AnyFleet, process, keys),
@@ -1601,7 +1594,7 @@ def test_a_courier_that_has_a_signal_is_given_no_other(courier):
     assert courier.signals.qsize() == 1
 
 
-def test_a_courier_that_is_started_twice_is_started_once(courier, monkeypatch):
+def test_a_courier_that_is_started_twice_starts_its_threads_once(courier, monkeypatch):
     started = []
 
     class Thread:
@@ -1661,7 +1654,7 @@ class Gate:
         self.passed += 1
 
 
-def test_a_courier_says_at_the_gate_that_it_ends(courier, monkeypatch):
+def test_a_courier_announces_its_end_with_the_gate_held(courier, monkeypatch):
     """A storage that needs a courier in the meantime starts another one."""
     gate, over = stepwise.set_gate(monkeypatch, Gate()), threading.Event()
     courier.stop()
@@ -1671,7 +1664,7 @@ def test_a_courier_says_at_the_gate_that_it_ends(courier, monkeypatch):
     assert courier.heard == ["close"]
 
 
-def test_a_courier_parts_from_redis_at_its_end(courier):
+def test_a_courier_closes_its_connection_at_its_end(courier):
     def make_pass():
         courier.heard.append("pass")
         courier.stop()
@@ -1682,7 +1675,7 @@ def test_a_courier_parts_from_redis_at_its_end(courier):
     assert courier.heard == ["pass", "close"]
 
 
-def test_a_courier_begins_at_once_and_comes_again_when_it_is_to(courier):
+def test_a_courier_makes_a_pass_at_once_and_one_after_each_delay(courier):
     waited = []
 
     def get(block, timeout):
@@ -1714,7 +1707,7 @@ def test_a_courier_that_begins_again_does_not_wait_until_its_connection_is_close
     assert courier.link.client is link.client
 
 
-def test_a_courier_that_was_to_stop_and_has_not_goes_on_when_it_is_started(courier):
+def test_a_courier_that_is_started_before_it_has_stopped_goes_on(courier):
     courier.is_stopping = True
     courier.over.clear()
     courier.start()
@@ -1768,7 +1761,7 @@ def test_a_courier_ends_at_once_when_its_last_storage_is_gone(courier):
         (3.0, 19.5, ["no answer for 16.5 s"]),
     ],
 )
-def test_redis_is_silent_that_gives_no_answer_for_two_refreshes(
+def test_redis_is_silent_after_two_refreshes_without_an_answer(
     courier, clock, asked_at, now, said
 ):
     """The watch looks twice in each refresh, and tells all storages."""
@@ -1816,7 +1809,7 @@ def test_an_answer_may_come_while_the_watch_looks_for_silence(courier, clock):
     assert asked == [None]
 
 
-def test_redis_is_asked_until_the_answer_has_come(process):
+def test_a_question_to_redis_ends_with_its_answer(process):
     """Between two passes Redis is not silent."""
     mine = process()
     assert mine.courier.link.asked_at is None
@@ -1830,9 +1823,7 @@ def test_redis_is_asked_until_the_answer_has_come(process):
 
 
 @pytest.mark.parametrize("say", ["fails", "trips", "opens"])
-def test_a_storage_that_is_collected_says_first_what_it_has_to_say(
-    process, keys, clock, say
-):
+def test_a_collected_storage_sends_its_outbox_first(process, keys, clock, say):
     """The courier drops the storage after the exchange, also while Redis is away."""
     mine = process()
     courier, client, breaker = mine.courier, mine.client, mine.breaker
@@ -1869,7 +1860,7 @@ def test_a_storage_is_not_kept_for_a_redis_that_is_away(process):
     assert courier.storages() == []
 
 
-def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slept):
+def test_a_wait_for_a_couriers_end_joins_its_threads(courier, clock, slept):
     """The waiting thread joins one after the other, and waits no longer than the given
     end."""
     timeouts = []
@@ -1885,7 +1876,7 @@ def test_who_waits_for_a_couriers_end_waits_for_its_threads(courier, clock, slep
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
-def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
+def test_a_wait_for_a_couriers_end_lasts_while_the_system_lists_a_thread(
     courier, clock, slept
 ):
     """Python warns of a fork while the system still lists another thread."""
@@ -1897,7 +1888,9 @@ def test_who_waits_for_a_couriers_end_waits_until_the_system_sees_it(
     assert slept == [0.0001] * 3
 
 
-def test_who_waits_for_a_couriers_end_waits_no_longer_than_that(courier, clock, slept):
+def test_a_wait_for_a_couriers_end_is_over_when_no_thread_is_listed(
+    courier, clock, slept
+):
     """The system does not list the thread any more."""
     courier.threads = [types.SimpleNamespace(join=lambda timeout: None, native_id=-1)]
     courier.wait(clock.now + 3.0)
@@ -1983,7 +1976,7 @@ def test_a_child_that_ends_announces_no_trip_of_its_parent(process, keys, monkey
     assert mine.state == "closed"
 
 
-def test_an_opening_that_was_followed_by_half_is_followed_again(process, monkeypatch):
+def test_an_opening_that_was_half_taken_in_is_taken_in_again(process, monkeypatch):
     """A fork in the middle of an exchange gives such a storage to the child, where the
     courier's thread does not go on."""
     mine, theirs = process(), process()
@@ -2012,7 +2005,7 @@ def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(process, monkeypa
     assert mine.breaker.fail_counter == 1
 
 
-def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
+def test_a_process_that_ends_waits_for_what_is_to_be_sent(process, waits):
     """The process waits for all storages together no longer than the patience."""
     idle, busy, under_way = process(), process(), process()
     for each in (idle, busy, under_way):
@@ -2031,7 +2024,7 @@ def test_the_end_waits_for_what_is_still_to_be_said(process, waits):
     assert waits == []
 
 
-def test_the_end_waits_once_for_all_that_are_silent(process, waits, clock):
+def test_a_process_that_ends_waits_once_for_all_silent_storages(process, waits, clock):
     """The time that one storage has used is not there for the next storage."""
     process.kept = [process(), process(), process()]
     waits.clear()
@@ -2081,7 +2074,7 @@ def test_an_asyncio_client_without_a_pool_is_refused_at_once(alone):
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
 @pytest.mark.parametrize("value", [0, -1, 0.0, float("inf"), float("nan"), -math.inf])
-def test_times_are_some_seconds(process, name, value):
+def test_refresh_and_patience_are_finite_and_above_zero(process, name, value):
     with pytest.raises(ValueError, match=name):
         process(**{name: value})
 

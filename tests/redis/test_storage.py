@@ -178,7 +178,7 @@ def test_a_state_must_be_one_of_the_three(server, state):
 
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
-def test_times_are_seconds(server, name):
+def test_a_time_that_is_no_number_of_seconds_is_refused(server, name):
     """An error names the parameter and the value."""
     client = redis.Redis(port=server.port)
     for value in (-1, math.nan):
@@ -215,7 +215,9 @@ def test_a_process_that_finds_no_redis_starts_where_it_was_told(fallback, storag
     assert storage.state == fallback
 
 
-def test_a_process_waits_for_the_first_answer_only_so_long(server, storage_of):
+def test_a_process_waits_for_the_first_answer_until_its_patience_ends(
+    server, storage_of
+):
     """The patience here is longer than a Redis that is there takes, and shorter than a
     Redis that is away takes."""
     began = time.monotonic()
@@ -265,7 +267,9 @@ def test_keys_are_those_of_the_original(server, namespace, breaker_of, key):
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
-def test_keys_without_a_namespace(server, storage_of, nothing):
+def test_keys_of_a_circuit_without_a_namespace_have_no_prefix(
+    server, storage_of, nothing
+):
     """The names of the keys then have no prefix before ``pybreaker``."""
     storage = storage_of(namespace=nothing)
     storage.increment_counter()
@@ -401,7 +405,7 @@ def test_many_failures_in_many_threads_are_all_counted(breaker_of, key):
     never(lambda: key("fail_counter") != "400", within=0.2)
 
 
-def test_a_success_resets_the_failures_that_it_knows_of(breaker_of, key):
+def test_a_success_resets_the_failures_that_its_process_has_read(breaker_of, key):
     """The count is 0 at once in this process, and within a refresh in the others."""
     mine, theirs = breaker_of(), breaker_of()
     fail(theirs)
@@ -413,7 +417,7 @@ def test_a_success_resets_the_failures_that_it_knows_of(breaker_of, key):
     until(lambda: theirs.fail_counter == 0)
 
 
-def test_a_success_leaves_failures_alone_that_it_does_not_know_of(breaker_of, key):
+def test_a_success_leaves_failures_alone_that_its_process_has_not_read(breaker_of, key):
     """A success looks only at the count in memory, which costs nothing."""
     mine, theirs = breaker_of(refresh=60), breaker_of(refresh=60)
     fail(theirs, 2)
@@ -554,7 +558,7 @@ def test_of_moves_by_hand_the_last_one_wins(breaker_of, key):
     never(lambda: theirs.current_state != "open" or key("state") != "open", within=0.2)
 
 
-def test_what_others_do_by_hand_is_told_here(breaker_of, recorder):
+def test_a_move_by_hand_elsewhere_is_told_to_listeners_here(breaker_of, recorder):
     """The listeners of this process are told after the next exchange."""
     mine, theirs = breaker_of(), breaker_of()
     mine.add_listener(recorder)
@@ -659,13 +663,13 @@ def test_a_trial_that_is_abandoned_is_released(due_of, key):
     until(lambda: mine.current_state == "closed")
 
 
-def test_only_ones_own_claim_is_released(server, due_of, write, key):
+def test_a_process_releases_only_its_own_claim(server, due_of, write, key):
     """After a claim has lapsed, the key may have another process's claim."""
     mine, _ = due_of()
     with trial_in(mine):
-        write(trial="somebody else's")
+        write(trial="another process's")
     until(lambda: key("state") == "closed")
-    never(lambda: key("trial") != "somebody else's", within=0.3)
+    never(lambda: key("trial") != "another process's", within=0.3)
 
 
 def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
@@ -673,7 +677,7 @@ def test_a_process_that_was_refused_asks_again_a_tenth_of_a_second_later(
 ):
     """The number of calls that are rejected in the meantime makes no difference."""
     (breaker,) = due_of(number=1, refresh=60)
-    write(trial="somebody else's")
+    write(trial="another process's")
     with server.watched() as commands:
         began = time.monotonic()
         for _ in range(5):
@@ -694,14 +698,14 @@ def test_a_refused_call_is_rejected_as_any_other(due_of, write, recorder):
     told."""
     (breaker,) = due_of(number=1)
     breaker.add_listener(recorder)
-    write(trial="somebody else's")
+    write(trial="another process's")
     with pytest.raises(CircuitBreakerError, match="circuit breaker still open"):
         breaker.call(boom)
     assert recorder.events == []  # the recorder has no method for rejections
     assert breaker.current_state == "open"
 
 
-def test_a_claim_whose_answer_was_lost_is_known_as_ones_own(
+def test_a_process_recognizes_its_claim_whose_answer_was_lost(
     server, proxies, due_of, namespace, key
 ):
     """The client sends the claim again, and Redis refuses the claim because of the
@@ -807,7 +811,7 @@ def test_no_event_loop_waits_longer_for_a_trial_than_its_patience(server, due_of
     assert 0.2 < time.monotonic() - began < PATIENCE / 2
 
 
-def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_none(
+def test_a_task_that_is_cancelled_while_it_asks_for_a_trial_leaves_no_claim(
     server, due_of, key
 ):
     """A claim that Redis grants afterwards is given back."""
@@ -870,7 +874,7 @@ def test_trials_of_two_processes_make_up_the_threshold(due_of, key):
     until(lambda: key("success_counter") == "0")
 
 
-def test_a_trial_may_follow_the_one_before_at_once(due_of):
+def test_a_trial_may_follow_another_trial_at_once(due_of):
     """A claim that is being given back refuses no call of its own process."""
     (breaker,) = due_of(number=1, success_threshold=3, reset_timeout=60)
     assert [breaker.call(int) for _ in range(3)] == [0, 0, 0]
@@ -972,7 +976,7 @@ def test_an_opening_in_the_future_counts_as_now(server, breaker_of, write):
     until(lambda: breaker.retry_after < first - 0.5)
 
 
-def test_the_rounding_does_not_make_the_own_timeout_longer(breaker_of, key):
+def test_the_rounding_does_not_prolong_the_timeout_of_its_process(breaker_of, key):
     """The process that opened the circuit knows the moment more exactly than Redis."""
     breaker = breaker_of(fail_max=1, reset_timeout=60, refresh=0.02)
     for _ in range(3):
@@ -1062,7 +1066,9 @@ def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
     never(lambda: said() != ["WARNING", "INFO"], within=0.3)
 
 
-def test_moves_wait_for_redis(server, proxies, breaker_of, said, key):
+def test_a_move_while_redis_is_away_is_announced_later(
+    server, proxies, breaker_of, said, key
+):
     """The last move is announced when Redis is back."""
     proxy = proxies(server)
     breaker = breaker_of(port=proxy.port)
@@ -1134,7 +1140,7 @@ def test_a_log_filter_that_raises_does_not_end_the_courier(
 
 
 @pytest.mark.parametrize("name", ["state", "fail_counter", "trial"])
-def test_what_is_no_text_is_mended_with_a_client_that_decodes(
+def test_a_value_that_is_no_text_is_mended_by_a_client_that_decodes(
     server, namespace, write, key, name, caplog, closing
 ):
     """Otherwise the client would raise in each exchange."""
@@ -1152,7 +1158,7 @@ def test_what_is_no_text_is_mended_with_a_client_that_decodes(
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, None])
-def test_a_count_that_is_set_must_be_one(storage_of, count):
+def test_a_value_that_is_no_count_is_refused(storage_of, count):
     """Otherwise Redis would have a broken value."""
     storage = storage_of()
     with pytest.raises((TypeError, ValueError), match="counter"):
@@ -1160,7 +1166,7 @@ def test_a_count_that_is_set_must_be_one(storage_of, count):
     assert storage.counter == 0
 
 
-def test_what_others_did_meanwhile_is_known_when_redis_is_back(
+def test_a_move_elsewhere_is_known_when_redis_is_back(
     server, proxies, breaker_of, said, key
 ):
     proxy = proxies(server)
@@ -1311,7 +1317,7 @@ def run(server, namespace):
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit()", "boom()"])
-def test_what_was_not_sent_is_sent_at_a_normal_exit(run, key, end):
+def test_changes_that_were_not_sent_are_sent_at_a_normal_exit(run, key, end):
     """The exit comes immediately after the change."""
     run(
         f"""
@@ -1380,7 +1386,7 @@ def test_a_forked_child_shares_the_circuit(run, key):
 
 
 @needs_fork
-def test_a_fork_warns_of_no_thread(run):
+def test_a_fork_gives_no_warning_of_threads(run):
     """Since 3.12 Python warns where a process with several threads forks. The courier
     is not there at that moment, and is there again afterwards."""
     run("""
@@ -1396,7 +1402,7 @@ def test_a_fork_warns_of_no_thread(run):
 
 
 @needs_fork
-def test_what_was_not_sent_before_a_fork_is_sent_once(run, key):
+def test_changes_that_were_not_sent_before_a_fork_are_sent_once(run, key):
     """The parent sends the changes of before the fork, and the child only its own."""
     run("""
         breaker = breaker_of(refresh=0.3)
@@ -1540,7 +1546,7 @@ def test_a_namespace_is_a_string(server, namespace):
 
 
 @pytest.mark.parametrize("name", ["refresh", "patience"])
-def test_a_time_that_is_none_is_refused(server, name):
+def test_a_time_of_zero_or_infinity_is_refused(server, name):
     """A time may be neither 0 nor infinite."""
     for value in 0, math.inf:
         with pytest.raises(ValueError, match=name):
@@ -1623,7 +1629,7 @@ def test_a_claim_that_meets_an_error_is_granted():
     assert succeeds(breaker)
 
 
-def test_a_courier_meets_a_storage_that_is_whole(monkeypatch, caplog):
+def test_a_courier_meets_no_half_made_storage(monkeypatch, caplog):
     """The first pass may end before the constructor goes on."""
     passes, join = threading.Semaphore(0), pybreaker_extras.redis._join_courier
 
@@ -1642,7 +1648,7 @@ def test_a_courier_meets_a_storage_that_is_whole(monkeypatch, caplog):
     assert "AttributeError" not in caplog.text
 
 
-def test_a_move_that_is_newer_is_what_is_sent_after_an_error():
+def test_a_newer_move_is_sent_after_an_error():
     """The courier does not send the move that failed."""
     moved = []
 
@@ -1690,7 +1696,7 @@ def test_a_release_that_failed_is_tried_again():
     until(lambda: failed and "trial" not in texts)
 
 
-def test_a_count_is_judged_by_a_view_that_has_all_of_it():
+def test_a_count_is_judged_by_a_view_that_has_all_its_failures():
     """A view that was on its way before the last failures were sent judges nothing."""
     texts = {"state": b"closed", "fail_counter": b"0"}
     holding, held, go_on = threading.Event(), threading.Event(), threading.Event()
