@@ -74,7 +74,7 @@ def trip(breaker, func, *args):
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.page} line {b.line}")
 def test_every_block_is_of_a_kind_that_is_run(block):
-    """No block is skipped because nobody knew what to do with it."""
+    """No block is skipped because the tests do not know its kind."""
     assert block.kind in RUNNERS
 
 
@@ -82,7 +82,7 @@ def test_every_block_is_of_a_kind_that_is_run(block):
     ("page", "tests"), RUN_ELSEWHERE.items(), ids=list(RUN_ELSEWHERE)
 )
 def test_page_of_a_companion_is_run_by_the_tests_of_the_companion(page, tests):
-    """The test file reads the page beside which it is named here."""
+    """The test file that RUN_ELSEWHERE names for a page reads the page."""
     assert Path(page).stem in source_of(tests)
 
 
@@ -104,7 +104,7 @@ def test_section_runs_as_it_is_written(documents, path, section):
 
 
 def test_table_of_arguments_has_each_one_with_its_default():
-    """In the order of the constructor."""
+    """The arguments are in the order of the constructor."""
     (section,) = [
         section
         for section in parse(source_of("docs/opening.rst"), True).findall(nodes.section)
@@ -136,7 +136,7 @@ def test_reference_has_every_public_name():
 
 
 def test_page_of_benchmarks_has_every_table_that_was_measured():
-    """What the benchmarks write is included, and not copied."""
+    """The page includes the files that the benchmarks write, and has no copies."""
     page = source_of("docs/benchmarks.rst")
     for path in ROOT.glob("benchmarks/*.rst"):
         assert f"\n.. include:: ../benchmarks/{path.name}\n" in page
@@ -163,7 +163,7 @@ def public_names(source):
 
 
 def test_every_page_can_be_reached():
-    """Each is named in a table of contents, and no table names a page that is not
+    """A table of contents names each page, and no table names a page that is not
     there."""
     named = {"index"}
     for path in "docs/index.rst", "docs/guide.rst":
@@ -231,7 +231,7 @@ def test_generator_is_rejected_at_its_first_step(page, service):
 
 
 def test_body_of_a_with_over_a_guarded_context_manager_counts(page):
-    """What it raises is a failure, and the clean-up is done."""
+    """An exception of the body is a failure, and the clean-up is done."""
     example = page.run("guarding", "Generators")
     with pytest.raises(OSError), example.session() as opened:
         raise OSError
@@ -240,7 +240,7 @@ def test_body_of_a_with_over_a_guarded_context_manager_counts(page):
 
 
 def test_blocks_are_guarded(page, service):
-    """The plain one ran, and a failure in the async one counts."""
+    """The plain block ran, and a failure in the async block counts."""
     example = page.run("guarding", "Blocks")
     assert example.answer.text == "21.5"
     service.error = OSError()
@@ -250,7 +250,7 @@ def test_blocks_are_guarded(page, service):
 
 
 def test_excluded_exceptions_set_the_count_back(page):
-    """The class, what the function recognizes, and nothing else."""
+    """The class and what the function recognizes are excluded, and nothing else."""
     example = page.run("counting", "Excluding exceptions")
     not_found = OSError()
     not_found.status = 404
@@ -275,7 +275,7 @@ def raiser(exc):
 
 
 def test_listener_of_the_example_keeps_a_tally(page):
-    """Of every kind of event, by the breaker's name."""
+    """The tally counts every kind of event, by the breaker's name."""
     example = page.run("listening", "Listening")
     weather = example.weather
     weather.call(int)
@@ -291,7 +291,7 @@ def test_listener_of_the_example_keeps_a_tally(page):
 
 
 def test_transitions_are_logged_and_calls_are_not(page, caplog):
-    """At the levels that the README names, on its logger."""
+    """The records have the levels and the logger that the README names."""
     caplog.set_level(0)
     weather = page.run(*BASIS).weather
     trip(weather, weather.call, raiser(OSError("refused")))
@@ -376,7 +376,7 @@ def test_raised_answers_count_from_500_on(page, service, status, counted):
     ("reset_timeout", "retry_after"), [(60, "60"), (0.5, "1"), (float("inf"), "3600")]
 )
 def test_503_says_when_to_come_back(page, reset_timeout, retry_after):
-    """In whole seconds, rounded up, and at most an hour."""
+    """Retry-After is in whole seconds, rounded up, and at most an hour."""
     example = page.run("guarding", "Answer 503 with Retry-After")
     example.weather.reset_timeout = reset_timeout
     assert get(example.application) == ("200 OK", None, b"21.5")
@@ -450,7 +450,7 @@ RETRY = "guarding", "Use it with a retry library"
 
 
 def test_retry_outside_stops_when_the_circuit_opens(page, service, naps):
-    """Five requests, the last of them in the middle of the second call."""
+    """Five requests go out, the last of them in the middle of the second call."""
     example = page.run(*RETRY)
     service.error = OSError()
     with pytest.raises(OSError):
@@ -462,7 +462,7 @@ def test_retry_outside_stops_when_the_circuit_opens(page, service, naps):
 
 
 def test_retry_outside_does_not_retry_a_rejection(page, service, naps):
-    """The caller hears of it at once."""
+    """The caller gets the rejection at once."""
     example = page.run(*RETRY)
     example.weather.open()
     with pytest.raises(pybreaker.CircuitBreakerError):
@@ -476,7 +476,7 @@ def test_retry_outside_does_not_retry_a_rejection(page, service, naps):
 def test_trial_is_one_request_or_all_attempts(
     page, service, clock, naps, function, requests
 ):
-    """One with the retry outside, three with the retry inside."""
+    """A trial is one request with the retry outside, three with the retry inside."""
     example = page.run(*RETRY)
     example.weather.open()
     clock.advance(60)
@@ -498,7 +498,7 @@ def test_retry_inside_makes_fifteen_requests_before_the_circuit_opens(
 
 @pytest.mark.parametrize(("function", "counted"), [("counted", 1), ("not_counted", 0)])
 def test_timeout_counts_inside_the_guarded_code_only(page, service, function, counted):
-    """The service hangs; only one of the two tells the breaker."""
+    """The service hangs; only the timeout inside is a failure to the breaker."""
     example = page.run("guarding", "Put a timeout into async code")
 
     async def hang(path):
@@ -518,7 +518,7 @@ def test_timeout_counts_inside_the_guarded_code_only(page, service, function, co
 
 
 def test_storage_of_the_example_keeps_the_circuit(page, clock):
-    """A breaker made later, over another connection, finds it open."""
+    """A breaker made later, over another connection, finds the circuit open."""
     example = page.run("storages", "A storage of your own")
     assert trip(example.weather, example.weather.call, raiser(OSError())) == 5
     again = sqlite3.connect("circuits.db", isolation_level=None)
@@ -564,7 +564,7 @@ def test_storage_of_the_example_serves_all_threads(page):
 
 
 def test_circuits_of_a_fleet_are_circuits_of_their_own_where_there_is_no_redis(page):
-    """Each of the three ways to set one up works, and needs no server to begin."""
+    """Each of the three ways to set a circuit up works, and begins without a server."""
     names = page.run("fleets", "One circuit for a fleet")
     app = types.SimpleNamespace(
         config={"REDIS_URL": "redis://127.0.0.1:9"}, extensions={}
@@ -581,7 +581,7 @@ def test_circuits_of_a_fleet_are_circuits_of_their_own_where_there_is_no_redis(p
 
 
 def test_decorated_and_called_functions_return_what_the_types_say(page, service):
-    """A float, with the arguments passed on."""
+    """Both return a float, and pass the arguments on."""
     example = page.run("guarding", "Types")
     assert example.speed == 21.5
     assert service.requests == ["/wind/paris?height=80", "/wind/paris?height=10"]
@@ -605,7 +605,7 @@ def test_included_exceptions_alone_count_and_ignored_ones_say_nothing(page):
 def test_exceptions_that_a_task_group_wraps_are_judged_one_by_one(
     page, service, error, counted
 ):
-    """What is excluded is no failure, although it arrives in a group."""
+    """An excluded exception is no failure, even if it arrives in a group."""
     example = page.run("counting", "Exception groups")
     service.error = error
     with pytest.raises(BaseException) as raised:
@@ -641,7 +641,7 @@ def test_failures_are_forgotten_with_time(page, clock):
 
 
 def test_each_failed_trial_doubles_the_wait(page, clock):
-    """From five seconds up to two minutes, and a closed circuit begins anew."""
+    """The wait grows from five seconds to two minutes; closing begins anew."""
     weather = page.run("opening", "Waits that grow").weather
     trip(weather, weather.call, raiser(OSError()))
     for longest in 5, 10, 20, 40, 80, 120, 120:
@@ -683,7 +683,7 @@ def test_maintenance_lasts_until_it_is_over(page, documents, service, clock):
 
 
 def test_three_trials_have_to_succeed(page, clock):
-    """Where that is what success_threshold says."""
+    """The example has a `success_threshold` of 3."""
     weather = page.run("opening", "Trials").weather
     weather.open()
     clock.advance(60)
@@ -695,7 +695,7 @@ def test_three_trials_have_to_succeed(page, clock):
 
 
 def test_dry_run_refuses_nothing_and_tells_what_it_would_have_refused(page):
-    """Until it is switched off."""
+    """Calls are rejected as soon as the dry run is switched off."""
     weather = page.run("opening", "Try a breaker without refusing a call").weather
     refused = []
     weather.add_listener(
@@ -712,7 +712,7 @@ def test_dry_run_refuses_nothing_and_tells_what_it_would_have_refused(page):
 
 
 def test_announcer_says_why(page, capsys):
-    """In words, with the last failure."""
+    """The announcer prints the reason in words, with the last failure."""
     weather = page.run("listening", "Why the circuit has moved").weather
     trip(weather, weather.call, raiser(OSError("refused")))
     weather.half_open()
@@ -867,7 +867,7 @@ def test_trap_of_a_trial_that_is_a_stream(page, function, state):
 
 
 def test_trap_of_retry_after_while_a_trial_runs(page, clock):
-    """A minute would be far too long."""
+    """A caller that waited for retry_after, a minute, would wait far too long."""
     example = page.run("trouble", "retry_after is long while a trial runs")
     example.weather.half_open()
     with example.weather.calling():

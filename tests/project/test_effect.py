@@ -119,7 +119,7 @@ def test_n_of_the_last_n_calls_are_n_in_a_row(simulation):
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
 def test_the_mean_number_of_calls_is_that_which_the_library_takes(simulation, share):
-    """What is worked out for 5 of 10 is counted as well."""
+    """For 5 of 10 the formula and a count of calls give the same number."""
     library = simulation.PyBreaker(simulation.Clock())
     rule = simulation.Rule(5, 10)
     counted = simulation.counted_calls(library, rule, 1, 10_000, share)
@@ -127,7 +127,7 @@ def test_the_mean_number_of_calls_is_that_which_the_library_takes(simulation, sh
 
 
 def test_the_simulation_prints_json(simulation):
-    """A process of its own needs the standard library and the one that it is about."""
+    """The simulation of a library imports that library and the standard library."""
     rule = json.dumps(simulation.IN_A_ROW._asdict())
     printed = subprocess.run(
         [sys.executable, SIMULATION, "PyBreaker", "in_turn", rule, "--fast"],

@@ -77,21 +77,21 @@ def names_in_wheel(folder):
 
 
 def test_installed_version_satisfies_what_packages_in_the_field_require():
-    """``pybreaker>=1,<2``, and it comes after the last older release."""
+    """The version is in ``pybreaker>=1,<2``, and comes after the last older release."""
     version = metadata.version("pybreaker")
     assert SpecifierSet(">=1,<2").contains(version)
     assert SpecifierSet(">1.4.1").contains(version)
 
 
 def test_needs_nothing_but_python():
-    """No dependency is installed with it, on Python 3.9 and later."""
+    """No dependency is installed with PyBreaker, on Python 3.9 and later."""
     requires = metadata.requires("pybreaker") or []
     assert [line for line in requires if "extra ==" not in line] == []
     assert metadata.metadata("pybreaker")["Requires-Python"] == ">=3.9"
 
 
 def test_an_extra_brings_the_package_that_a_companion_needs():
-    """``pip install pybreaker[redis]``, for example, and one for each package."""
+    """Each package has an extra, such as ``pip install pybreaker[redis]``."""
     needed = {
         each.name: each for each in map(Requirement, metadata.requires("pybreaker"))
     }
@@ -350,7 +350,7 @@ def test_stub_of(source, stub, make_stub):
 
 
 def test_import_brings_in_neither_asyncio_nor_typing_nor_third_parties():
-    """Importing stays quick, and trio's users never load asyncio for it."""
+    """Importing stays quick, and never loads asyncio into a program that uses trio."""
     here = str(Path(pybreaker.__file__).parent)
     # Without "site", whose .pth files may import anything.
     command = [sys.executable, "-I", "-S", "-c"]

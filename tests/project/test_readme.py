@@ -80,7 +80,7 @@ def test_block_of_another_kind_is_found_and_refused(kind, source, page):
     ],
 )
 def test_block_that_does_not_work_is_noticed(kind, text):
-    """A wrong command, a wrong answer, a failing statement."""
+    """A wrong command, a wrong answer and a failing statement are errors."""
     with pytest.raises(AssertionError):
         run(Block("Title", kind, text, 1), {})
 
@@ -140,7 +140,7 @@ def test_guide_begins_with_the_example_of_readme():
 
 
 def test_coroutine_and_block_are_guarded(documents, service):
-    """What fails in them counts."""
+    """The block ran, and a failure in the coroutine counts."""
     example = documents.run("README.rst", "Coroutines and blocks")
     assert example.answer.text == "21.5"
     service.error = OSError()
@@ -185,6 +185,6 @@ def test_busy_service_opens_at_25_failures_of_50_calls(documents, clock):
 
 
 def test_tables_of_readme_are_lines_of_those_that_were_measured():
-    """`benchmarks/readme.py` copies them, and says whether it has."""
+    """`benchmarks/readme.py` copies the lines, and checks the copies."""
     command = [sys.executable, ROOT / "benchmarks" / "readme.py", "--check"]
     subprocess.run(command, check=True)
