@@ -52,7 +52,7 @@ CLIENTS = 4  # on each side
 PAUSE = 0.1 * SECOND  # of a client between its calls
 TIMEOUT = 0.5 * SECOND  # after which a client gives up
 FAIL_MAX = 5  # failures in a row open the circuit
-FEW = 3  # failures in a row that open the left circuit with --partial, a short story
+FEW = 3  # failures in a row, with --partial: few, so that the left circuit opens soon
 MANY, WINDOW = 25, 50  # failures, and the last calls, that open the right circuit then
 RESET_TIMEOUT = 1.0 * SECOND  # until a call may try again
 
@@ -63,7 +63,7 @@ SLOW = "answers too late"
 UNRELIABLE = "fails one call in five"
 # How many rows of the timeline each part of the story lasts.
 OUTAGE = [(3, HEALTHY), (3, REFUSING), (3, FAILING), (5, SLOW), (5, HEALTHY)]
-# The third figure: a part lasts until so many of the two breakers have rejected calls.
+# The third figure: so many circuits must have rejected calls before the part may end.
 PARTIAL_OUTAGE = [(3, HEALTHY), (14, UNRELIABLE, 1), (5, FAILING, 2), (5, HEALTHY)]
 ROW = 0.5 * SECOND
 

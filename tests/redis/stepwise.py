@@ -68,7 +68,7 @@ def ends(block, exc=None):
         block.__exit__(exc and type(exc), exc, None)
 
 
-def let_nobody_wait(monkeypatch, wait):
+def let_no_thread_wait(monkeypatch, wait):
     """The storage's events call `wait` with the timeout and return at once."""
 
     class Event(threading.Event):

@@ -293,7 +293,7 @@ class TestSmallestRefresh:
     @pytest.fixture
     def clock(self, clock, monkeypatch):
         stepwise.set_clock(monkeypatch, clock)
-        stepwise.let_nobody_wait(monkeypatch, lambda timeout: None)
+        stepwise.let_no_thread_wait(monkeypatch, lambda timeout: None)
         stepwise.leave_alone(monkeypatch)
         stepwise.carry_by_hand(monkeypatch)
         return clock

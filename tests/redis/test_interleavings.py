@@ -38,7 +38,7 @@ from stepwise import (
     Redis,
     check,
     ends,
-    let_nobody_wait,
+    let_no_thread_wait,
     trial_of,
 )
 from support import DEEP, Boom, fail
@@ -278,7 +278,7 @@ class Race:
 @pytest.fixture
 def clock(clock, monkeypatch):
     """One of a world where who would wait lets others in, and does not."""
-    let_nobody_wait(monkeypatch, lambda timeout: clock.step())
+    let_no_thread_wait(monkeypatch, lambda timeout: clock.step())
     stepwise.leave_alone(monkeypatch)
     stepwise.carry_by_hand(monkeypatch)
     stepwise.set_clock(monkeypatch, clock)

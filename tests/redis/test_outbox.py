@@ -42,7 +42,7 @@ from stepwise import (
     Redis,
     agree,
     ends,
-    let_nobody_wait,
+    let_no_thread_wait,
     trial_of,
 )
 from support import BRIEF, DEEP, PATIENCE, Boom, boom, fail
@@ -79,7 +79,7 @@ def waits(monkeypatch):
     """The timeouts of all waits for an event that was not set."""
     waits = []
 
-    let_nobody_wait(monkeypatch, waits.append)
+    let_no_thread_wait(monkeypatch, waits.append)
     return waits
 
 
