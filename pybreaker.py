@@ -437,36 +437,37 @@ class CircuitBreaker:
         that failure opens the circuit; else what `func` raises. A coroutine, a
         generator or an async generator that `func` makes is guarded to its end.
         """
-        # A copy of _guard_function: making and calling a guard here would take twice
-        # as long. Whether `func` is a coroutine or generator function, its code tells,
-        # but looking there takes a third of the time of a quiet call. A quiet call
-        # looks at the result instead: nothing in such a function has run until then.
-        admission, kind = self._admission, type(func)
-        if (
-            kind is not _Function and kind is not _Method
-        ) or admission.passes._state != STATE_CLOSED:
-            later: _T | None = _later(self, func, args, kwargs)
-            if later is not None:
-                return later
+        # A copy of _guard_function: making and calling a guard here would take twice as
+        # long. To look whether a function is lazy would take a third of a quiet call's
+        # time, so a quiet call looks only when a function has returned something lazy:
+        # of a lazy function nothing has run by then.
+        admission = self._admission
+        may_be_lazy = admission.passes._state == STATE_CLOSED and (
+            type(func) is _Function
+            or (
+                type(func) is _Method
+                and type(getattr(func, "__func__", None)) is _Function
+            )
+        )
+        if not may_be_lazy:
+            if _is_lazy(func):
+                return _call_later(self, func, args, kwargs)
             admission = self._admit(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except BaseException as exc:
-            if type(exc) is TypeError:  # the arguments of a lazy function may be wrong
-                later = _later(self, func, args, kwargs)
-                if later is not None:
-                    return later
+            if may_be_lazy and type(exc) is TypeError and _is_lazy(func):
+                return _call_later(self, func, args, kwargs)  # which raises it again
             self._settle(admission, exc)
             raise
         try:
             if type(result) in _CODES_OF_RESULTS:
-                later = _later(self, func, args, kwargs)
-                if later is None:
-                    rest: _T = _guard_result(self, result, admission)
-                    return rest
-                if isinstance(result, _Coroutine):
-                    result.close()  # else Python warns that nothing awaits result
-                return later
+                if may_be_lazy and _is_lazy(func):
+                    if isinstance(result, _Coroutine):
+                        result.close()  # else Python warns that nothing awaits result
+                    return _call_later(self, func, args, kwargs)
+                rest: _T = _guard_result(self, result, admission)
+                return rest
         except TypeError:
             pass  # a class that cannot be hashed is not in _CODES_OF_RESULTS
         if admission.returns._fail_counter:
@@ -2290,18 +2291,23 @@ def _guard_for(func: Any) -> Any:
     return _GUARDS_BY_FLAGS.get(_lazy_flags(func), _guard_function)
 
 
-def _later(breaker: Any, func: Any, args: Any, kwargs: Any) -> Any:
-    """If `func` is a coroutine function or a generator function of some kind, guard a
-    call of `func`: return a coroutine or generator, which is admitted when it begins
-    to run. None if `func` is a plain function."""
-    guard = _guard_for(func)
-    if guard is _guard_function:
-        return None
-    return _called_like(guard(breaker, func), func)(*args, **kwargs)
+def _is_lazy(func: Any) -> bool:
+    """Whether `func` is a coroutine function or a generator function of some kind."""
+    return _lazy_flags(func) in _GUARDS_BY_FLAGS
+
+
+def _call_later(breaker: Any, func: Callable[..., _T], args: Any, kwargs: Any) -> _T:
+    """Guard a call of `func`, which is lazy: admission takes place when the coroutine
+    or generator that this function returns begins to run."""
+    guarded = _called_like(_guard_for(func)(breaker, func), func)
+    later: _T = guarded(*args, **kwargs)
+    return later
 
 
 def _lazy_flags(func: Any) -> int:
     """Those flags of the code behind `func` that say that a call of it runs later."""
+    if type(func) is _Function:
+        return func.__code__.co_flags & _LAZY_FLAGS
     while isinstance(func, (functools.partial, types.MethodType)):
         func = func.func if isinstance(func, functools.partial) else func.__func__
     # An AsyncMock has a __code__ of its own, and a proxy of a remote object has any

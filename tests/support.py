@@ -12,15 +12,20 @@ import time
 
 import pytest
 
-from pybreaker import CircuitBreakerError
+from pybreaker import CircuitBreakerError, CircuitBreakerListener
 
 # Set by "tox -e deep": there is time for everything.
 DEEP = os.environ.get("PYBREAKER_DEEP") == "1"
 # Set by tox where what takes long is not done: on all Pythons but the newest.
 BRIEF = os.environ.get("PYBREAKER_BRIEF") == "1"
 
-# Seconds that anybody waits in a test. Where many are to fail, it needn't be long.
+# Seconds that a test waits at most. Where many tests are to fail, few seconds will do.
 PATIENCE = float(os.environ.get("PYBREAKER_PATIENCE", 60 if DEEP else 30))
+
+# What listeners hear of.
+EVENTS = [
+    name for name, value in vars(CircuitBreakerListener).items() if callable(value)
+]
 
 
 def until(condition, patience=PATIENCE, pause=0.005):

@@ -20,7 +20,7 @@ from guards import (
     by_generator,
 )
 from internals import lock_of, state_of, storage_of
-from support import PATIENCE, pairwise
+from support import EVENTS, PATIENCE, pairwise
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerListener
@@ -597,14 +597,6 @@ def test_a_storage_that_fails_every_time_is_never_the_services_failure(
 
 # Listeners that raise, at every position.
 
-EVENTS = [
-    "before_call",
-    "failure",
-    "success",
-    "rejected",
-    "abandoned",
-    "state_change",
-]
 NUMBER = 3  # of listeners
 
 if sys.version_info >= (3, 11):

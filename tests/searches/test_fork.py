@@ -13,7 +13,7 @@ import sys
 import textwrap
 
 import pytest
-from support import BRIEF, PATIENCE
+from support import BRIEF, EVENTS, PATIENCE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -220,10 +220,7 @@ def test_a_child_logs_only_what_it_does_itself():
     """)
 
 
-@pytest.mark.parametrize(
-    "event",
-    ["before_call", "failure", "success", "rejected", "abandoned", "state_change"],
-)
+@pytest.mark.parametrize("event", EVENTS)
 def test_a_child_may_be_forked_while_a_listener_is_told(event):
     """Of a call or a move in another thread, which the child never sees end."""
     run(f"""

@@ -32,6 +32,7 @@ import gc
 import inspect
 import logging
 import math
+import operator
 import random
 import re
 import types
@@ -60,7 +61,7 @@ from scheduler import (
     written,
     written_names,
 )
-from support import BRIEF, DEEP
+from support import BRIEF, DEEP, EVENTS
 from variants import (
     code_of,
     comparisons,
@@ -446,27 +447,24 @@ class Listener(pybreaker.CircuitBreakerListener):
         if not circuit.lock.is_mine():
             circuit.complain("a listener was called without the lock")
 
-    def before_call(self, cb, func, *args, **kwargs):
-        self.note("before_call")
-
     def failure(self, cb, exc):
         self.note("failure")
         then, self.then = self.then, None
         if then:
             then()
 
-    def success(self, cb):
-        self.note("success")
-
-    def rejected(self, cb, func, *args, **kwargs):
-        self.note("rejected")
-
-    def abandoned(self, cb):
-        self.note("abandoned")
-
     def state_change(self, cb, old_state, new_state):
         self.note("state_change", old_state.name)
         self.circuit.moved(self, old_state, new_state)
+
+
+def noting(event):
+    """A listener's method that only notes the event."""
+    return lambda listener, *args, **kwargs: listener.note(event)
+
+
+for event in set(EVENTS) - set(vars(Listener)):
+    setattr(Listener, event, noting(event))
 
 
 class NoLock:
@@ -884,13 +882,15 @@ class Circuit:
             for _, _, state, fails, *_ in listener.events:
                 if state == "closed" and fails > self.scenario.fail_max:
                     return f"fail_counter is {fails} in the closed state"
-        outcome = self.outcome()
-        orders = possible(self.scenario).get(outcome, ())
-        if not any(self.order.pairs <= pairs for pairs in orders):
-            return "no order of whole steps comes to this:\n" + "\n".join(
-                f"  {part}" for part in outcome
-            )
-        return None
+        outcome, known = self.outcome(), possible(self.scenario)
+        if any(self.order.pairs <= pairs for pairs in known.get(outcome, ())):
+            return None
+        nearest = max(known, key=lambda each: sum(map(operator.eq, each, outcome)))
+        return "\n  ".join(
+            ["no order of whole steps comes to this:", *map(str, outcome)]
+            + ["the model comes to this, in an order that may be another:"]
+            + list(map(str, nearest))
+        )
 
 
 WAYS = {

@@ -50,7 +50,7 @@ from model import (
     Rejected,
     Tripped,
 )
-from support import BRIEF, DEEP
+from support import BRIEF, DEEP, EVENTS
 
 import pybreaker
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitBreakerStorage
@@ -427,14 +427,6 @@ class Interrupt(KeyboardInterrupt):
     """What a listener raises for Ctrl-C."""
 
 
-EVENTS = [
-    "before_call",
-    "failure",
-    "success",
-    "rejected",
-    "abandoned",
-    "state_change",
-]
 REACTIONS = [OPEN, HALF_OPEN, CLOSED, "open for a time", "forget", "interrupt"]
 BY_HAND = {OPEN: "open", HALF_OPEN: "half_open", CLOSED: "close"}
 

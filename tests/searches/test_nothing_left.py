@@ -18,7 +18,7 @@ import weakref
 
 import pytest
 from internals import no_other_breakers, state_of, storage_of
-from support import BRIEF, DEEP, drive, pairwise
+from support import BRIEF, DEEP, EVENTS, drive, pairwise
 
 from pybreaker import CircuitBreaker, CircuitBreakerError, CircuitClosedState
 
@@ -162,10 +162,13 @@ class Stopped(KeyboardInterrupt):
 class Broken:
     """A listener that breaks at every event."""
 
-    def before_call(self, cb, func, *args, **kwargs):
-        raise RuntimeError
 
-    success = failure = state_change = rejected = before_call
+def break_down(self, *args, **kwargs):
+    raise RuntimeError
+
+
+for event in EVENTS:
+    setattr(Broken, event, break_down)
 
 
 class Loud:

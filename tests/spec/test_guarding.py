@@ -862,6 +862,64 @@ def test_an_async_mock_is_a_coroutine_function(boom):
     assert breaker.fail_counter == 2
 
 
+def test_a_method_over_an_async_mock_is_called_once():
+    """The mock notes a call as soon as it is called, and again if called again."""
+    breaker = CircuitBreaker()
+    client = mock.AsyncMock(return_value="result")
+    fetch = types.MethodType(client, "self")
+    lazy, rejected = breaker.call(fetch, 1), breaker.call(fetch, 2)
+    assert client.call_count == 0
+    assert drive(lazy) == "result"
+    breaker.open()
+    with pytest.raises(CircuitBreakerError):
+        drive(rejected)
+    assert client.call_args_list == [mock.call("self", 1)]
+
+
+class LoadedAtFirstCall:
+    """Has the attributes of a function only from the first call on."""
+
+    def __init__(self, func):
+        self.func = func
+        self.loaded = None
+        self.calls = 0
+
+    def __getattr__(self, name):
+        return getattr(self.loaded, name)
+
+    def __call__(self, *args):
+        self.calls += 1
+        self.loaded = self.func
+        return self.func(*args)
+
+
+@every_lazy_kind
+@pytest.mark.parametrize("is_method", [False, True])
+def test_a_call_that_makes_an_object_lazy_runs_once(kind, is_method, recorder):
+    """The call was admitted as that of a plain function, a trial say, and stays one."""
+    breaker = CircuitBreaker(listeners=[recorder])
+    breaker.half_open()
+    loaded = LoadedAtFirstCall(kind)
+    if is_method:
+        lazy = breaker.call(types.MethodType(loaded, "a"))
+    else:
+        lazy = breaker.call(loaded, "a")
+    assert KINDS[kind](lazy) == "a 2 c"
+    assert loaded.calls == 1
+    assert recorder.names == ["state_change", "before_call", "state_change", "success"]
+
+
+@every_lazy_kind
+def test_wrong_arguments_of_an_object_that_its_call_makes_lazy_are_a_failure(kind):
+    """The trial has the outcome that its call had."""
+    breaker = CircuitBreaker()
+    breaker.half_open()
+    with pytest.raises(CircuitBreakerError) as caught:
+        breaker.call(LoadedAtFirstCall(kind))
+    assert isinstance(caught.value.__cause__, TypeError)
+    assert breaker.current_state == "open"
+
+
 @pytest.mark.parametrize("mocked", [mock.Mock, mock.MagicMock])
 def test_a_mock_is_a_plain_function(mocked):
     """A mock that isn't asynchronous is called at once."""

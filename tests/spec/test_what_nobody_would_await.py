@@ -6,7 +6,7 @@ import functools
 from unittest import mock
 
 import pytest
-from support import Boom, boom, every, fail
+from support import EVENTS, Boom, boom, every, fail
 
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 
@@ -84,9 +84,6 @@ def test_a_predicate_that_is_added_or_set_is_checked_like_the_argument(predicate
 def test_a_predicate_that_answers_at_once_is_taken(predicate):
     """Only what is lazy is refused."""
     assert CircuitBreaker(exclude=[predicate]).exclude == (predicate,)
-
-
-EVENTS = ["before_call", "failure", "success", "state_change", "rejected"]
 
 
 async def hears(self, cb, *args, **kwargs):
@@ -193,17 +190,18 @@ def test_what_only_has_the_name_of_a_listeners_method_is_not_told(event, caplog)
 
         heard = 0
 
-        def before_call(self, *args):
+        def hear(self, *args):
             type(self).heard += 1
 
-        failure = success = state_change = rejected = before_call
-
-    setattr(Counts, event, 0)
-    breaker = CircuitBreaker(fail_max=1, listeners=[Counts()])
+    for each in EVENTS:
+        setattr(Counts, each, 0 if each == event else Counts.hear)
+    breaker = CircuitBreaker(fail_max=1, ignore=[LookupError], listeners=[Counts()])
     breaker.call(int)  # before_call, success
+    with pytest.raises(LookupError):
+        breaker.call({}.__getitem__, "key")  # before_call, abandoned
     fail(breaker, 2)  # before_call, failure, state_change; rejected
-    times = {"before_call": 2}.get(event, 1)
-    assert Counts.heard == 6 - times
+    times = {"before_call": 3}.get(event, 1)
+    assert Counts.heard == 8 - times
     assert getattr(Counts, event) == 0
     assert not any(record.exc_info for record in caplog.records)
 
