@@ -33,18 +33,20 @@ module replaces. The module imports only the standard library.
 #
 # Every kind of guarded call takes three steps, in a _guard_ function or a _Block:
 #
-#   admit    The lock is held, except where a quiet call sees that it passes or
-#            is rejected. Gives an _Admission, or raises CircuitBreakerError.
+#   admit    The lock is held, except where a quiet call sees that it passes or is
+#            rejected, and while the storage is asked whether a trial may run.
+#            Gives an _Admission, or raises CircuitBreakerError.
 #   run      The lock is not held: calls never wait for each other.
 #   settle   The lock is held, except to judge an exception or a result, and
 #            for a success that changes nothing.
 #
-# The trial is the one call that a half-open circuit admits. The trial takes the
-# place under the lock (_enter), asks the storage without the lock, because the
-# storage may take time to answer (_admit), and begins under the lock again
-# (_begin_trial). A trial gives the place back however it ends; an overdue trial
-# loses the place to another call. Calls in the trial's context (_trials) belong
-# to the trial: they run, and decide nothing (_WITHIN).
+# A trial is a call that a half-open circuit admits; one call at a time has the
+# place of the trial. A trial takes the place under the lock (_enter), asks the
+# storage without the lock, because the storage may take time to answer (_admit),
+# and begins under the lock again (_begin_trial). A trial gives the place back
+# however it ends; an overdue trial loses the place to another call, but its
+# outcome still counts. Calls in the trial's context (_trials) belong to the trial:
+# they run, and decide nothing (_WITHIN).
 #
 # Operators and states begin a new era only by open(), half_open() or close(),
 # because subclasses override these methods; only a move that is found in the
@@ -52,7 +54,8 @@ module replaces. The module imports only the standard library.
 # _carry_out leaves the library's own move in _move_under_way for _move_to, as
 # the overridden methods take no _Move. What differs between the states, each
 # state answers in methods of its own (_wait, _start_trial, _count_success,
-# _count_failure, _succeeded, _failed).
+# _count_failure, _succeeded, _failed). These get the outcome and not the call, as
+# a method of a user's state class may stand between the call and them.
 #
 # A quiet call is one that the storage alone decides, because no listener hears
 # of the call, no state class of a user's decides, and the storage is the library's
@@ -60,8 +63,10 @@ module replaces. The module imports only the standard library.
 # _find_admission makes one when an era begins, when listeners, storage or settings
 # change, and when a program writes one of the private attributes that are _Watched.
 #
-# For speed two rules are written twice: how to guard a plain function
-# (_guard_function, call) and when to reject (_enter, _admit with _admit_async).
+# For speed some rules are written more than once: how to guard a plain function
+# (_guard_function, call); when to reject (_enter, _admit, _admit_async, and
+# before_call of a state); that a success changes nothing while fail_counter is 0
+# (where returns._fail_counter is read, _settle, _count_success).
 #
 # "Lock held." in a docstring says that the caller holds the breaker's lock. Log
 # records are made under the lock and reach handlers after its release.
@@ -1033,8 +1038,8 @@ class CircuitBreaker:
 
     def _enter(self, func: Any, args: Any, kwargs: Any) -> _Admission:
         """Admit a call, give the call the place, or raise `CircuitBreakerError`. A
-        trial holds the place when this method returns, but begins only when the
-        storage has granted the trial."""
+        trial holds the place when this method returns, but begins, and gets an
+        admission with a state, only when the storage has granted the trial."""
         trial = None
         try:
             with self._lock:
@@ -1114,7 +1119,7 @@ class CircuitBreaker:
                 self._look()
                 if self._trial is not trial:
                     return None
-                trial.begun = granted
+                trial.granted = granted
                 is_admitted = granted and self._era._start_trial()
                 if self._trial is not trial:  # a listener moved the circuit
                     return None
@@ -1166,7 +1171,7 @@ class CircuitBreaker:
     def _is_within_trial(self) -> bool:
         """Whether the running code is in the context of the trial with the place."""
         trial = self._trial
-        return trial is not None and trial.begun and trial in _trials.get()
+        return trial is not None and trial.granted and trial in _trials.get()
 
     def _vacate(self, trial: _Trial) -> None:
         """End a trial, which gives the place back if the trial still holds it."""
@@ -1387,7 +1392,7 @@ class CircuitBreaker:
         self._find_admission()
         try:
             # variant: overtaken trial
-            if trial is not None and not (move.by == "trial" and trial.begun):
+            if trial is not None and not (move.by == "trial" and trial.granted):
                 self._vacate(trial)
         finally:  # the circuit has moved, even if the storage's release_trial() raises
             level = logging.WARNING if move.state == STATE_OPEN else logging.INFO
@@ -1655,9 +1660,10 @@ class CircuitBreakerState:
         return True
 
     def _count_success(self, number: int) -> None:
-        """Take the success of a call that this state admitted into `fail_counter`:
-        as in every release, the success sets that counter to 0. `success_counter`
-        is left to `_succeeded`. `number` is from `_draw_number`, or 0."""
+        """Take the success of a call that this state admitted into `fail_counter`. In
+        a half-open circuit the success sets that counter to 0, as in every release;
+        `success_counter` is left to `_succeeded`. `number` is from `_draw_number`,
+        or 0."""
         if self._breaker._storage.counter:
             self._breaker._storage.reset_counter()
 
@@ -2065,12 +2071,12 @@ class _Trial:
     """A call that took the place. A trial does not keep the breaker alive, because
     the context of a generator that is never finished keeps the trial."""
 
-    __slots__ = ("since", "claimed", "begun", "over", "_breaker")
+    __slots__ = ("since", "claimed", "granted", "over", "_breaker")
 
     def __init__(self, breaker: CircuitBreaker) -> None:
         self.since: float = time.monotonic()  # before the storage is asked
         self.claimed: bool = False  # whether the storage's claim must be released
-        self.begun: bool = False  # whether the storage has granted the trial
+        self.granted: bool = False  # whether the storage has granted the trial
         self.over: bool = False  # whether no call can be within the trial any more
         self._breaker = weakref.ref(breaker)
 
@@ -3109,7 +3115,7 @@ _LOOKED_AT = 4  # old breakers that CircuitBreakers judges for each new one
 _NEVER = None, 0.0, math.inf  # the _opening of a circuit that has never been open
 _DECADES = 6e8  # seconds
 _LONGEST_TEXT = 300  # characters of a reason
-_NEW = _Move("", "new", "", failed_trials=0)
+_NEW = _Move("", "new", "", failed_trials=0)  # to no state: where no move was made
 _PLAIN_CALL = CircuitBreaker.call
 _PLAIN_JUDGEMENT = CircuitBreaker.is_system_error
 
