@@ -570,6 +570,15 @@ def test_a_new_key_is_not_forgotten_in_favor_of_open_ones(maxsize):
     assert breakers["new"].current_state == "open"
 
 
+def test_a_breaker_that_takes_the_place_of_one_made_by_the_mapping_stays():
+    """The mapping did not make the breaker, and cannot make one like it."""
+    breakers = CircuitBreakers(maxsize=1)
+    assert breakers["key"].call(int) == 0
+    breakers["key"] = own = CircuitBreaker()
+    ask_for(breakers, range(10))
+    assert breakers["key"] is own
+
+
 def test_looking_never_waits_for_a_breaker_that_is_busy():
     breakers = CircuitBreakers(maxsize=2)
     is_held, may_end = threading.Event(), threading.Event()
