@@ -24,7 +24,9 @@ PATIENCE = float(os.environ.get("PYBREAKER_PATIENCE", 60 if DEEP else 30))
 
 # What listeners hear of.
 EVENTS = [
-    name for name, value in vars(CircuitBreakerListener).items() if callable(value)
+    name
+    for name, value in vars(CircuitBreakerListener).items()
+    if callable(value) and not name.startswith("_")
 ]
 
 
