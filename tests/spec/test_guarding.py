@@ -768,6 +768,21 @@ def test_wrong_arguments_of_what_is_lazy_fail_when_it_runs(kind, heard, recorder
     assert breaker.fail_counter == 1
 
 
+@every_way
+def test_a_function_that_raises_a_type_error_runs_once(way):
+    """A TypeError may come from the function, and not from wrong arguments."""
+    breaker, runs = CircuitBreaker(), []
+
+    def fetch():
+        runs.append("run")
+        raise TypeError
+
+    with pytest.raises(TypeError):
+        way(breaker, fetch)
+    assert runs == ["run"]
+    assert breaker.fail_counter == 1
+
+
 @every_kind
 def test_a_decorated_function_keeps_its_name_docstring_and_signature(kind):
     """The decorated function looks like the function inside, which is at hand."""
