@@ -1187,6 +1187,13 @@ SCENARIOS = [
         settings=(("window_size", 2),),
     ),
     S(
+        "a count is set while a success forgets the counted failure",
+        ("succeed", "fail_counter=1"),
+        "fail succeed succeed",
+        listeners=0,
+        settings=(("window_size", 3),),
+    ),
+    S(
         "a limit is raised while a window is narrowed",
         ("fail_max=5", "window_size=3"),
         listeners=0,
