@@ -462,7 +462,7 @@ class CircuitBreaker:
             result = func(*args, **kwargs)
         except BaseException as exc:
             if may_be_lazy and type(exc) is TypeError and _is_lazy(func):
-                return _call_later(self, func, args, kwargs)  # which raises it again
+                return _call_later(self, func, args, kwargs)  # raises exc when run
             self._settle(admission, exc)
             raise
         try:
@@ -2312,7 +2312,7 @@ def _call_later(breaker: Any, func: Callable[..., _T], args: Any, kwargs: Any) -
 
 def _lazy_flags(func: Any) -> int:
     """Those flags of the code behind `func` that say that a call of it runs later."""
-    if type(func) is _Function:
+    if type(func) is _Function:  # most callables are, and the rest takes longer
         return func.__code__.co_flags & _LAZY_FLAGS
     while isinstance(func, (functools.partial, types.MethodType)):
         func = func.func if isinstance(func, functools.partial) else func.__func__

@@ -878,7 +878,7 @@ def test_an_async_mock_is_a_coroutine_function(boom):
 
 
 def test_a_method_over_an_async_mock_is_called_once():
-    """The mock notes a call as soon as it is called, and again if called again."""
+    """An AsyncMock counts each call at once, before a program awaits the result."""
     breaker = CircuitBreaker()
     client = mock.AsyncMock(return_value="result")
     fetch = types.MethodType(client, "self")
@@ -911,7 +911,7 @@ class LoadedAtFirstCall:
 @every_lazy_kind
 @pytest.mark.parametrize("is_method", [False, True])
 def test_a_call_that_makes_an_object_lazy_runs_once(kind, is_method, recorder):
-    """The call was admitted as that of a plain function, a trial say, and stays one."""
+    """An object that looks plain before its call is guarded as a plain function is."""
     breaker = CircuitBreaker(listeners=[recorder])
     breaker.half_open()
     loaded = LoadedAtFirstCall(kind)
@@ -926,7 +926,7 @@ def test_a_call_that_makes_an_object_lazy_runs_once(kind, is_method, recorder):
 
 @every_lazy_kind
 def test_wrong_arguments_of_an_object_that_its_call_makes_lazy_are_a_failure(kind):
-    """The trial has the outcome that its call had."""
+    """The TypeError of the call is the outcome of the trial."""
     breaker = CircuitBreaker()
     breaker.half_open()
     with pytest.raises(CircuitBreakerError) as caught:

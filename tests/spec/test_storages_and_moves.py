@@ -106,21 +106,6 @@ def test_the_gate_of_a_state_makes_the_move_of_a_trial():
     assert [move[2] for move in storage.moves] == ["hand", "trial"]
 
 
-def test_an_older_storage_writes_the_opening_and_then_the_state():
-    """The base class's `move` does this; the counters are written before."""
-    storage = Row()
-    breaker = CircuitBreaker(state_storage=storage)
-    breaker.open()
-    assert storage.writes[-2:] == ["opened_at", "state"]
-    storage.writes.clear()
-    breaker.half_open()
-    assert storage.writes == ["state"]
-    storage.writes.clear()
-    breaker.close()
-    assert storage.writes == ["counter", "state"]
-    assert storage.opened_at.tzinfo is timezone.utc
-
-
 def test_a_memory_storage_has_its_counter_written_before_its_state(clock):
     """With a window, what time has forgotten is gone before the state is open."""
     counts = []
@@ -224,6 +209,8 @@ def test_a_memory_storage_knows_the_move_that_brought_it_to_its_state():
     assert (move.seconds, move.failed_trials, move.fail_max) == (None, 0, 1)
     breaker.open(7)
     assert storage.last_move().seconds == 7
+    breaker.close()
+    assert (storage.last_move().state, storage.last_move().by) == ("closed", "hand")
 
 
 def test_a_state_that_was_written_is_not_that_of_an_earlier_move():
@@ -428,50 +415,6 @@ class Noting(CircuitMemoryStorage):
         return [(move.state, move.by) for move in self.moves]
 
 
-class Basic(CircuitBreakerStorage):
-    """Has what a storage of an older program has, and notes what is written."""
-
-    def __init__(self):
-        super().__init__("basic")
-        self.values = {"state": "closed", "counter": 0, "opened_at": None}
-        self.writes = []
-
-    def write(self, name, value):
-        self.writes.append(name)
-        self.values[name] = value
-
-    state = property(
-        lambda self: self.values["state"],
-        lambda self, state: self.write("state", state),
-    )
-    counter = property(lambda self: self.values["counter"])
-    opened_at = property(
-        lambda self: self.values["opened_at"],
-        lambda self, moment: self.write("opened_at", moment),
-    )
-
-    def increment_counter(self):
-        self.write("counter", self.counter + 1)
-
-    def reset_counter(self):
-        self.write("counter", 0)
-
-
-def test_a_storage_is_told_where_each_move_goes_and_by_whom(clock):
-    """A move is by the count, the trial that is due, that trial's outcome, or a
-    hand."""
-    storage = Noting()
-    breaker = CircuitBreaker(2, 60, state_storage=storage)
-    fail(breaker, 2)
-    assert storage.told == [("open", "count")]
-    clock.advance(60)
-    fail(breaker)
-    assert storage.told[1:] == [("half-open", "trial"), ("open", "outcome")]
-    clock.advance(60)
-    breaker.call(int)
-    assert storage.told[3:] == [("half-open", "trial"), ("closed", "outcome")]
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     [("open", "open"), ("half-open", "half_open"), ("closed", "close")],
@@ -569,7 +512,7 @@ def test_making_a_breaker_over_a_storage_moves_nothing():
 
 def test_the_default_writes_the_counters_then_the_moment_then_the_state():
     """A program that reads the state of an opening first finds the rest written."""
-    storage = Basic()
+    storage = Row()
     breaker = CircuitBreaker(fail_max=1, reset_timeout=0, state_storage=storage)
     with pytest.raises(CircuitBreakerError):
         breaker.call(boom)
@@ -580,6 +523,7 @@ def test_the_default_writes_the_counters_then_the_moment_then_the_state():
     del storage.writes[:]
     breaker.close()
     assert storage.writes == ["counter", "state"]
+    assert storage.opened_at.tzinfo is timezone.utc
 
 
 def test_a_storage_that_refuses_a_move_keeps_the_circuit_where_it_is():
@@ -601,40 +545,17 @@ def test_a_storage_that_refuses_a_move_keeps_the_circuit_where_it_is():
 def test_the_base_class_knows_no_last_move():
     """Older storages need not keep a last move."""
     assert CircuitBreakerStorage("base").last_move() is None
-    storage = Basic()
+    storage = Row()
     fail(CircuitBreaker(fail_max=1, state_storage=storage))
     assert storage.last_move() is None
 
 
-def test_the_memory_storage_knows_its_last_move():
-    """The last move has the attributes that the storage was told of."""
-    storage = CircuitMemoryStorage("closed")
-    breaker = CircuitBreaker(fail_max=2, state_storage=storage)
-    fail(breaker, 2)
-    last = storage.last_move()
-    assert (last.state, last.by, last.seconds) == ("open", "count", None)
-    assert last.reason == breaker.state.reason
-    breaker.close()
-    assert (storage.last_move().state, storage.last_move().by) == ("closed", "hand")
-
-
 @pytest.mark.parametrize("made", ["before", "after"])
-def test_another_breaker_over_a_memory_storage_learns_why_it_moved(made):
-    """The other breaker finds the storage moved, or is made over one that has moved."""
-    storage = CircuitMemoryStorage("closed")
-    breaker = CircuitBreaker(fail_max=1, state_storage=storage)
-    other = CircuitBreaker(state_storage=storage)
-    fail(breaker)
-    if made == "after":
-        other = CircuitBreaker(state_storage=storage)
-    assert "Boom" in breaker.state.reason
-    assert other.state.reason == breaker.state.reason
-
-
-@pytest.mark.parametrize("made", ["before", "after"])
-def test_over_a_storage_without_a_last_move_only_the_mover_knows_why(made):
-    """The other breaker sees the state, and nothing more."""
-    storage = Basic()
+@pytest.mark.parametrize("knows", [True, False])
+def test_another_breaker_learns_why_from_a_storage_that_knows(knows, made):
+    """The other breaker is made before or after the move. A storage without a last
+    move tells the other breaker the state, and nothing more."""
+    storage = CircuitMemoryStorage("closed") if knows else Row()
     breaker = CircuitBreaker(fail_max=1, state_storage=storage)
     other = CircuitBreaker(state_storage=storage)
     fail(breaker)
@@ -642,7 +563,8 @@ def test_over_a_storage_without_a_last_move_only_the_mover_knows_why(made):
         other = CircuitBreaker(state_storage=storage)
     assert "Boom" in breaker.state.reason
     assert other.state.name == "open"
-    assert "Boom" not in other.state.reason
+    assert (other.state.reason == breaker.state.reason) == knows
+    assert ("Boom" in other.state.reason) == knows
 
 
 def test_a_storage_may_tell_of_a_move_that_another_process_made():
